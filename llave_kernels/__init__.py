@@ -1,0 +1,22 @@
+"""Fused kernels for the hardness-weighted contrastive loss of LLaVE (arXiv 2503.04812)."""
+
+from llave_kernels.diagnostics import SimilarityStatistics, similarity_statistics
+from llave_kernels.dispatch import available_backends
+from llave_kernels.functional import (
+    ContrastiveLogits,
+    contrastive_logsumexp,
+    hardness_weighted_contrastive_loss,
+)
+from llave_kernels.modules import HardnessWeightedContrastiveLoss
+from llave_kernels.version import __version__
+
+__all__ = [
+    "ContrastiveLogits",
+    "HardnessWeightedContrastiveLoss",
+    "SimilarityStatistics",
+    "__version__",
+    "available_backends",
+    "contrastive_logsumexp",
+    "hardness_weighted_contrastive_loss",
+    "similarity_statistics",
+]

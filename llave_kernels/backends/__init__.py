@@ -1,0 +1,1 @@
+"""One module per backend; ``llave_kernels.dispatch`` chooses among them."""

@@ -1,0 +1,109 @@
+"""Streamed similarity statistics: how far apart positives and negatives are (paper, Figure 1)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llave_kernels import checks
+from llave_kernels.backends.torch_strips import STRIP_BUDGET, accumulation_dtype
+
+RANGE = (-1.0, 1.0)
+
+
+class SimilarityStatistics(NamedTuple):
+    """Histograms of the similarities of a batch.
+
+    Attributes:
+        edges: (bins + 1,) bin edges from -1 to 1; similarities beyond fall into the outer bins.
+        positive: (bins,) int64 counts of the N positive pairs.
+        negative: (bins,) int64 counts of the negative pairs.
+        positive_mean, negative_mean: 0-d means; NaN where there is no such pair.
+        overlap: 0-d, the area shared by the two normalised histograms: 0 separated, 1 the same.
+    """
+
+    edges: Tensor
+    positive: Tensor
+    negative: Tensor
+    positive_mean: Tensor
+    negative_mean: Tensor
+    overlap: Tensor
+
+
+@torch.no_grad()
+def similarity_statistics(
+    query: Tensor,
+    target: Tensor,
+    *,
+    labels: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    target_ids: Tensor | None = None,
+    bins: int = 100,
+) -> SimilarityStatistics:
+    """Histograms of ``q_i . t_j`` over positives and negatives, in strips: O(M) memory, not O(N M).
+
+    Args:
+        query: (N, D), unit-length rows for cosine similarities.
+        target: (M, D), same dtype and device.
+        labels: (N,) column of each row's positive. Default ``arange(N)``.
+        query_ids, target_ids: int64 content ids; negatives with the row's id are not counted.
+        bins: number of histogram bins over [-1, 1].
+
+    Raises:
+        TypeError, ValueError: as in ``hardness_weighted_contrastive_loss``, or ``bins`` < 1. A NaN
+            similarity is a ValueError: it has no bin.
+    """
+    checks.tensor("query", query)
+    checks.tensor("target", target)
+    checks.embeddings(query, target)
+    n, m, device = len(query), len(target), query.device
+    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
+        raise ValueError(f"bins must be a positive integer, got {bins!r}")
+    if labels is None:
+        if m < n:
+            raise ValueError(f"target has {m} rows for {n} queries; pass labels")
+        labels = torch.arange(n, device=device)
+    labels = checks.columns("labels", labels, n, m, device)
+    checks.ids(query_ids, target_ids, n, m, device)
+
+    dtype = accumulation_dtype(query.dtype)
+    positive, negative_counts = (
+        torch.zeros(bins, dtype=torch.int64, device=device) for _ in range(2)
+    )
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    step = max(1, STRIP_BUDGET // (m * dtype.itemsize))
+    transposed = target.to(dtype).T
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        similarity = query[rows].to(dtype) @ transposed
+        if similarity.isnan().any():
+            raise ValueError(f"query or target has NaN values (rows {start} to {start + step})")
+        own = similarity.gather(1, labels[rows, None])
+        counted = torch.ones_like(similarity, dtype=torch.bool).scatter_(
+            1, labels[rows, None], False
+        )
+        if query_ids is not None and target_ids is not None:
+            counted &= query_ids[rows, None] != target_ids
+        negative = similarity[counted]
+        for histogram, values in ((positive, own), (negative_counts, negative)):
+            histogram += _bin(values, bins)
+        sums += torch.stack([own.double().sum(), negative.double().sum()])
+    density = [h / h.sum().clamp(min=1) for h in (positive, negative_counts)]
+    counts = torch.stack([positive.sum(), negative_counts.sum()])
+    means = sums / counts
+    return SimilarityStatistics(
+        torch.linspace(*RANGE, bins + 1, device=device),
+        positive,
+        negative_counts,
+        means[0],
+        means[1],
+        torch.minimum(*density).sum(),
+    )
+
+
+def _bin(values: Tensor, bins: int) -> Tensor:
+    low, high = RANGE
+    index = ((values.flatten() - low) * (bins / (high - low))).floor().clamp(0, bins - 1)
+    return torch.bincount(index.long(), minlength=bins)

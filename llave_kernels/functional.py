@@ -1,0 +1,201 @@
+"""The public functions: argument checks, defaults, and the losses composed from the log-sum-exps."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from llave_kernels import checks, dispatch, ops
+from llave_kernels.backends import torch_strips
+from llave_kernels.rules import HARDNESS_MODES, Rules, default_owners
+
+
+class ContrastiveLogits(NamedTuple):
+    """What every loss is composed from; float32, or float64 for float64 inputs.
+
+    Attributes:
+        positive: (N,) logit of each row's positive, ``kappa s_{i,l_i}``.
+        query: (N,) log-sum-exp of each row over its valid negatives, -inf where it has none.
+        target: (M,) log-sum-exp of each column over the rows whose positive it is not; None when not
+            symmetric. The loss reads it at ``labels`` only.
+    """
+
+    positive: Tensor
+    query: Tensor
+    target: Tensor | None
+
+
+def contrastive_logsumexp(
+    query: Tensor,
+    target: Tensor,
+    *,
+    logit_scale: float | Tensor = 50.0,
+    alpha: float = 9.0,
+    hardness: str = "in_batch",
+    symmetric: bool = True,
+    target_alpha: float | None = None,
+    labels: Tensor | None = None,
+    owners: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    target_ids: Tensor | None = None,
+    false_negative_margin: float | None = None,
+    backend: str = "auto",
+) -> ContrastiveLogits:
+    """Positive logits and both directions' log-sum-exps over the hardness-weighted negatives.
+
+    The differentiable primitive: gradients reach ``query``, ``target`` and ``logit_scale``. The arguments
+    are those of ``hardness_weighted_contrastive_loss``, which states them and what they raise.
+    """
+    query, target = _autocast(query, target)
+    scale, rules = _resolve(
+        query, target, logit_scale, alpha, hardness, symmetric, target_alpha, labels, owners,
+        query_ids, target_ids, false_negative_margin,
+    )  # fmt: skip
+    name = dispatch.choose(backend, query, target, rules)
+    return _logsumexp(query, target, scale, rules, name)
+
+
+def hardness_weighted_contrastive_loss(
+    query: Tensor,
+    target: Tensor,
+    *,
+    logit_scale: float | Tensor = 50.0,
+    alpha: float = 9.0,
+    hardness: str = "in_batch",
+    symmetric: bool = True,
+    target_alpha: float | None = None,
+    labels: Tensor | None = None,
+    owners: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    target_ids: Tensor | None = None,
+    false_negative_margin: float | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Hardness-weighted contrastive loss of LLaVE (arXiv 2503.04812, eq. 4-6), fused.
+
+    With ``s_ij = q_i . t_j``, each valid negative has the logit ``kappa s_ij + alpha h_ij sg(s_ij)``, the
+    positive ``p_i = kappa s_{i,l_i}``, and ``L_i = softplus(logsumexp of the negatives - p_i)``. The
+    symmetric loss averages that with the same over each positive's column. The N x M matrix is never
+    stored. Rows are not normalised: pass unit-length rows for cosine similarity.
+
+    Args:
+        query: (N, D) float32, bfloat16, float16 or float64 (``torch`` backend), any strides.
+        target: (M, D) with M >= N, same dtype and device. By default N positives, then blocks of N mined
+            negatives, row i's in rows ``i + k N``.
+        logit_scale: kappa = 1 / temperature, a positive float or a 0-d tensor, which may require grad.
+        alpha: hardness strength, >= 0. 0 is InfoNCE; the paper uses 9.
+        hardness: which negatives carry the weight. ``"in_batch"``: columns owned by other rows (paper);
+            ``"hard_negatives"``: the row's own mined negatives (EmbeddingGemma, alpha 5); ``"all"``: both.
+        symmetric: also compute the target -> query direction, and average.
+        target_alpha: hardness strength of the target -> query direction. Default: ``alpha``.
+        labels: (N,) integer, column of each row's positive. Default ``arange(N)``.
+        owners: (M,) integer, for each column the column of the positive it goes with (itself, for a
+            positive). Default ``arange(M) % N``.
+        query_ids: (N,) int64 content ids. A negative with its row's id duplicates the positive and is
+            left out. Needs ``target_ids``.
+        target_ids: (M,) int64 content ids. Needs ``query_ids``.
+        false_negative_margin: leave out negatives owned by other rows whose similarity exceeds that of
+            the positive by more than this (Qwen3-Embedding: 0.1). In the target direction the positive
+            is the column's own. A row's own mined negatives are never left out by it.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (a loss per row).
+        backend: ``"auto"`` or a name from ``available_backends()``.
+
+    Returns:
+        0-d tensor, or (N,) with ``reduction="none"``. float32, or float64 for float64 inputs. A row
+        without a valid negative has loss 0 and gradient 0.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: wrong shape, device or value, or a named backend that does not support the call. On a
+            GPU values of index tensors and of a tensor ``logit_scale`` are not checked: that would
+            synchronise.
+        RuntimeError: a named backend that cannot run on this machine; a second derivative.
+    """
+    checks.one_of("reduction", reduction, ("mean", "sum", "none"))
+    query, target = _autocast(query, target)
+    scale, rules = _resolve(
+        query, target, logit_scale, alpha, hardness, symmetric, target_alpha, labels, owners,
+        query_ids, target_ids, false_negative_margin,
+    )  # fmt: skip
+    name = dispatch.choose(backend, query, target, rules)
+    needs_gradient = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (query, target, scale)
+    )
+    if name == torch_strips.NAME and not symmetric and reduction != "none" and needs_gradient:
+        total = ops.one_direction_loss(query, target, scale, *ops.rule_args(rules))[0]
+        return total / len(query) if reduction == "mean" else total
+    logits = _logsumexp(query, target, scale, rules, name)
+    loss = -logsigmoid(logits.positive - logits.query)
+    if logits.target is not None:
+        loss = (loss - logsigmoid(logits.positive - logits.target[rules.labels])) / 2
+    return {"mean": loss.mean, "sum": loss.sum, "none": lambda: loss}[reduction]()
+
+
+def _autocast(query: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Under autocast float32 embeddings take its dtype, as in a matrix product."""
+    checks.tensor("query", query)
+    checks.tensor("target", target)
+    device = query.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return query, target
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.dtype.itemsize < 8 else t for t in (query, target))  # type: ignore[return-value]
+
+
+def _resolve(
+    query: Tensor,
+    target: Tensor,
+    logit_scale: float | Tensor,
+    alpha: float,
+    hardness: str,
+    symmetric: bool,
+    target_alpha: float | None,
+    labels: Tensor | None,
+    owners: Tensor | None,
+    query_ids: Tensor | None,
+    target_ids: Tensor | None,
+    margin: float | None,
+) -> tuple[Tensor, Rules]:
+    """Checked arguments as (0-d scale tensor on the device, rules)."""
+    checks.embeddings(query, target)
+    n, m, device = len(query), len(target), query.device
+    checks.strength("alpha", alpha)
+    if target_alpha is None:
+        target_alpha = alpha
+    checks.strength("target_alpha", target_alpha)
+    checks.one_of("hardness", hardness, HARDNESS_MODES)
+    checks.flag("symmetric", symmetric)
+    checks.margin(margin)
+    scale = checks.logit_scale(logit_scale, query)
+    if labels is None:
+        if m < n:
+            raise ValueError(
+                f"target has {m} rows for {n} queries: every query needs its positive; pass labels "
+                "where several queries share one"
+            )
+        resolved_labels = torch.arange(n, device=device)
+    else:
+        resolved_labels = checks.columns("labels", labels, n, m, device, unique=symmetric)
+    if owners is None:
+        resolved_owners = default_owners(n, m, device)
+    else:
+        resolved_owners = checks.columns("owners", owners, m, m, device)
+    checks.ids(query_ids, target_ids, n, m, device)
+    rules = Rules(
+        resolved_labels, resolved_owners, query_ids, target_ids, float(alpha), float(target_alpha),
+        hardness, None if margin is None else float(margin), symmetric,
+    )  # fmt: skip
+    return scale, rules
+
+
+def _logsumexp(
+    query: Tensor, target: Tensor, scale: Tensor, rules: Rules, backend: str
+) -> ContrastiveLogits:
+    positive, rows, columns, _ = ops.contrastive_logsumexp(
+        query, target, scale, backend, *ops.rule_args(rules)
+    )
+    return ContrastiveLogits(positive, rows, columns if rules.symmetric else None)

@@ -1,0 +1,122 @@
+"""The loss as an ``nn.Module`` for training loops that hold their loss."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from llave_kernels import checks
+from llave_kernels.functional import hardness_weighted_contrastive_loss
+from llave_kernels.rules import HARDNESS_MODES
+
+
+class HardnessWeightedContrastiveLoss(nn.Module):
+    """``hardness_weighted_contrastive_loss`` with its settings held.
+
+    Args:
+        logit_scale: kappa = 1 / temperature, positive.
+        alpha, hardness, symmetric, target_alpha, false_negative_margin, reduction, backend: as in
+            ``hardness_weighted_contrastive_loss``.
+        learnable: train the scale. The parameter is ``log_logit_scale``, a 0-d float32 logarithm as in
+            CLIP, which keeps the scale positive.
+        max_logit_scale: upper bound of a learnable scale (CLIP: 100).
+
+    Example:
+        >>> loss_fn = HardnessWeightedContrastiveLoss(logit_scale=50.0, alpha=9.0)
+        >>> query = torch.nn.functional.normalize(torch.randn(8, 32), dim=1).requires_grad_()
+        >>> target = torch.nn.functional.normalize(torch.randn(8, 32), dim=1)
+        >>> loss_fn(query, target).backward()
+    """
+
+    log_logit_scale: nn.Parameter | None
+
+    def __init__(
+        self,
+        logit_scale: float = 50.0,
+        alpha: float = 9.0,
+        *,
+        hardness: str = "in_batch",
+        symmetric: bool = True,
+        target_alpha: float | None = None,
+        false_negative_margin: float | None = None,
+        reduction: str = "mean",
+        backend: str = "auto",
+        learnable: bool = False,
+        max_logit_scale: float = 100.0,
+    ) -> None:
+        super().__init__()
+        checks.positive("logit_scale", logit_scale)
+        checks.strength("alpha", alpha)
+        if target_alpha is not None:
+            checks.strength("target_alpha", target_alpha)
+        checks.one_of("hardness", hardness, HARDNESS_MODES)
+        checks.one_of("reduction", reduction, ("mean", "sum", "none"))
+        checks.margin(false_negative_margin)
+        checks.flag("symmetric", symmetric)
+        checks.flag("learnable", learnable)
+        checks.positive("max_logit_scale", max_logit_scale)
+        if learnable and logit_scale > max_logit_scale:
+            raise ValueError(
+                f"logit_scale={logit_scale} is above max_logit_scale={max_logit_scale}; raise the latter"
+            )
+        self.initial_logit_scale = logit_scale
+        self.max_logit_scale = max_logit_scale
+        self.alpha = alpha
+        self.hardness = hardness
+        self.symmetric = symmetric
+        self.target_alpha = target_alpha
+        self.false_negative_margin = false_negative_margin
+        self.reduction = reduction
+        self.backend = backend
+        log_scale = nn.Parameter(torch.tensor(math.log(logit_scale))) if learnable else None
+        self.register_parameter("log_logit_scale", log_scale)
+
+    @property
+    def logit_scale(self) -> float | Tensor:
+        """kappa as the loss uses it: the float, or the bounded exponential of the parameter."""
+        if self.log_logit_scale is None:
+            return self.initial_logit_scale
+        return self.log_logit_scale.exp().clamp(max=self.max_logit_scale)
+
+    def forward(
+        self,
+        query: Tensor,
+        target: Tensor,
+        *,
+        labels: Tensor | None = None,
+        owners: Tensor | None = None,
+        query_ids: Tensor | None = None,
+        target_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of queries (N, D) and targets (M, D); 0-d, or (N,) with ``reduction="none"``."""
+        return hardness_weighted_contrastive_loss(
+            query,
+            target,
+            logit_scale=self.logit_scale,
+            alpha=self.alpha,
+            hardness=self.hardness,
+            symmetric=self.symmetric,
+            target_alpha=self.target_alpha,
+            labels=labels,
+            owners=owners,
+            query_ids=query_ids,
+            target_ids=target_ids,
+            false_negative_margin=self.false_negative_margin,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """The settings that shape the loss."""
+        learnable = self.log_logit_scale is not None
+        shown = [
+            f"logit_scale={float(self.logit_scale):g}{' (learnable)' if learnable else ''}",
+            f"alpha={self.alpha:g}",
+            f"hardness={self.hardness!r}",
+            f"symmetric={self.symmetric}",
+        ]
+        optional = ("target_alpha", "false_negative_margin")
+        shown += [f"{k}={v:g}" for k in optional if (v := getattr(self, k)) is not None]
+        return ", ".join([*shown, f"reduction={self.reduction!r}", f"backend={self.backend!r}"])

@@ -1,0 +1,220 @@
+"""The ``torch.library`` operators: what autograd, ``torch.compile`` and fake tensors see.
+
+``llave::contrastive_logsumexp`` is the differentiable primitive; ``llave::one_direction_loss`` makes the
+gradients along with the loss where the upstream gradient can only be a scalar.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llave_kernels.backends import torch_strips, triton_backend
+from llave_kernels.backends.torch_strips import accumulation_dtype
+from llave_kernels.rules import Rules
+
+# One flat signature, because an operator's schema holds only tensors and scalars.
+# Order: the fields of ``Rules``.
+RuleArgs = tuple[
+    Tensor, Tensor | None, Tensor | None, Tensor | None, float, float, str, float | None, bool
+]
+
+
+def rule_args(rules: Rules) -> RuleArgs:
+    """``Rules`` flattened to the operators' trailing arguments."""
+    return (
+        rules.labels,
+        rules.owners,
+        rules.query_ids,
+        rules.target_ids,
+        rules.alpha,
+        rules.target_alpha,
+        rules.hardness,
+        rules.margin,
+        rules.symmetric,
+    )
+
+
+@torch.library.custom_op("llave::contrastive_logsumexp", mutates_args=())
+def contrastive_logsumexp(
+    query: Tensor,
+    target: Tensor,
+    logit_scale: Tensor,
+    backend: str,
+    labels: Tensor,
+    owners: Tensor | None,
+    query_ids: Tensor | None,
+    target_ids: Tensor | None,
+    alpha: float,
+    target_alpha: float,
+    hardness: str,
+    margin: float | None,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Positive logits (N,), n (N,), n' (M,) or (0,), and what the backward of ``backend`` keeps."""
+    rules = Rules(
+        labels, owners, query_ids, target_ids, alpha, target_alpha, hardness, margin, symmetric
+    )
+    with _exact(query):
+        if backend == torch_strips.NAME:
+            return torch_strips.forward(query, target, logit_scale, rules)
+        outputs = triton_backend.forward(query, target, logit_scale, rules)
+        return (*outputs, query.new_empty((0, 0), dtype=torch.float32))
+
+
+@contrastive_logsumexp.register_fake
+def _(query: Tensor, target: Tensor, logit_scale: Tensor, backend: str, *rules: Any) -> Any:
+    symmetric = rules[-1]
+    dtype = accumulation_dtype(query.dtype)
+    n, m = query.shape[0], target.shape[0]
+    keeps = symmetric and backend == torch_strips.NAME
+    kept = torch_strips.kept_shape(query, target) if keeps else (0, 0)
+    shapes = ((n,), (n,), (m if symmetric else 0,), kept)
+    return tuple(query.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+@torch.library.custom_op("llave::contrastive_logsumexp_backward", mutates_args=())
+def contrastive_logsumexp_backward(
+    d_positive: Tensor,
+    d_query_lse: Tensor,
+    d_target_lse: Tensor,
+    query: Tensor,
+    target: Tensor,
+    logit_scale: Tensor,
+    positive: Tensor,
+    query_lse: Tensor,
+    target_lse: Tensor,
+    kept: Tensor,
+    backend: str,
+    labels: Tensor,
+    owners: Tensor | None,
+    query_ids: Tensor | None,
+    target_ids: Tensor | None,
+    alpha: float,
+    target_alpha: float,
+    hardness: str,
+    margin: float | None,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of query (N, D) and target (M, D), in their dtypes."""
+    rules = Rules(
+        labels, owners, query_ids, target_ids, alpha, target_alpha, hardness, margin, symmetric
+    )
+    upstream = d_positive, d_query_lse, d_target_lse
+    with _exact(query):
+        if backend == torch_strips.NAME:
+            return torch_strips.backward(
+                *upstream, query, target, logit_scale, query_lse, target_lse, kept, rules
+            )
+        lses = positive, query_lse, target_lse
+        return triton_backend.backward(*upstream, query, target, logit_scale, *lses, rules)
+
+
+@contrastive_logsumexp_backward.register_fake
+def _(
+    d_positive: Tensor,
+    d_query_lse: Tensor,
+    d_target_lse: Tensor,
+    query: Tensor,
+    target: Tensor,
+    *rest: Any,
+) -> Any:
+    return _gradient_like(query), _gradient_like(target)
+
+
+@torch.library.custom_op("llave::one_direction_loss", mutates_args=())
+def one_direction_loss(
+    query: Tensor,
+    target: Tensor,
+    logit_scale: Tensor,
+    labels: Tensor,
+    owners: Tensor | None,
+    query_ids: Tensor | None,
+    target_ids: Tensor | None,
+    alpha: float,
+    target_alpha: float,
+    hardness: str,
+    margin: float | None,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum over the rows of the query direction's loss (0-d), with its gradients dQ and dT."""
+    rules = Rules(
+        labels, owners, query_ids, target_ids, alpha, target_alpha, hardness, margin, symmetric
+    )
+    with _exact(query):
+        loss, d_query, d_target = torch_strips.one_direction(query, target, logit_scale, rules)
+        return loss.sum(), d_query, d_target
+
+
+@one_direction_loss.register_fake
+def _(query: Tensor, target: Tensor, logit_scale: Tensor, *rules: Any) -> Any:
+    loss = query.new_empty((), dtype=accumulation_dtype(query.dtype))
+    return loss, _gradient_like(query), _gradient_like(target)
+
+
+def _gradient_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _exact(query: Tensor) -> torch.autocast:
+    """The operators choose their own precisions; autocast has had its say on the inputs."""
+    return torch.autocast(query.device.type, enabled=False)
+
+
+def _scale_gradient(query: Tensor, d_query: Tensor, logit_scale: Tensor) -> Tensor:
+    """d loss / d kappa = (1 / kappa) sum_i q_i . dq_i: every gradient of s passes through kappa s."""
+    dtype = accumulation_dtype(query.dtype)
+    total = torch.linalg.vecdot(query.to(dtype), d_query.to(dtype)).sum()
+    return (total / logit_scale).to(logit_scale.dtype)
+
+
+def _refuse_double_backward(*_: Any) -> None:
+    raise RuntimeError(
+        "the hardness-weighted contrastive loss has no second derivative: call backward() "
+        "without create_graph=True, or differentiate llave_kernels.reference instead"
+    )
+
+
+def _setup_logsumexp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, target, logit_scale, ctx.backend, *rules = inputs
+    ctx.save_for_backward(query, target, logit_scale, *output, *rules[:4])
+    ctx.scalars = rules[4:]
+    ctx.mark_non_differentiable(output[3])
+    ctx.set_materialize_grads(True)
+
+
+def _backward_logsumexp(
+    ctx: Any, d_positive: Tensor, d_query: Tensor, d_target: Tensor, _: Tensor
+) -> tuple[Tensor | None, ...]:
+    query, target, scale, positive, query_lse, target_lse, kept, *ids = ctx.saved_tensors
+    dq, dt = contrastive_logsumexp_backward(
+        *(d.contiguous() for d in (d_positive, d_query, d_target)),
+        *(query, target, scale, positive, query_lse, target_lse, kept, ctx.backend),
+        *(*ids, *ctx.scalars),
+    )
+    d_scale = _scale_gradient(query, dq, scale) if ctx.needs_input_grad[2] else None
+    return dq, dt, d_scale, *[None] * 10
+
+
+contrastive_logsumexp_backward.register_autograd(_refuse_double_backward)
+contrastive_logsumexp.register_autograd(_backward_logsumexp, setup_context=_setup_logsumexp)
+
+
+def _setup_one_direction(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(inputs[0], inputs[2], *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward_one_direction(
+    ctx: Any, d_loss: Tensor, _dq: Tensor, _dt: Tensor
+) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        _refuse_double_backward()
+    query, scale, d_query, d_target = ctx.saved_tensors
+    d_scale = _scale_gradient(query, d_query, scale) * d_loss if ctx.needs_input_grad[2] else None
+    return d_query * d_loss, d_target * d_loss, d_scale, *[None] * 9
+
+
+one_direction_loss.register_autograd(_backward_one_direction, setup_context=_setup_one_direction)

@@ -1,0 +1,71 @@
+"""The loss written densely, to be read beside the paper (arXiv 2503.04812). The truth of every test.
+
+It materialises the N x M matrix, is differentiable by autograd and works in any float dtype; run it in
+float64. It is not a backend.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+INF = float("inf")
+
+
+def reference_logsumexp(
+    query: Tensor,
+    target: Tensor,
+    *,
+    logit_scale: float | Tensor = 50.0,
+    alpha: float = 9.0,
+    hardness: str = "in_batch",
+    symmetric: bool = True,
+    target_alpha: float | None = None,
+    labels: Tensor | None = None,
+    owners: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    target_ids: Tensor | None = None,
+    false_negative_margin: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Positive logits p (N,), log-sum-exps over negatives n (N,) and n' (M,) (None if not symmetric)."""
+    n, m = len(query), len(target)
+    labels = torch.arange(n, device=query.device) if labels is None else labels
+    owners = torch.arange(m, device=query.device) % n if owners is None else owners
+    s = query @ target.T
+    positive = s.gather(1, labels[:, None]).squeeze(1)
+
+    is_positive = labels[:, None] == torch.arange(m, device=query.device)
+    own = labels[:, None] == owners
+    weighted = {"in_batch": ~own, "hard_negatives": own, "all": torch.ones_like(own)}[hardness]
+    valid = ~is_positive
+    if query_ids is not None and target_ids is not None:
+        valid = valid & (query_ids[:, None] != target_ids)
+    row_valid = column_valid = valid
+    if false_negative_margin is not None:
+        column_positive = s.new_full((m,), INF).index_put((labels,), positive.detach())
+        row_valid = valid & ~(~own & (s > positive.detach()[:, None] + false_negative_margin))
+        column_valid = valid & ~(~own & (s > column_positive + false_negative_margin))
+
+    def logsumexp(alpha: float, valid: Tensor, dim: int) -> Tensor:
+        z = logit_scale * s + alpha * weighted * s.detach()
+        empty = ~valid.any(dim, keepdim=True)  # a finite stand-in keeps autograd free of NaN
+        z = z.masked_fill(~valid & ~empty, -INF)
+        return torch.where(empty.squeeze(dim), -INF, z.logsumexp(dim))
+
+    target_alpha = alpha if target_alpha is None else target_alpha
+    rows = logsumexp(alpha, row_valid, 1)
+    columns = logsumexp(target_alpha, column_valid, 0) if symmetric else None
+    return logit_scale * positive, rows, columns
+
+
+def reference_loss(
+    query: Tensor, target: Tensor, *, reduction: str = "mean", **rules: object
+) -> Tensor:
+    """The hardness-weighted contrastive loss; ``rules`` as in ``reference_logsumexp``."""
+    positive, rows, columns = reference_logsumexp(query, target, **rules)  # type: ignore[arg-type]
+    loss = -torch.nn.functional.logsigmoid(positive - rows)
+    if columns is not None:
+        labels = rules.get("labels")
+        of_positive = columns[: len(query)] if labels is None else columns[labels]  # type: ignore[index]
+        loss = (loss - torch.nn.functional.logsigmoid(positive - of_positive)) / 2
+    return {"mean": loss.mean, "sum": loss.sum, "none": lambda: loss}[reduction]()

@@ -1,0 +1,51 @@
+"""Which pairs count, and which of them carry the hardness weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+HARDNESS_MODES = ("in_batch", "hard_negatives", "all")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The pair rules of one call, validated and resolved to what a backend needs.
+
+    Column ``j`` is row ``i``'s own when ``owners[j] == labels[i]``. It is row ``i``'s positive when
+    ``j == labels[i]``. Every other column is a negative unless an id or the margin leaves it out.
+
+    Attributes:
+        labels: (N,) int64, the column of each row's positive.
+        owners: (M,) int64, the column of the positive each column goes with, or None where every
+            column is its own owner (no mined negatives), which backends can treat faster.
+        query_ids: (N,) int64 content ids, or None. Given together with ``target_ids``.
+        target_ids: (M,) int64 content ids, or None.
+        alpha: hardness strength of the query -> target direction.
+        target_alpha: hardness strength of the target -> query direction.
+        hardness: one of ``HARDNESS_MODES``.
+        margin: ``false_negative_margin``, or None.
+        symmetric: whether the target -> query direction is computed.
+    """
+
+    labels: Tensor
+    owners: Tensor | None
+    query_ids: Tensor | None
+    target_ids: Tensor | None
+    alpha: float
+    target_alpha: float
+    hardness: str
+    margin: float | None
+    symmetric: bool
+
+    @property
+    def shared_logits(self) -> bool:
+        """Whether both directions use the same logits for every pair (one exponential serves both)."""
+        return self.margin is None and self.alpha == self.target_alpha
+
+
+def default_owners(n: int, m: int, device: torch.device) -> Tensor | None:
+    """``j mod N``: N positives first, then blocks of N mined negatives. None when M == N."""
+    return None if m == n else torch.arange(m, device=device) % n
