@@ -33,7 +33,7 @@ def embeddings(query: Tensor, target: Tensor) -> None:
             )
     if query.shape[1] != target.shape[1]:
         raise ValueError(
-            f"query and target must have the same width D, got {query.shape[1]} and {target.shape[1]}"
+            f"query and target must have the same width, got {query.shape[1]} and {target.shape[1]}"
         )
     if query.dtype != target.dtype:
         raise TypeError(
@@ -65,9 +65,9 @@ def logit_scale(value: float | Tensor, query: Tensor) -> Tensor:
 
 def _positive_scale(value: float) -> None:
     # A NaN in a tensor is let through: NaN in, NaN out.
-    if value <= 0 or math.isinf(value):
+    if value <= 0 or value == math.inf:
         raise ValueError(
-            f"logit_scale must be positive and finite, got {value}; it is 1 / temperature, not its log"
+            f"logit_scale must be positive and finite, got {value}: 1 / temperature, not its log"
         )
 
 
@@ -112,10 +112,10 @@ def columns(
             raise ValueError(
                 f"{name} must be columns of target, 0 to {m - 1}, got values from {low} to {high}"
             )
-        if unique and len(value.unique()) != length:
+        if unique and int(value.bincount().max()) > 1:
             raise ValueError(
-                f"{name} must not repeat a column when symmetric=True: a column has one positive row; "
-                "pass symmetric=False where queries share a target"
+                f"{name} must not repeat a column when symmetric=True, where a column has one "
+                "positive row; pass symmetric=False where queries share a target"
             )
     return value.to(torch.int64)
 
@@ -146,7 +146,7 @@ def _integers(name: str, value: Tensor, length: int, device: torch.device) -> No
 def _device(name: str, value: Tensor, device: torch.device) -> None:
     if value.device != device:
         raise ValueError(
-            f"{name} must be on query's device {device}, got {value.device}; use to({str(device)!r})"
+            f"{name} must be on query's device {device}, got {value.device}; move it there"
         )
 
 

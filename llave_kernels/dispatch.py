@@ -1,4 +1,4 @@
-"""Which backend runs a call. ``"auto"`` picks and never fails; a backend asked for by name runs or says why not."""
+"""Which backend runs a call: ``"auto"`` never fails, a name runs or says why it cannot."""
 
 from __future__ import annotations
 

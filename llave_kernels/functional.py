@@ -1,4 +1,4 @@
-"""The public functions: argument checks, defaults, and the losses composed from the log-sum-exps."""
+"""The public functions: defaults, and the losses composed from the log-sum-exps."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class ContrastiveLogits(NamedTuple):
     Attributes:
         positive: (N,) logit of each row's positive, ``kappa s_{i,l_i}``.
         query: (N,) log-sum-exp of each row over its valid negatives, -inf where it has none.
-        target: (M,) log-sum-exp of each column over the rows whose positive it is not; None when not
-            symmetric. The loss reads it at ``labels`` only.
+        target: (M,) log-sum-exp of each column over the rows whose positive it is not; None when
+            not symmetric. The loss reads it at ``labels`` only.
     """
 
     positive: Tensor
@@ -46,8 +46,9 @@ def contrastive_logsumexp(
 ) -> ContrastiveLogits:
     """Positive logits and both directions' log-sum-exps over the hardness-weighted negatives.
 
-    The differentiable primitive: gradients reach ``query``, ``target`` and ``logit_scale``. The arguments
-    are those of ``hardness_weighted_contrastive_loss``, which states them and what they raise.
+    The differentiable primitive: gradients reach ``query``, ``target`` and ``logit_scale``. The
+    arguments are those of ``hardness_weighted_contrastive_loss``, which states them and what they
+    raise.
     """
     query, target = _autocast(query, target)
     scale, rules = _resolve(
@@ -77,30 +78,33 @@ def hardness_weighted_contrastive_loss(
 ) -> Tensor:
     """Hardness-weighted contrastive loss of LLaVE (arXiv 2503.04812, eq. 4-6), fused.
 
-    With ``s_ij = q_i . t_j``, each valid negative has the logit ``kappa s_ij + alpha h_ij sg(s_ij)``, the
-    positive ``p_i = kappa s_{i,l_i}``, and ``L_i = softplus(logsumexp of the negatives - p_i)``. The
-    symmetric loss averages that with the same over each positive's column. The N x M matrix is never
-    stored. Rows are not normalised: pass unit-length rows for cosine similarity.
+    With ``s_ij = q_i . t_j``, each valid negative has the logit ``kappa s_ij + alpha h_ij
+    sg(s_ij)``, the positive ``p_i = kappa s_{i,l_i}``, and ``L_i = softplus(logsumexp of the
+    negatives - p_i)``. The symmetric loss averages that with the same over each positive's column.
+    The N x M matrix is never stored. Rows are not normalised: pass unit-length rows for cosine
+    similarity.
 
     Args:
         query: (N, D) float32, bfloat16, float16 or float64 (``torch`` backend), any strides.
-        target: (M, D) with M >= N, same dtype and device. By default N positives, then blocks of N mined
-            negatives, row i's in rows ``i + k N``.
-        logit_scale: kappa = 1 / temperature, a positive float or a 0-d tensor, which may require grad.
+        target: (M, D) with M >= N, same dtype and device. By default N positives, then blocks of N
+            mined negatives, row i's in rows ``i + k N``.
+        logit_scale: kappa = 1 / temperature, a positive float or a 0-d tensor, which may require
+            grad.
         alpha: hardness strength, >= 0. 0 is InfoNCE; the paper uses 9.
-        hardness: which negatives carry the weight. ``"in_batch"``: columns owned by other rows (paper);
-            ``"hard_negatives"``: the row's own mined negatives (EmbeddingGemma, alpha 5); ``"all"``: both.
+        hardness: which negatives carry the weight. ``"in_batch"``: columns owned by other rows
+            (paper); ``"hard_negatives"``: the row's own mined negatives (EmbeddingGemma, alpha 5);
+            ``"all"``: both.
         symmetric: also compute the target -> query direction, and average.
         target_alpha: hardness strength of the target -> query direction. Default: ``alpha``.
         labels: (N,) integer, column of each row's positive. Default ``arange(N)``.
         owners: (M,) integer, for each column the column of the positive it goes with (itself, for a
             positive). Default ``arange(M) % N``.
-        query_ids: (N,) int64 content ids. A negative with its row's id duplicates the positive and is
-            left out. Needs ``target_ids``.
+        query_ids: (N,) int64 content ids. A negative with its row's id duplicates the positive and
+            is left out. Needs ``target_ids``.
         target_ids: (M,) int64 content ids. Needs ``query_ids``.
-        false_negative_margin: leave out negatives owned by other rows whose similarity exceeds that of
-            the positive by more than this (Qwen3-Embedding: 0.1). In the target direction the positive
-            is the column's own. A row's own mined negatives are never left out by it.
+        false_negative_margin: leave out negatives owned by other rows whose similarity exceeds
+            that of the positive by more than this (Qwen3-Embedding: 0.1). In the target direction
+            the positive is the column's own. A row's own mined negatives are never left out by it.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (a loss per row).
         backend: ``"auto"`` or a name from ``available_backends()``.
 
@@ -110,9 +114,9 @@ def hardness_weighted_contrastive_loss(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: wrong shape, device or value, or a named backend that does not support the call. On a
-            GPU values of index tensors and of a tensor ``logit_scale`` are not checked: that would
-            synchronise.
+        ValueError: wrong shape, device or value, or a named backend that does not support the
+            call. On a GPU values of index tensors and of a tensor ``logit_scale`` are not checked:
+            that would synchronise.
         RuntimeError: a named backend that cannot run on this machine; a second derivative.
     """
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
@@ -132,7 +136,9 @@ def hardness_weighted_contrastive_loss(
     loss = -logsigmoid(logits.positive - logits.query)
     if logits.target is not None:
         loss = (loss - logsigmoid(logits.positive - logits.target[rules.labels])) / 2
-    return {"mean": loss.mean, "sum": loss.sum, "none": lambda: loss}[reduction]()
+    if reduction == "none":
+        return loss
+    return loss.mean() if reduction == "mean" else loss.sum()
 
 
 def _autocast(query: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +149,9 @@ def _autocast(query: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return query, target
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.dtype.itemsize < 8 else t for t in (query, target))  # type: ignore[return-value]
+    if torch.float64 in (query.dtype, target.dtype):
+        return query, target
+    return query.to(dtype), target.to(dtype)
 
 
 def _resolve(

@@ -19,8 +19,8 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         logit_scale: kappa = 1 / temperature, positive.
         alpha, hardness, symmetric, target_alpha, false_negative_margin, reduction, backend: as in
             ``hardness_weighted_contrastive_loss``.
-        learnable: train the scale. The parameter is ``log_logit_scale``, a 0-d float32 logarithm as in
-            CLIP, which keeps the scale positive.
+        learnable: train the scale. The parameter is ``log_logit_scale``, a 0-d float32 logarithm
+            as in CLIP, which keeps the scale positive.
         max_logit_scale: upper bound of a learnable scale (CLIP: 100).
 
     Example:
@@ -59,7 +59,7 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         checks.positive("max_logit_scale", max_logit_scale)
         if learnable and logit_scale > max_logit_scale:
             raise ValueError(
-                f"logit_scale={logit_scale} is above max_logit_scale={max_logit_scale}; raise the latter"
+                f"logit_scale={logit_scale} is above max_logit_scale={max_logit_scale}; raise that"
             )
         self.initial_logit_scale = logit_scale
         self.max_logit_scale = max_logit_scale
@@ -111,8 +111,9 @@ class HardnessWeightedContrastiveLoss(nn.Module):
     def extra_repr(self) -> str:
         """The settings that shape the loss."""
         learnable = self.log_logit_scale is not None
+        scale = float(torch.as_tensor(self.logit_scale).detach())
         shown = [
-            f"logit_scale={float(self.logit_scale):g}{' (learnable)' if learnable else ''}",
+            f"logit_scale={scale:g}{' (learnable)' if learnable else ''}",
             f"alpha={self.alpha:g}",
             f"hardness={self.hardness!r}",
             f"symmetric={self.symmetric}",

@@ -1,7 +1,7 @@
 """The ``torch.library`` operators: what autograd, ``torch.compile`` and fake tensors see.
 
-``llave::contrastive_logsumexp`` is the differentiable primitive; ``llave::one_direction_loss`` makes the
-gradients along with the loss where the upstream gradient can only be a scalar.
+``llave::contrastive_logsumexp`` is the differentiable primitive; ``llave::one_direction_loss``
+makes the gradients along with the loss where the upstream gradient can only be a scalar.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def _exact(query: Tensor) -> torch.autocast:
 
 
 def _scale_gradient(query: Tensor, d_query: Tensor, logit_scale: Tensor) -> Tensor:
-    """d loss / d kappa = (1 / kappa) sum_i q_i . dq_i: every gradient of s passes through kappa s."""
+    """(1 / kappa) sum_i q_i . dq_i, since every gradient of s passes through kappa s."""
     dtype = accumulation_dtype(query.dtype)
     total = torch.linalg.vecdot(query.to(dtype), d_query.to(dtype)).sum()
     return (total / logit_scale).to(logit_scale.dtype)

@@ -1,7 +1,8 @@
-"""The loss written densely, to be read beside the paper (arXiv 2503.04812). The truth of every test.
+"""The loss written densely, to be read beside the paper (arXiv 2503.04812).
 
-It materialises the N x M matrix, is differentiable by autograd and works in any float dtype; run it in
-float64. It is not a backend.
+The truth of every test.
+It materialises the N x M matrix, is differentiable by autograd and works in any float dtype; run
+it in float64. It is not a backend.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def reference_logsumexp(
     target_ids: Tensor | None = None,
     false_negative_margin: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Positive logits p (N,), log-sum-exps over negatives n (N,) and n' (M,) (None if not symmetric)."""
+    """p (N,), n (N,) and n' (M,), which is None if not symmetric."""
     n, m = len(query), len(target)
     labels = torch.arange(n, device=query.device) if labels is None else labels
     owners = torch.arange(m, device=query.device) % n if owners is None else owners
@@ -66,6 +67,6 @@ def reference_loss(
     loss = -torch.nn.functional.logsigmoid(positive - rows)
     if columns is not None:
         labels = rules.get("labels")
-        of_positive = columns[: len(query)] if labels is None else columns[labels]  # type: ignore[index]
-        loss = (loss - torch.nn.functional.logsigmoid(positive - of_positive)) / 2
-    return {"mean": loss.mean, "sum": loss.sum, "none": lambda: loss}[reduction]()
+        own = columns[: len(query)] if labels is None else columns[labels]  # type: ignore[index]
+        loss = (loss - torch.nn.functional.logsigmoid(positive - own)) / 2
+    return {"mean": loss.mean(), "sum": loss.sum(), "none": loss}[reduction]

@@ -42,7 +42,7 @@ class Rules:
 
     @property
     def shared_logits(self) -> bool:
-        """Whether both directions use the same logits for every pair (one exponential serves both)."""
+        """Whether a pair has the same logit in both directions: one exponential serves both."""
         return self.margin is None and self.alpha == self.target_alpha
 
 

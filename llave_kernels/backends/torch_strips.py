@@ -1,16 +1,15 @@
-"""The ``torch`` backend: strips of the similarity matrix through torch's own GEMM and in-place arithmetic.
+"""The ``torch`` backend: strips of the similarity matrix through torch's GEMM, reduced in place.
 
 Any device, any float dtype; the fast path of the CPU.
 
     forward        2NMD  one GEMM per strip, reduced over its rows and columns before the next strip
     backward       6NMD  the strip again, then dQ_strip = dS T and dT += dS^T Q_strip
                          (4NMD where the similarities fit ``KEEP_BUDGET``: the forward kept them)
-    one_direction  6NMD  loss and gradients together: a row's log-sum-exp is complete within its strip,
-                         so the gradient GEMMs run while the strip is at hand
+    one_direction  6NMD  loss and gradients together: a row's log-sum-exp is complete within its
+                         strip, so the gradient GEMMs run while the strip is at hand
 
-Half precision is computed in float32: a GEMM that rounds similarities to bfloat16 loses three digits of
-the logits, and float16 GEMMs are hundreds of times slower than float32 on a CPU. Logits are kept in base
-2 because ``exp2`` is the cheap exponential (11 G elements/s in place on two AVX-512 cores, ``exp`` 3).
+Half precision is computed in float32: a GEMM that rounds similarities to bfloat16 loses three
+digits of the logits, and float16 GEMMs are hundreds of times slower than float32 on a CPU.
 """
 
 from __future__ import annotations
@@ -27,10 +26,9 @@ from llave_kernels.rules import Rules
 NAME = "torch"
 STRIP_BUDGET = 16 << 20  # bytes of one strip; up to three are alive
 KEEP_BUDGET = 64 << 20  # bytes of similarities that the forward may keep for the backward
-LN2 = math.log(2.0)
 INF = math.inf
-# Largest base-2 logit whose exponentials, and sums of 2^30 of them, stay normal float32 numbers.
-SAFE_EXPONENT = 96.0
+# Largest |z| for which exponentials, and sums of 2^30 of them, stay normal float32 numbers.
+SAFE_EXPONENT = 66.0
 
 
 def unavailable() -> str | None:
@@ -56,7 +54,7 @@ def kept_shape(query: Tensor, target: Tensor) -> tuple[int, int]:
 
 
 class _Strips:
-    """The similarity matrix of one call, ``rows`` rows at a time, in buffers that every strip reuses."""
+    """The similarity matrix of one call, ``rows`` rows at a time."""
 
     def __init__(
         self, query: Tensor, target: Tensor, scale: Tensor, rules: Rules, kept: Tensor
@@ -100,7 +98,7 @@ class _Strips:
             torch.linalg.vector_norm(x, dim=1, dtype=self.dtype) for x in (self.query, self.target)
         ]
         strength = self.scale + max(self.rules.alpha, self.rules.target_alpha)
-        return bool(strength * norms[0].max() * norms[1].max() / LN2 <= SAFE_EXPONENT)
+        return bool(strength * norms[0].max() * norms[1].max() <= SAFE_EXPONENT)
 
     def similarity(self, strip: slice, out: Tensor) -> Tensor:
         """(rows, M) similarities of the strip, computed into ``out`` unless they were kept."""
@@ -110,10 +108,10 @@ class _Strips:
         return torch.mm(self.queries(strip), self.target.T, out=out)
 
     def logits(self, strip: slice, similarity: Tensor, out: Tensor, *, columns: bool) -> Tensor:
-        """(rows, M) base-2 logits of one direction, -inf where the pair is not a valid negative."""
+        """(rows, M) logits of one direction, -inf where the pair is not a valid negative."""
         rules, labels = self.rules, self.rules.labels[strip]
-        plain = self.scale / LN2
-        weighted = plain + (rules.target_alpha if columns else rules.alpha) / LN2
+        plain = self.scale
+        weighted = plain + (rules.target_alpha if columns else rules.alpha)
         own = None if rules.owners is None else labels[:, None] == rules.owners
         if own is None or rules.hardness == "all":
             factor = plain if rules.hardness == "hard_negatives" else weighted
@@ -137,16 +135,16 @@ def _finite(shift: Tensor) -> Tensor:
 
 
 def _row_exponentials(strips: _Strips, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In place ``e = 2^(z - shift)``, with its row sums and the shift (rows, 1)."""
+    """In place ``e = exp(z - shift)``, its row sums (rows, 1), and the shift."""
     shift = z.new_zeros(()) if strips.bounded else _finite(z.amax(1, keepdim=True))
-    e = (z if strips.bounded else z.sub_(shift)).exp2_()
+    e = (z if strips.bounded else z.sub_(shift)).exp_()
     return e, e.sum(1, keepdim=True), shift
 
 
 def forward(
     query: Tensor, target: Tensor, logit_scale: Tensor, rules: Rules
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Positive logits (N,), log-sum-exps n (N,) and n' (M,) or (0,), kept similarities (N, M) or (0, 0).
+    """Positive logits (N,), n (N,), n' (M,) or (0,), and the kept similarities (N, M) or (0, 0).
 
     All in the accumulation dtype. ``logit_scale`` is 0-d.
     """
@@ -163,7 +161,7 @@ def forward(
         e, total, shift = _row_exponentials(
             strips, strips.logits(strip, similarity, work, columns=False)
         )
-        rows[strip] = (shift + total.log2()).squeeze(1)
+        rows[strip] = (shift + total.log()).squeeze(1)
         if not rules.symmetric:
             continue
         if strips.bounded and rules.shared_logits:
@@ -171,16 +169,17 @@ def forward(
             continue
         z = strips.logits(strip, similarity, work, columns=True)
         if strips.bounded:
-            column_sum += z.exp2_().sum(0)
+            column_sum += z.exp_().sum(0)
             continue
         new_max = torch.maximum(column_max, z.amax(0))
         shift = _finite(new_max)
-        column_sum = column_sum * (column_max - shift).exp2() + z.sub_(shift).exp2_().sum(0)
+        column_sum *= (column_max - shift).exp()
+        column_sum += z.sub_(shift).exp_().sum(0)
         column_max = new_max
-    columns = (_finite(column_max) + column_sum.log2()) * LN2
+    columns = _finite(column_max) + column_sum.log()
     return (
         strips.positive * strips.scale,
-        rows * LN2,
+        rows,
         columns if rules.symmetric else rows.new_empty(0),
         kept,
     )
@@ -198,28 +197,30 @@ def backward(
     kept: Tensor,
     rules: Rules,
 ) -> tuple[Tensor, Tensor]:
-    """dQ (N, D) and dT (M, D) in the inputs' dtypes, from the gradients of ``forward``'s outputs."""
+    """dQ (N, D) and dT (M, D) in the inputs' dtypes, given those of ``forward``'s outputs."""
     strips = _Strips(query, target, logit_scale, rules, kept)
     gradients = _Gradients(strips)
     buffer = strips.buffer() if not kept.numel() else kept
     work, other = strips.buffer(), strips.buffer()
-    # Where one exponential serves both directions, dS = 2^z (row factor + column factor).
+    row_shift, row_factor = _finite(query_lse), d_query_lse * strips.scale
+    column_shift, column_factor = _finite(target_lse), d_target_lse * strips.scale
+    # Where one exponential serves both directions, dS = exp(z) (row factor + column factor).
     together = strips.bounded and rules.shared_logits and rules.symmetric
-    row_shift, row_factor = _factors(query_lse, d_query_lse, strips, folded=together)
-    if rules.symmetric:
-        column_shift, column_factor = _factors(target_lse, d_target_lse, strips, folded=together)
+    if together:
+        row_factor = row_factor * torch.exp(-row_shift)
+        column_factor = column_factor * torch.exp(-column_shift)
     for strip in strips:
         similarity = strips.similarity(strip, buffer)
         z = strips.logits(strip, similarity, work, columns=False)
         factor = row_factor[strip, None]
         if together:
             weights = torch.add(factor, column_factor, out=other[: len(z)])
-            ds = z.exp2_().mul_(weights)
+            ds = z.exp_().mul_(weights)
         else:
-            ds = z.sub_(row_shift[strip, None]).exp2_().mul_(factor)
+            ds = z.sub_(row_shift[strip, None]).exp_().mul_(factor)
             if rules.symmetric:
                 z = strips.logits(strip, similarity, other, columns=True)
-                ds += z.sub_(column_shift).exp2_().mul_(column_factor)
+                ds += z.sub_(column_shift).exp_().mul_(column_factor)
         gradients.add(strip, ds, d_positive[strip] * strips.scale)
     return gradients.result()
 
@@ -237,21 +238,12 @@ def one_direction(
         e, total, shift = _row_exponentials(
             strips, strips.logits(strip, similarity, work, columns=False)
         )
-        gap = strips.positive[strip] * strips.scale - (shift + total.log2()).squeeze(1) * LN2
+        gap = strips.positive[strip] * strips.scale - (shift + total.log()).squeeze(1)
         loss[strip] = -logsigmoid(gap)
         slope = torch.sigmoid(-gap) * strips.scale
         factor = slope / total.squeeze(1).masked_fill(total.squeeze(1) == 0, 1.0)
         gradients.add(strip, e.mul_(factor[:, None]), -slope)
     return (loss, *gradients.result())
-
-
-def _factors(lse: Tensor, d_lse: Tensor, strips: _Strips, *, folded: bool) -> tuple[Tensor, Tensor]:
-    """(shift, factor) such that the gradient of a logit is ``factor * 2^(z - shift)``; folded: shift 0."""
-    shift = _finite(lse) / LN2
-    factor = d_lse * strips.scale
-    if not folded:
-        return shift, factor
-    return torch.zeros_like(shift), factor * torch.exp2(-shift)
 
 
 class _Gradients:

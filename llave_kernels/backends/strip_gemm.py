@@ -1,0 +1,65 @@
+"""The gradient GEMMs of the GPU backends: strips of dS through a bounded workspace and the
+library's GEMM.
+
+Embeddings are wide (896 to 3,584): a float32 output tile of such a gradient does not fit in
+registers, so one fused kernel would spend its time on atomics. Two GEMMs per strip run at the
+library's rate instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+WORKSPACE = 256 << 20  # bytes of dS at a time
+ALIGNMENT = 8  # elements: 16-byte rows of half precision, which tensor-core GEMMs want
+
+
+def strip_rows(n: int, m: int, itemsize: int) -> int:
+    """Rows of dS that fit the workspace, a multiple of 128 where more than one strip is needed."""
+    rows = max(1, WORKSPACE // (_pitch(m) * itemsize))
+    return n if rows >= n else max(1, rows // 128 * 128 or rows)
+
+
+def gradients(
+    query: Tensor,
+    target: Tensor,
+    fill: Callable[[Tensor, int, int], None],
+    gain: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """dQ (N, D) and dT (M, D) in the inputs' dtype.
+
+    ``fill(ds, start, stop)`` writes ``gain * dS`` of those rows into ``ds`` (rows, M), whose rows
+    are contiguous. ``gain`` is a 0-d power of two, None for 1.
+    """
+    n, m = len(query), len(target)
+    rows = strip_rows(n, m, query.dtype.itemsize)
+    workspace = query.new_empty((rows, _pitch(m)))
+    d_query = query.new_empty(query.shape)
+    d_target = query.new_zeros(target.shape, dtype=torch.float32)
+    for start in range(0, n, rows):
+        stop = min(start + rows, n)
+        ds = workspace[: stop - start, :m]
+        fill(ds, start, stop)
+        strip = _mm(ds, target)
+        d_query[start:stop] = strip if gain is None else strip / gain
+        d_target += _mm(ds.T, query[start:stop])
+    if gain is not None:
+        d_target /= gain
+    return d_query, d_target.to(target.dtype)
+
+
+def _pitch(m: int) -> int:
+    return -(-m // ALIGNMENT) * ALIGNMENT
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """float32 product; half-precision inputs stay so on a GPU, whose GEMM accumulates in
+    float32."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()

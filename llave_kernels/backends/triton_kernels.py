@@ -1,0 +1,243 @@
+"""The Triton kernels. Names: ``p_`` pointer, ``b_`` block of values, ``o_`` offsets, ``m_`` mask,
+``i_`` index.
+
+``forward_kernel``   one tiled pass over S = Q T^T; each tile is masked, weighted and reduced, in
+                     registers, to a running (max, sum) per row and per column
+``combine_kernel``   partial (max, sum) pairs to log-sum-exps
+``strip_kernel``     the tile again, and its gradient dS into a workspace for the gradient GEMMs
+``positive_kernel``  s_{i, l_i}
+
+Logits stay in natural units until the maximum is subtracted: changing base first would round large
+ones.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+IN_BATCH = tl.constexpr(0)
+HARD_NEGATIVES = tl.constexpr(1)
+INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def _exp(x):
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def _finite(x):
+    """0 in place of -inf, so that (-inf) - x stays -inf where nothing is summed."""
+    return tl.where(x == -INF, 0.0, x)
+
+
+@triton.jit
+def _similarity(
+    p_q, p_t, o_m, o_n, N, M, D, s_qn, s_qd, s_tm, s_td,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(BM, BN) float32 similarities of rows ``o_m`` and columns ``o_n``; 0 beyond the edges."""
+    b_s = tl.zeros((BM, BN), tl.float32)
+    p_rows = p_q + o_m.to(tl.int64)[:, None] * s_qn
+    p_columns = p_t + o_n.to(tl.int64)[None, :] * s_tm
+    m_rows = (o_m < N)[:, None]
+    m_columns = (o_n < M)[None, :]
+    for k in range(0, D, BK):
+        o_k = k + tl.arange(0, BK)
+        b_q = tl.load(p_rows + o_k[None, :] * s_qd, mask=m_rows & (o_k < D)[None, :], other=0.0)
+        b_t = tl.load(
+            p_columns + o_k[:, None] * s_td, mask=m_columns & (o_k < D)[:, None], other=0.0
+        )
+        b_s = tl.dot(b_q, b_t, b_s, input_precision=PRECISION)
+    return b_s
+
+
+@triton.jit
+def _pairs(
+    b_s, b_label, o_n, p_owner, p_qid, p_tid, o_m, N, M,
+    HARDNESS: tl.constexpr, HAS_OWNERS: tl.constexpr, HAS_IDS: tl.constexpr,
+):  # fmt: skip
+    """(own, weighted, valid) of a tile by every rule but the margin."""
+    m_m, m_n = o_m < N, o_n < M
+    positive = b_label[:, None] == o_n[None, :]
+    if HAS_OWNERS:
+        b_owner = tl.load(p_owner + o_n, mask=m_n, other=-1).to(tl.int32)
+        own = b_label[:, None] == b_owner[None, :]
+    else:
+        own = positive
+    if HARDNESS == IN_BATCH:
+        weighted = ~own
+    elif HARDNESS == HARD_NEGATIVES:
+        weighted = own
+    else:
+        weighted = own | True
+    valid = m_m[:, None] & m_n[None, :] & ~positive
+    if HAS_IDS:
+        b_qid = tl.load(p_qid + o_m, mask=m_m, other=0)
+        b_tid = tl.load(p_tid + o_n, mask=m_n, other=0)
+        valid = valid & (b_qid[:, None] != b_tid[None, :])
+    return own, weighted, valid
+
+
+@triton.jit
+def _running(b_max, b_sum, b_tile_max, b_tile_sum):
+    """Merge two (max, sum) pairs."""
+    b_new = tl.maximum(b_max, b_tile_max)
+    b_shift = _finite(b_new)
+    return b_new, b_sum * _exp(b_max - b_shift) + b_tile_sum * _exp(b_tile_max - b_shift)
+
+
+@triton.jit
+def positive_kernel(
+    p_q, p_t, p_label, p_similarity, N, D, s_qn, s_qd, s_tm, s_td,
+    BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    m_m = o_m < N
+    b_label = tl.load(p_label + o_m, mask=m_m, other=0)
+    b_sum = tl.zeros((BM,), tl.float32)
+    for k in range(0, D, BK):
+        o_k = k + tl.arange(0, BK)
+        m = m_m[:, None] & (o_k < D)[None, :]
+        b_q = tl.load(
+            p_q + o_m.to(tl.int64)[:, None] * s_qn + o_k[None, :] * s_qd, mask=m, other=0.0
+        )
+        b_t = tl.load(p_t + b_label[:, None] * s_tm + o_k[None, :] * s_td, mask=m, other=0.0)
+        b_sum += tl.sum(b_q.to(tl.float32) * b_t.to(tl.float32), 1)
+    tl.store(p_similarity + o_m, b_sum, mask=m_m)
+
+
+@triton.jit
+def forward_kernel(
+    p_q, p_t, p_scale, p_label, p_owner, p_qid, p_tid, p_row_limit, p_column_limit,
+    p_row_max, p_row_sum, p_column_max, p_column_sum,
+    N, M, D, s_qn, s_qd, s_tm, s_td, alpha, target_alpha, ROWS, COLUMNS,
+    HARDNESS: tl.constexpr, HAS_OWNERS: tl.constexpr, HAS_IDS: tl.constexpr,
+    HAS_MARGIN: tl.constexpr, SYMMETRIC: tl.constexpr, SAME_ALPHA: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One program owns ROWS x COLUMNS tiles.
+
+    Row statistics live in registers along a line of tiles. Column statistics live in the program's
+    own line of the partial buffer, which it rereads for its next line of tiles.
+    """
+    i_rows, i_columns = tl.program_id(0), tl.program_id(1)
+    scale = tl.load(p_scale)
+    for r in range(0, ROWS):
+        o_m = (i_rows * ROWS + r) * BM + tl.arange(0, BM)
+        m_m = o_m < N
+        b_label = tl.load(p_label + o_m, mask=m_m, other=-1).to(tl.int32)
+        b_row_max = tl.full((BM,), -INF, tl.float32)
+        b_row_sum = tl.zeros((BM,), tl.float32)
+        for c in range(0, COLUMNS):
+            o_n = (i_columns * COLUMNS + c) * BN + tl.arange(0, BN)
+            m_n = o_n < M
+            b_s = _similarity(
+                p_q, p_t, o_m, o_n, N, M, D, s_qn, s_qd, s_tm, s_td, BM, BN, BK, PRECISION
+            )  # fmt: skip
+            own, weighted, valid = _pairs(
+                b_s, b_label, o_n, p_owner, p_qid, p_tid, o_m, N, M, HARDNESS, HAS_OWNERS, HAS_IDS
+            )  # fmt: skip
+            row_valid = valid
+            if HAS_MARGIN:
+                b_limit = tl.load(p_row_limit + o_m, mask=m_m, other=INF)
+                row_valid = valid & (own | ~(b_s > b_limit[:, None]))
+            b_z = tl.where(row_valid, b_s * tl.where(weighted, scale + alpha, scale), -INF)
+            b_max = tl.max(b_z, 1)
+            b_sum = tl.sum(_exp(b_z - _finite(b_max)[:, None]), 1)
+            b_row_max, b_row_sum = _running(b_row_max, b_row_sum, b_max, b_sum)
+            if SYMMETRIC:
+                if HAS_MARGIN:
+                    b_limit = tl.load(p_column_limit + o_n, mask=m_n, other=INF)
+                    valid = valid & (own | ~(b_s > b_limit[None, :]))
+                if HAS_MARGIN or not SAME_ALPHA:
+                    b_z = tl.where(
+                        valid, b_s * tl.where(weighted, scale + target_alpha, scale), -INF
+                    )
+                b_max = tl.max(b_z, 0)
+                b_sum = tl.sum(_exp(b_z - _finite(b_max)[None, :]), 0)
+                o_partial = i_rows.to(tl.int64) * M + o_n
+                seen = m_n & (r > 0)
+                b_before = tl.load(p_column_max + o_partial, mask=seen, other=-INF)
+                b_total = tl.load(p_column_sum + o_partial, mask=seen, other=0.0)
+                b_max, b_sum = _running(b_before, b_total, b_max, b_sum)
+                tl.debug_barrier()  # every thread has read before any writes
+                tl.store(p_column_max + o_partial, b_max, mask=m_n)
+                tl.store(p_column_sum + o_partial, b_sum, mask=m_n)
+                tl.debug_barrier()  # written before the next line of tiles reads
+        o_partial = i_columns.to(tl.int64) * N + o_m
+        tl.store(p_row_max + o_partial, b_row_max, mask=m_m)
+        tl.store(p_row_sum + o_partial, b_row_sum, mask=m_m)
+
+
+@triton.jit
+def combine_kernel(p_max, p_sum, p_lse, PARTS, LENGTH, BLOCK: tl.constexpr):
+    """(PARTS, LENGTH) partial (max, sum) to (LENGTH,) log-sum-exps, in a fixed order."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = o < LENGTH
+    b_max = tl.full((BLOCK,), -INF, tl.float32)
+    b_sum = tl.zeros((BLOCK,), tl.float32)
+    for part in range(0, PARTS):
+        o_part = tl.cast(part, tl.int64) * LENGTH + o
+        b_max, b_sum = _running(
+            b_max,
+            b_sum,
+            tl.load(p_max + o_part, mask=m, other=-INF),
+            tl.load(p_sum + o_part, mask=m, other=0.0),
+        )
+    tl.store(p_lse + o, _finite(b_max) + tl.log(b_sum), mask=m)
+
+
+@triton.jit
+def strip_kernel(
+    p_q, p_t, p_scale, p_label, p_owner, p_qid, p_tid, p_row_limit, p_column_limit,
+    p_row_lse, p_column_lse, p_d_positive, p_d_row, p_d_column, p_gain, p_ds,
+    START, STOP, M, D, s_qn, s_qd, s_tm, s_td, s_ds, alpha, target_alpha,
+    HARDNESS: tl.constexpr, HAS_OWNERS: tl.constexpr, HAS_IDS: tl.constexpr,
+    HAS_MARGIN: tl.constexpr, SYMMETRIC: tl.constexpr, SAME_ALPHA: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """dS of rows START to STOP, times a gain (a power of two that keeps float16 in range)."""
+    n_m, n_n = tl.cdiv(STOP - START, BM), tl.cdiv(M, BN)
+    # Groups of GROUP row blocks share the target blocks they read through the L2 cache.
+    per_group = GROUP * n_n
+    i_first = tl.program_id(0) // per_group * GROUP
+    n_rows = tl.minimum(n_m - i_first, GROUP)
+    i_m = i_first + tl.program_id(0) % per_group % n_rows
+    i_n = tl.program_id(0) % per_group // n_rows
+    o_m = START + i_m * BM + tl.arange(0, BM)
+    o_n = i_n * BN + tl.arange(0, BN)
+    m_m, m_n = o_m < STOP, o_n < M
+    scale = tl.load(p_scale)
+    gain = tl.load(p_gain) * scale
+    b_label = tl.load(p_label + o_m, mask=m_m, other=-1).to(tl.int32)
+    b_s = _similarity(
+        p_q, p_t, o_m, o_n, STOP, M, D, s_qn, s_qd, s_tm, s_td, BM, BN, BK, PRECISION
+    )  # fmt: skip
+    own, weighted, valid = _pairs(
+        b_s, b_label, o_n, p_owner, p_qid, p_tid, o_m, STOP, M, HARDNESS, HAS_OWNERS, HAS_IDS
+    )  # fmt: skip
+    row_valid = valid
+    if HAS_MARGIN:
+        b_limit = tl.load(p_row_limit + o_m, mask=m_m, other=INF)
+        row_valid = valid & (own | ~(b_s > b_limit[:, None]))
+    b_lse = _finite(tl.load(p_row_lse + o_m, mask=m_m, other=0.0))
+    b_d = tl.load(p_d_row + o_m, mask=m_m, other=0.0)
+    b_z = tl.where(row_valid, b_s * tl.where(weighted, scale + alpha, scale), -INF)
+    b_ds = b_d[:, None] * _exp(b_z - b_lse[:, None])
+    if SYMMETRIC:
+        if HAS_MARGIN:
+            b_limit = tl.load(p_column_limit + o_n, mask=m_n, other=INF)
+            valid = valid & (own | ~(b_s > b_limit[None, :]))
+        if HAS_MARGIN or not SAME_ALPHA:
+            b_z = tl.where(valid, b_s * tl.where(weighted, scale + target_alpha, scale), -INF)
+        b_lse = _finite(tl.load(p_column_lse + o_n, mask=m_n, other=0.0))
+        b_d = tl.load(p_d_column + o_n, mask=m_n, other=0.0)
+        b_ds += b_d[None, :] * _exp(b_z - b_lse[None, :])
+    b_d = tl.load(p_d_positive + o_m, mask=m_m, other=0.0)
+    b_ds = tl.where(b_label[:, None] == o_n[None, :], b_d[:, None], b_ds) * gain
+    p = p_ds + (o_m - START).to(tl.int64)[:, None] * s_ds + o_n[None, :]
+    tl.store(p, b_ds.to(p_ds.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])

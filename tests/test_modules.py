@@ -1,0 +1,88 @@
+"""The module and the similarity statistics."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from llave_kernels import (
+    HardnessWeightedContrastiveLoss,
+    diagnostics,
+    hardness_weighted_contrastive_loss,
+    similarity_statistics,
+)
+from tests.helpers import embeddings
+
+
+def test_module_is_the_function() -> None:
+    query, target = embeddings(6, 12, 5)
+    settings = {
+        "alpha": 5.0,
+        "hardness": "hard_negatives",
+        "symmetric": False,
+        "false_negative_margin": 0.1,
+        "reduction": "sum",
+    }
+    module = HardnessWeightedContrastiveLoss(30.0, **settings)
+    expected = hardness_weighted_contrastive_loss(query, target, logit_scale=30.0, **settings)
+    assert torch.equal(module(query, target), expected)
+    assert not list(module.parameters())
+
+
+def test_learnable_scale_trains_and_stays_bounded() -> None:
+    module = HardnessWeightedContrastiveLoss(90.0, learnable=True, alpha=0.0)
+    query, _ = embeddings(8, 8, 5)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e4)
+    for _ in range(3):
+        optimizer.zero_grad()
+        module(query, query).backward()
+        optimizer.step()
+    assert module.log_logit_scale is not None
+    assert float(module.log_logit_scale.detach()) != pytest.approx(math.log(90.0))
+    assert isinstance(module.logit_scale, torch.Tensor)
+    assert 0 < float(module.logit_scale.detach()) <= 100.0 * (1 + 1e-6)
+    assert set(module.state_dict()) == {"log_logit_scale"}
+
+
+def test_repr_says_what_the_loss_is() -> None:
+    module = HardnessWeightedContrastiveLoss(20.0, learnable=True, target_alpha=0.0)
+    assert repr(module) == (
+        "HardnessWeightedContrastiveLoss(logit_scale=20 (learnable), alpha=9, "
+        "hardness='in_batch', symmetric=True, target_alpha=0, reduction='mean', backend='auto')"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_statistics_against_a_dense_count(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diagnostics, "STRIP_BUDGET", 512)
+    query, target = embeddings(17, 40, 6, dtype)
+    labels = torch.randperm(40)[:17]
+    ids = torch.randint(5, (17,)), torch.randint(5, (40,))
+    got = similarity_statistics(
+        query, target, labels=labels, query_ids=ids[0], target_ids=ids[1], bins=20
+    )
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    similarity = query.to(wide) @ target.to(wide).T
+    positive = torch.zeros(17, 40, dtype=torch.bool).scatter_(1, labels[:, None], True)
+    negative = ~positive & (ids[0][:, None] != ids[1])
+    for counts, mean, mask in (
+        (got.positive, got.positive_mean, positive),
+        (got.negative, got.negative_mean, negative),
+    ):
+        expected = torch.histogram(similarity[mask].double(), 20, range=(-1.0, 1.0)).hist
+        assert torch.equal(counts, expected.long())
+        assert float(mean) == pytest.approx(
+            float(similarity[mask].double().mean()), rel=1e-5, abs=1e-7
+        )
+    assert 0 <= float(got.overlap) <= 1
+
+
+def test_overlap_of_separated_and_equal_distributions() -> None:
+    eye = torch.eye(6)
+    assert float(similarity_statistics(eye, eye).overlap) == 0.0
+    same = torch.ones(6, 1)
+    assert float(similarity_statistics(same, same).overlap) == 1.0

@@ -1,0 +1,196 @@
+"""The numerical contract, for every backend that can run here, against the float64 reference."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+
+from llave_kernels import (
+    available_backends,
+    contrastive_logsumexp,
+    hardness_weighted_contrastive_loss,
+)
+from llave_kernels.backends import torch_strips
+from llave_kernels.reference import reference_logsumexp
+from tests.helpers import (
+    assert_contract,
+    draw_rules,
+    embeddings,
+    fused,
+    reference,
+    relative_error,
+)
+
+BACKENDS = [name for name, reason in available_backends().items() if reason is None]
+KINDS = ("labels", "owners", "ids", "margin", "target_alpha")
+DTYPES = {
+    "torch": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.float16),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(hash(request.node.name) % 2**31)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["few strips", "many strips"])
+def strip_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "many strips":  # a row or two at a time, and nothing kept
+        monkeypatch.setattr(torch_strips, "STRIP_BUDGET", 256)
+        monkeypatch.setattr(torch_strips, "KEEP_BUDGET", 0)
+
+
+@pytest.mark.parametrize("hardness", ["in_batch", "hard_negatives", "all"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    "kinds", [set(c) for r in (0, 1, 2, 5) for c in itertools.combinations(KINDS, r)]
+)
+@pytest.mark.usefixtures("strip_rows")
+def test_every_rule_on_torch(hardness: str, symmetric: bool, kinds: set[str]) -> None:
+    n, m, d = 13, 31, 7
+    rules = draw_rules(n, m, kinds) | {"hardness": hardness, "symmetric": symmetric}
+    for dtype, reduction in itertools.product((torch.float64, torch.float32), ("mean", "none")):
+        query, target = embeddings(n, m, d, dtype)
+        assert_contract(query, target, 20.0, backend="torch", reduction=reduction, **rules)
+
+
+@pytest.mark.parametrize("hardness", ["in_batch", "hard_negatives", "all"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kinds", [set(), *({k} for k in KINDS), set(KINDS)], ids="+".join)
+def test_every_rule_on_triton(hardness: str, symmetric: bool, kinds: set[str]) -> None:
+    query, target = embeddings(13, 31, 7)
+    rules = draw_rules(13, 31, kinds) | {"hardness": hardness, "symmetric": symmetric}
+    assert_contract(query, target, 20.0, backend="triton", **rules)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (1, 2, 3), (2, 2, 1), (5, 5, 65), (33, 70, 129), (65, 65, 40)]
+)
+def test_shapes(backend: str, shape: tuple[int, int, int]) -> None:
+    for dtype in DTYPES[backend]:
+        assert_contract(*embeddings(*shape, dtype), 50.0, backend=backend)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_contract_property(backend: str, data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 2**31 - 1)))
+    n = data.draw(st.integers(1, 24))
+    m = n + data.draw(st.integers(0, 2 * n))
+    d = data.draw(st.integers(1, 40))
+    dtype = data.draw(st.sampled_from(DTYPES[backend]))
+    query, target = embeddings(n, m, d, dtype, unit=data.draw(st.booleans()))
+    layout = data.draw(st.sampled_from(["plain", "transposed", "every second", "offset"]))
+    if layout == "transposed":
+        query, target = query.T.contiguous().T, target.T.contiguous().T
+    elif layout == "every second":
+        query = query.repeat_interleave(2, 1)[:, ::2]
+    elif layout == "offset":
+        query, target = torch.cat([query, query])[n:], torch.cat([target, target], 1)[:, d:]
+    kinds = data.draw(st.sets(st.sampled_from(KINDS)))
+    rules = draw_rules(n, m, kinds) | {
+        "hardness": data.draw(st.sampled_from(["in_batch", "hard_negatives", "all"])),
+        "symmetric": data.draw(st.booleans()),
+        "alpha": data.draw(st.sampled_from([0.0, 1.0, 9.0])),
+        "reduction": data.draw(st.sampled_from(["mean", "sum", "none"])),
+    }
+    scale = data.draw(st.sampled_from([1.0, 14.3, 50.0, 100.0]))
+    assert_contract(query, target, scale, backend=backend, **rules)
+
+
+def test_logsumexp_is_the_reference_for_every_column(backend: str) -> None:
+    query, target = embeddings(9, 20, 6)
+    ours = contrastive_logsumexp(query, target, backend=backend)
+    positive, rows, columns = reference_logsumexp(query.double(), target.double())
+    assert relative_error(ours.positive, positive) < 2e-6
+    assert relative_error(ours.query, rows) < 2e-6
+    assert ours.target is not None
+    assert columns is not None
+    assert relative_error(ours.target, columns) < 2e-6
+
+
+def test_large_logits(backend: str) -> None:
+    query, target = embeddings(40, 40, 16, unit=False)
+    assert_contract(5 * query, 5 * target, 10.0, backend=backend)  # |z| near 1e4
+    assert_contract(query, target, 500.0, backend=backend)
+
+
+def test_converged_batch_keeps_its_digits(backend: str) -> None:
+    n = 1024 if backend == "torch" else 128
+    torch.manual_seed(1)
+    target, _ = embeddings(n, 1, 384)
+    query = target + 1e-3 * torch.randn_like(target) / 384**0.5
+    exact = reference(query, target, 50.0, alpha=0.0)
+    ours = fused(query, target, 50.0, alpha=0.0, backend=backend)
+    plain = cross_entropy(50.0 * query @ target.T, torch.arange(n))
+    assert float(plain) == 0.0
+    assert float(exact[0]) > 0
+    assert relative_error(ours[0], exact[0]) < 5e-4
+    assert max(relative_error(a, b) for a, b in zip(ours[1:], exact[1:], strict=True)) < 1e-3
+
+
+def test_rows_without_negatives_have_no_loss_and_no_gradient(backend: str) -> None:
+    for n, ids in ((1, None), (4, torch.zeros(4, dtype=torch.int64))):
+        query, target = embeddings(n, n, 5)
+        values = fused(query, target, 50.0, query_ids=ids, target_ids=ids, backend=backend)
+        assert all(float(v.abs().sum()) == 0.0 for v in values)
+
+
+@pytest.mark.parametrize("where", ["query", "target", "logit_scale"])
+def test_nan_in_nan_out(backend: str, where: str) -> None:
+    query, target = embeddings(6, 9, 5)
+    scale = float("nan") if where == "logit_scale" else 50.0
+    if where != "logit_scale":
+        {"query": query, "target": target}[where][2, 1] = float("nan")
+    loss, d_query, d_target, _ = fused(query, target, scale, backend=backend)
+    assert loss.isnan()
+    assert d_query.isnan().any()
+    assert d_target.isnan().any()
+
+
+def test_infinite_input_is_not_silent(backend: str) -> None:
+    query, target = embeddings(6, 6, 5)
+    query[3, 0] = float("inf")
+    assert not fused(query, target, 50.0, backend=backend)[0].isfinite()
+
+
+def test_deterministic(backend: str) -> None:
+    query, target = embeddings(70, 90, 33)
+    first, second = (fused(query, target, 50.0, backend=backend) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_alpha_zero_is_cross_entropy(backend: str) -> None:
+    query, target = embeddings(33, 33, 12)
+    logits = 50.0 * query @ target.T
+    labels = torch.arange(33)
+    expected = (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
+    value = hardness_weighted_contrastive_loss(query, target, alpha=0.0, backend=backend)
+    assert relative_error(value, expected) < 5e-6
+
+
+@pytest.mark.usefixtures("strip_rows")
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gradcheck(symmetric: bool) -> None:
+    """alpha = 0 and reduction none: the weight's similarity is detached, so it has no finite
+    difference."""
+    query, target = (x.requires_grad_() for x in embeddings(5, 9, 3, torch.float64))
+    scale = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
+
+    def loss(*inputs: torch.Tensor) -> torch.Tensor:
+        return hardness_weighted_contrastive_loss(
+            *inputs[:2], logit_scale=inputs[2], alpha=0.0, symmetric=symmetric, backend="torch"
+        )
+
+    assert torch.autograd.gradcheck(loss, (query, target, scale))
