@@ -44,10 +44,13 @@ CANDIDATES = {
 SMALL_BATCH = 1024
 
 
-def table(major: int, dtype: torch.dtype, d: int, n: int) -> Tile:
-    """The tile for a compute capability, input dtype, width and number of rows, without timing."""
+def table(major: int, dtype: torch.dtype, d: int, n: int, *, masked: bool = False) -> Tile:
+    """The tile for a compute capability, input dtype, width and number of rows, without timing.
+
+    ``masked``: ids or a margin keep more masks alive, which spills in the largest tile.
+    """
     choices = CANDIDATES[(9 if major >= 9 else 8, dtype.itemsize)]
-    tile = choices[-1] if n <= SMALL_BATCH else choices[0]
+    tile = choices[-1] if n <= SMALL_BATCH else choices[1 if masked else 0]
     return tile._replace(stages=min(tile.stages, max(2, -(-d // tile.bk))))
 
 

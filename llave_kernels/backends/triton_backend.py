@@ -154,7 +154,8 @@ class _Call:
         if tiles.autotuning():
             return tiles.tuned(query.device, query.dtype, d, len(query), self._time)
         major = torch.cuda.get_device_capability(query.device)[0]
-        return tiles.table(major, query.dtype, d, len(query))
+        masked = self.rules.query_ids is not None or self.rules.margin is not None
+        return tiles.table(major, query.dtype, d, len(query), masked=masked)
 
     def _time(self, tile: tiles.Tile) -> float:
         return float(triton.testing.do_bench(lambda: self.forward(tile), return_mode="median"))

@@ -56,7 +56,7 @@ def _similarity(
 
 @triton.jit
 def _pairs(
-    b_s, b_label, o_n, p_owner, p_qid, p_tid, o_m, N, M,
+    b_label, o_n, p_owner, p_qid, p_tid, o_m, N, M,
     HARDNESS: tl.constexpr, HAS_OWNERS: tl.constexpr, HAS_IDS: tl.constexpr,
 ):  # fmt: skip
     """(own, weighted, valid) of a tile by every rule but the margin."""
@@ -138,7 +138,7 @@ def forward_kernel(
                 p_q, p_t, o_m, o_n, N, M, D, s_qn, s_qd, s_tm, s_td, BM, BN, BK, PRECISION
             )  # fmt: skip
             own, weighted, valid = _pairs(
-                b_s, b_label, o_n, p_owner, p_qid, p_tid, o_m, N, M, HARDNESS, HAS_OWNERS, HAS_IDS
+                b_label, o_n, p_owner, p_qid, p_tid, o_m, N, M, HARDNESS, HAS_OWNERS, HAS_IDS
             )  # fmt: skip
             row_valid = valid
             if HAS_MARGIN:
@@ -218,7 +218,7 @@ def strip_kernel(
         p_q, p_t, o_m, o_n, STOP, M, D, s_qn, s_qd, s_tm, s_td, BM, BN, BK, PRECISION
     )  # fmt: skip
     own, weighted, valid = _pairs(
-        b_s, b_label, o_n, p_owner, p_qid, p_tid, o_m, STOP, M, HARDNESS, HAS_OWNERS, HAS_IDS
+        b_label, o_n, p_owner, p_qid, p_tid, o_m, STOP, M, HARDNESS, HAS_OWNERS, HAS_IDS
     )  # fmt: skip
     row_valid = valid
     if HAS_MARGIN:
