@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import zlib
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ DTYPES = {
 
 @pytest.fixture(autouse=True)
 def _seed(request: pytest.FixtureRequest) -> None:
-    torch.manual_seed(hash(request.node.name) % 2**31)
+    torch.manual_seed(zlib.crc32(request.node.name.encode()))
 
 
 @pytest.fixture(params=BACKENDS)
@@ -161,6 +162,7 @@ def test_nan_in_nan_out(backend: str, where: str) -> None:
 
 def test_infinite_input_is_not_silent(backend: str) -> None:
     query, target = embeddings(6, 6, 5)
+    target[:, 0].abs_()  # inf - inf in both directions, whatever the signs drawn
     query[3, 0] = float("inf")
     assert not fused(query, target, 50.0, backend=backend)[0].isfinite()
 
