@@ -1,8 +1,13 @@
 import os
 
 import torch
+from hypothesis import settings
 
-# Without a GPU the Triton kernels run in Triton's interpreter; triton reads this when first
-# imported.
+# Without a GPU the Triton kernels run in Triton's interpreter; triton reads this when first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# CI repeats the same draws; a developer's runs draw anew each time.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
