@@ -3,7 +3,7 @@ import os
 import torch
 from hypothesis import settings
 
-# Without a GPU the Triton kernels run in Triton's interpreter; triton reads this when first imported.
+# Without a GPU the Triton kernels run in its interpreter; triton reads this at its first import.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
