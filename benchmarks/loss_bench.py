@@ -5,7 +5,8 @@
     python benchmarks/loss_bench.py --data pairs.npz       # your own ``query`` and ``target``
 
 Each implementation runs in a process of its own, one after the other. TFLOP/s counts 8NMD for both
-directions and 6NMD for one, whatever an implementation really does.
+directions and 6NMD for one, whatever an implementation really does. Each is compared with float64
+values of the loss it really computes: not every peer applies the hardness weight.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,13 +29,23 @@ from typing import Any
 import data
 import report
 import torch
-from peers import FLOPS, PEERS, refusals
+from peers import FLOPS, PEERS, SCALE, refusals
+from report import OUT_OF_MEMORY
 from torch import Tensor
 from tqdm import tqdm
 
 import llave_kernels
 
-REFERENCE_LIMIT = 8192  # rows; beyond it the float64 reference needs tens of GB and is left out
+# Rows beyond which the float64 values take longer than the measurements and are left out.
+TRUTH_LIMIT = {"cpu": 8192, "cuda": 32768}
+CHILD_LIMIT = 900  # seconds for one implementation at one size
+NOISY = 1.5  # spread of the plain product's rate beyond which a comparison is not fair
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {value}")
+    return value
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,20 +53,25 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if gpu else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--sizes", type=int, nargs="+", help="N = M of the random embeddings")
-    parser.add_argument("--dims", type=int, nargs="+", help="D of the random embeddings")
+    parser.add_argument("--sizes", type=_positive, nargs="+", help="N = M of the random embeddings")
+    parser.add_argument("--dims", type=_positive, nargs="+", help="D of the random embeddings")
     parser.add_argument("--impl", nargs="+", choices=list(PEERS), help="default: all that can run")
     parser.add_argument("--alpha", type=float, default=9.0)
     parser.add_argument("--one-direction", action="store_true", help="query -> target only")
     parser.add_argument(
         "--data", default="all", help="random, docstrings, a file, or all (default)"
     )
-    parser.add_argument("--seconds", type=float, default=1.0, help="timing of each measurement")
+    parser.add_argument("--seconds", type=float, default=0.5, help="timing of each measurement")
+    parser.add_argument(
+        "--repeats", type=_positive, default=200, help="at most this many timed steps"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="CSV and plots")
     options = parser.parse_args(argv)
-    gpu = options.device.startswith("cuda")
+    if options.device == "cuda" and not gpu:
+        parser.error("--device cuda: torch sees no GPU")
+    gpu = options.device == "cuda"
     options.dtype = options.dtype or ("bfloat16" if gpu else "float32")
     options.sizes = options.sizes or ([1024, 4096, 16384, 32768] if gpu else [1024, 4096])
     options.dims = options.dims or ([1536] if gpu else [384])
@@ -84,7 +101,29 @@ def datasets(options: argparse.Namespace) -> Iterator[tuple[str, Tensor, Tensor]
             raise SystemExit(str(error)) from None
 
 
-def run(impl: str, inputs: Path, n: int, options: argparse.Namespace) -> dict[str, Any]:
+Alphas = tuple[float, float | None]  # of the target direction: None where it is not computed
+
+
+def alphas(impl: str, options: argparse.Namespace) -> Alphas:
+    """The hardness weight that ``impl`` really applies in each direction."""
+    peer = PEERS[impl]
+    target_alpha = None if options.one_direction else options.alpha * peer.target_alpha
+    return options.alpha * peer.query_alpha, target_alpha
+
+
+def truths(names: list[str], inputs: Path, options: argparse.Namespace) -> dict[Alphas, str]:
+    """Files with the float64 loss and gradients, one for each pair of alphas in use."""
+    kinds = list(dict.fromkeys(alphas(name, options) for name in names))
+    files = {str(inputs.with_name(f"truth{i}.pt")): kind for i, kind in enumerate(kinds)}
+    job = {"inputs": str(inputs), "device": options.device, "dtype": options.dtype}
+    failure, _ = child("truth.py", job | {"scale": SCALE, "files": files}, inputs.parent)
+    if failure:
+        tqdm.write(f"errors left out, no float64 values: {failure}", file=sys.stderr)
+        return {}
+    return {kind: file for file, kind in files.items()}
+
+
+def run(impl: str, inputs: Path, truth: str | None, options: argparse.Namespace) -> dict[str, Any]:
     """One measurement in a child process."""
     job = {
         "impl": impl,
@@ -94,34 +133,40 @@ def run(impl: str, inputs: Path, n: int, options: argparse.Namespace) -> dict[st
         "alpha": options.alpha,
         "symmetric": not options.one_direction,
         "seconds": options.seconds,
-        "reference": n <= REFERENCE_LIMIT,
+        "repeats": options.repeats,
+        "truth": truth,
     }
-    file = inputs.with_suffix(".json")
+    failure, output = child("measure.py", job, inputs.parent)
+    return {"status": failure} if failure else json.loads(output.splitlines()[-1])
+
+
+def child(script: str, job: dict[str, Any], folder: Path) -> tuple[str | None, str]:
+    """(None or what went wrong, standard output) of one of this folder's scripts."""
+    file = folder / "job.json"
     file.write_text(json.dumps(job))
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        str(Path(__file__).with_name("measure.py")),
-        str(file),
-    ]
-    child = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
-    if child.returncode == -9:  # the kernel's own out-of-memory killer
-        return {"status": "out of memory"}
-    if child.returncode:
-        return {"status": "failed: " + child.stderr.strip().splitlines()[-1][:120]}
-    return json.loads(child.stdout.splitlines()[-1])
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name(script)), str(file)]
+    try:
+        ended = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            timeout=CHILD_LIMIT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"failed: not done after {CHILD_LIMIT} s", ""
+    if ended.returncode == -signal.SIGKILL:  # the kernel's own out-of-memory killer
+        return OUT_OF_MEMORY, ""
+    if ended.returncode:
+        last = (ended.stderr.strip() or f"exit status {ended.returncode}").splitlines()[-1]
+        return f"failed: {last[:120]}", ""
+    return None, ended.stdout
 
 
-def environment(options: argparse.Namespace) -> dict[str, Any]:
+def environment(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """What every row of the CSV says about where it comes from."""
-    gpu = options.device.startswith("cuda")
+    gpu = options.device == "cuda"
     return {
         "machine": torch.cuda.get_device_name() if gpu else _cpu(),
         "cores": os.cpu_count(),
@@ -130,7 +175,7 @@ def environment(options: argparse.Namespace) -> dict[str, Any]:
         "triton": _version("triton"),
         "llave": llave_kernels.__version__,
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "command": shlex.join(["python", "benchmarks/loss_bench.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/loss_bench.py", *argv]),
     }
 
 
@@ -151,13 +196,16 @@ def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
     symmetric = not options.one_direction
     reasons = refusals(options.device, symmetric)
-    names = options.impl or [name for name, reason in reasons.items() if reason is None]
-    for name, reason in reasons.items():
-        if reason is not None and (options.impl is None or name in options.impl):
-            print(f"{name} left out: {reason}", file=sys.stderr)
-    names = [name for name in names if reasons[name] is None]
+    asked = options.impl or list(PEERS)
+    for name in asked:
+        if reasons[name] is not None:
+            print(f"{name} left out: {reasons[name]}", file=sys.stderr)
+    names = [name for name in asked if reasons[name] is None]
+    if not names:
+        raise SystemExit("nothing to measure: none of the implementations asked for can run")
     sets = list(datasets(options))
-    about = environment(options)
+    about = environment(options, sys.argv[1:] if argv is None else argv)
+    options.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     progress = tqdm(total=len(sets) * len(names), unit="run", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
@@ -165,33 +213,58 @@ def main(argv: list[str] | None = None) -> None:
             inputs = Path(folder) / "inputs.pt"
             torch.save((query, target), inputs)
             n, d = query.shape
+            progress.set_description(f"{label} N={n} D={d} float64")
+            small = n <= TRUTH_LIMIT[options.device]
+            files = truths(names, inputs, options) if small else {}
             group = []
             for name in names:
                 progress.set_description(f"{label} N={n} D={d} {name}")
-                row = run(name, inputs, n, options) | {"data": label, "impl": name, "n": n, "d": d}
-                row |= {"dtype": options.dtype, "alpha": options.alpha * PEERS[name].query_alpha}
+                kind = alphas(name, options)
+                row = run(name, inputs, files.get(kind), options)
+                row |= {"data": label, "impl": name, "n": n, "d": d, "dtype": options.dtype}
+                row |= {"query_alpha": kind[0], "target_alpha": kind[1]}
                 group.append(row | about | {"directions": 2 if symmetric else 1})
                 progress.update()
             rows += _derived(group, symmetric)
+            report.write_csv(rows, options.out / "loss_bench.csv")
     progress.close()
-    options.out.mkdir(parents=True, exist_ok=True)
-    report.write_csv(rows, options.out / "loss_bench.csv")
-    images = report.plots(rows, options.out)
     print(report.table(rows))
-    print(f"TFLOP/s counts {FLOPS[symmetric]}NMD. {options.dtype}, {about['machine']}.")
-    print("written:", *map(str, [options.out / "loss_bench.csv", *images]))
+    print(*_notes(rows, options, about["machine"]), sep="\n")
+    print("written:", *map(str, [options.out / "loss_bench.csv", *report.plots(rows, options.out)]))
 
 
 def _derived(group: list[dict[str, Any]], symmetric: bool) -> list[dict[str, Any]]:
     """Rates, and ratios to the authors' loss where that ran."""
     baseline = next((r.get("step_ms") for r in group if r["impl"] == "authors"), None)
     for row in group:
-        row["flops_counted"] = f"{FLOPS[symmetric]}NMD"
+        row["flops_convention"] = f"{FLOPS[symmetric]}NMD"
         if row["status"] == "ok":
             work = FLOPS[symmetric] * row["n"] ** 2 * row["d"]
             row["tflops"] = work / row["step_ms"] / 1e9
             row["times_faster_than_authors"] = baseline and baseline / row["step_ms"]
     return group
+
+
+def _notes(rows: list[dict[str, Any]], options: argparse.Namespace, machine: str) -> Iterator[str]:
+    """What a reader needs beside the table."""
+    yield f"{machine}, {options.dtype}. TFLOP/s counts {FLOPS[not options.one_direction]}NMD."
+    yield "Extra MiB: peak beyond the inputs in one forward + backward, the two gradients included."
+    yield "Errors: by norm, against float64 values of the loss with the alphas shown."
+    limit = TRUTH_LIMIT[options.device]
+    if any(row["n"] > limit for row in rows):
+        yield f"No errors beyond N = {limit}: the float64 values would take too long."
+    for key in dict.fromkeys((row["data"], row["n"], row["d"]) for row in rows):
+        rates = [
+            row["product_tflops"]
+            for row in rows
+            if (row["data"], row["n"], row["d"]) == key and row["status"] == "ok"
+        ]
+        if rates and max(rates) > NOISY * min(rates):
+            yield (
+                f"NOISY: {key[0]} N={key[1]} D={key[2]}: a plain matrix product ran at "
+                f"{min(rates):.2f} to {max(rates):.2f} TFLOP/s beside the implementations. "
+                "Something else was running; measure again before comparing."
+            )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """One measurement in a process of its own: ``measure.py JOB.json`` prints one JSON object.
 
-Memory is what a call adds beyond the inputs, its gradients included: the growth of peak resident
-memory on a CPU, of the allocator's peak on a GPU.
+Memory is what a step adds at its peak beyond the inputs, their gradients included: the growth of
+peak resident memory on a CPU, of the allocator's peak on a GPU.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import statistics
 import sys
@@ -15,33 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import PEERS, SCALE, Job, Loss
+from peers import PEERS, Job, Loss
 from torch import Tensor
 
-from llave_kernels.reference import reference_loss
-
-WARM_UP_ROWS = 256
-
-
-def reference(
-    query: Tensor, target: Tensor, alpha: float, target_alpha: float, symmetric: bool
-) -> Any:
-    """float64 loss and gradients of the inputs as given."""
-    query, target = (x.double().requires_grad_() for x in (query, target))
-    loss = reference_loss(
-        query,
-        target,
-        logit_scale=SCALE,
-        alpha=alpha,
-        target_alpha=target_alpha,
-        symmetric=symmetric,
-    )
-    loss.backward()
-    return loss.detach(), query.grad, target.grad
+AT_LEAST = 5  # timed calls
+PRODUCT_ROWS = {"cpu": 1024, "cuda": 8192}  # of the plain product timed beside the loss
 
 
-def peak_memory(device: torch.device, call: Callable[[], object]) -> float:
-    """MiB that ``call`` adds at its peak."""
+def peak_memory(device: torch.device, call: Callable[[], object]) -> float | None:
+    """MiB that ``call`` adds at its peak; None where the system does not tell."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -50,7 +35,11 @@ def peak_memory(device: torch.device, call: Callable[[], object]) -> float:
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     status = Path("/proc/self/status")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed must not serve this one
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    except (OSError, AttributeError):
+        return None
     before = _kibibytes(status, "VmRSS")
     call()
     return (_kibibytes(status, "VmHWM") - before) / 1024
@@ -60,11 +49,13 @@ def _kibibytes(status: Path, field: str) -> float:
     return float(status.read_text().split(field + ":")[1].split()[0])
 
 
-def times(device: torch.device, call: Callable[[], object], seconds: float) -> list[float]:
-    """Milliseconds of repeated calls: at least 3, then for about ``seconds``."""
+def times(
+    device: torch.device, call: Callable[[], object], seconds: float, repeats: int
+) -> list[float]:
+    """Milliseconds of repeated calls: for about ``seconds``, ``AT_LEAST`` to ``repeats`` times."""
     taken: list[float] = []
     end = time.perf_counter() + seconds
-    while len(taken) < 3 or (time.perf_counter() < end and len(taken) < 200):
+    while len(taken) < AT_LEAST or (time.perf_counter() < end and len(taken) < repeats):
         if device.type == "cuda":
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             events[0].record()
@@ -80,14 +71,17 @@ def times(device: torch.device, call: Callable[[], object], seconds: float) -> l
 
 
 def measure(
-    loss: Loss, query: Tensor, target: Tensor, seconds: float
-) -> tuple[dict[str, Any], Any]:
-    """Figures, and (loss, dQ, dT) for the comparison with the reference."""
+    loss: Loss, query: Tensor, target: Tensor, seconds: float, repeats: int
+) -> tuple[dict[str, Any], list[Tensor]]:
+    """Figures, and [loss, dQ, dT] for the comparison with the truth."""
     query, target = query.requires_grad_(), target.requires_grad_()
     result: list[Tensor] = []
 
-    def step() -> None:
+    def clear() -> None:
         query.grad = target.grad = None
+
+    def step() -> None:
+        clear()
         value = loss(query, target)
         value.backward()
         result[:] = [value.detach()]
@@ -96,21 +90,34 @@ def measure(
         with torch.no_grad():
             loss(query, target)
 
-    few = [x.detach()[:WARM_UP_ROWS].clone().requires_grad_() for x in (query, target)]
-    loss(*few).backward()  # libraries and thread pools are not the loss's memory
-    memory = peak_memory(query.device, step)
-    step()  # a compiled loss is recompiled for this size before it is timed
-    both = times(query.device, step, seconds)
+    few = [x.detach()[: PRODUCT_ROWS[x.device.type]] for x in (query, target)]
+
+    def product() -> None:
+        few[0] @ few[1].T
+
+    step()  # compilers, libraries and thread pools are not the loss's time or memory
     forward()
-    low, *_, high = statistics.quantiles(both, n=5)
+    clear()
+    memory = peak_memory(query.device, step)
+    product()
+    products = times(query.device, product, 0.0, AT_LEAST)
+    both = times(query.device, step, seconds, repeats)
+    computed = [*result, query.grad, target.grad]
+    ahead = times(query.device, forward, seconds / 2, repeats)
+    products += times(query.device, product, 0.0, AT_LEAST)
+    low, *_, high = statistics.quantiles(both, n=5, method="inclusive")
+    work = 2 * len(few[0]) ** 2 * query.shape[1]
     figures = {
-        "forward_ms": statistics.median(times(query.device, forward, seconds / 2)),
+        "loss": float(result[0]),
+        "forward_ms": statistics.median(ahead),
         "step_ms": statistics.median(both),
         "step_p20_ms": low,
         "step_p80_ms": high,
+        "steps": len(both),
         "extra_mib": memory,
+        "product_tflops": work / statistics.median(products) / 1e9,
     }
-    return figures, (*result, query.grad, target.grad)
+    return figures, computed
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
@@ -119,16 +126,14 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 def main(job_file: str) -> None:
     options = json.loads(Path(job_file).read_text())
-    peer = PEERS[options["impl"]]
-    job = Job(options["alpha"], options["symmetric"])
+    loss = PEERS[options["impl"]].build(Job(options["alpha"], options["symmetric"]))
     inputs = torch.load(options["inputs"], weights_only=True)
-    query, target = (x.to(options["device"], getattr(torch, options["dtype"])) for x in inputs)
     try:
-        figures, computed = measure(peer.build(job), query, target, options["seconds"])
-        if options["reference"]:
-            alphas = [job.alpha * used for used in (peer.query_alpha, peer.target_alpha)]
-            truth = reference(query.detach(), target.detach(), *alphas, job.symmetric)
-            errors = [relative_error(a, b) for a, b in zip(computed, truth, strict=True)]
+        pair = (x.to(options["device"], getattr(torch, options["dtype"])) for x in inputs)
+        figures, computed = measure(loss, *pair, options["seconds"], options["repeats"])
+        if options["truth"]:
+            truth = torch.load(options["truth"], weights_only=True)
+            errors = [relative_error(a.cpu(), b) for a, b in zip(computed, truth, strict=True)]
             figures |= {"loss_error": errors[0], "gradient_error": max(errors[1:])}
         print(json.dumps(figures | {"status": "ok"}))
     except (torch.OutOfMemoryError, MemoryError):

@@ -4,6 +4,7 @@ target)``."""
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,19 +37,22 @@ class Peer:
     build: Callable[[Job], Loss]
     package: str | None = None
     gpu_only: bool = False
-    one_direction_only: bool = False
+    directions: tuple[int, ...] = (1, 2)
     query_alpha: bool = True
     target_alpha: bool = True
+    unavailable: Callable[[], str | None] = lambda: None
 
     def refusal(self, device: str, symmetric: bool) -> str | None:
         """Why it cannot take part, or None."""
+        if self.gpu_only and device != "cuda":
+            return "needs a GPU"
         if self.package and importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed"
-        if self.gpu_only and not device.startswith("cuda"):
-            return "needs a GPU"
-        if self.one_direction_only and symmetric:
+        if symmetric and 2 not in self.directions:
             return "computes one direction; add --one-direction"
-        return None
+        if not symmetric and 1 not in self.directions:
+            return "computes both directions; leave out --one-direction"
+        return self.unavailable()
 
 
 def ours(backend: str) -> Callable[[Job], Loss]:
@@ -99,7 +103,7 @@ def dense(job: Job) -> Loss:
 
 
 def compiled(job: Job) -> Loss:
-    return torch.compile(dense(job))
+    return torch.compile(dense(job), dynamic=False)
 
 
 def sentence_transformers(job: Job) -> Loss:
@@ -129,12 +133,12 @@ def open_clip(job: Job) -> Loss:
 
 
 def cut_cross_entropy(job: Job) -> Loss:
-    """Exact variant: the default one drops most of a diffuse softmax's gradient."""
+    """Without its filter: the default one drops most of a diffuse softmax's gradient."""
     from cut_cross_entropy import linear_cross_entropy
 
     def loss(query: Tensor, target: Tensor) -> Tensor:
         labels = torch.arange(len(query), device=query.device)
-        return linear_cross_entropy(SCALE * query, target, labels, impl="cce_exact")
+        return linear_cross_entropy(SCALE * query, target, labels, filter_eps=None)
 
     return loss
 
@@ -152,47 +156,57 @@ def liger(job: Job) -> Loss:
 
 
 def inf_cl(job: Job) -> Loss:
+    """Inf-CL's single-GPU kernel; it returns a loss per row and reads D in heads of at most 256."""
     from inf_cl import cal_flash_loss
 
-    return lambda query, target: (
-        (cal_flash_loss(query, target, scale=SCALE) + cal_flash_loss(target, query, scale=SCALE))
-        / 2
+    def rows(query: Tensor, target: Tensor) -> Tensor:
+        head = math.gcd(256, query.shape[1])
+        return cal_flash_loss(query, target, scale=SCALE, head_dim=head).mean()
+
+    if not job.symmetric:
+        return rows
+    return lambda query, target: (rows(query, target) + rows(target, query)) / 2
+
+
+def memeff(job: Job) -> Loss:
+    """Its CLIP loss; ``stable=True``, the default, would scale the gradient to something else."""
+    from memeff import MemoryEfficientCLIPLoss
+
+    return MemoryEfficientCLIPLoss(1 / SCALE, normalized_inputs=True, stable=False)
+
+
+def _backend(name: str) -> Peer:
+    """One of ours. Off the GPU only ``torch`` is timed: Triton's interpreter is for tests."""
+    return Peer(
+        ours(name), gpu_only=name != "torch", unavailable=lambda: available_backends()[name]
     )
 
 
 UNWEIGHTED = {"query_alpha": False, "target_alpha": False}
-PEERS: dict[str, Peer] = {
-    "llave-torch": Peer(ours("torch")),
-    "llave-triton": Peer(ours("triton"), gpu_only=True),
+PEERS: dict[str, Peer] = {f"llave-{name}": _backend(name) for name in available_backends()} | {
     "authors": Peer(authors),
     "dense": Peer(dense),
     "dense-compiled": Peer(compiled),
     "sentence-transformers": Peer(
         sentence_transformers, package="sentence_transformers", target_alpha=False
     ),
-    "open-clip": Peer(open_clip, package="open_clip", **UNWEIGHTED),
+    "open-clip": Peer(open_clip, package="open_clip", directions=(2,), **UNWEIGHTED),
     "inf-cl": Peer(inf_cl, package="inf_cl", gpu_only=True, **UNWEIGHTED),
+    "memeff": Peer(memeff, package="memeff", gpu_only=True, directions=(2,), **UNWEIGHTED),
     "cce-exact": Peer(
         cut_cross_entropy,
         package="cut_cross_entropy",
         gpu_only=True,
-        one_direction_only=True,
+        directions=(1,),
         **UNWEIGHTED,
     ),
-    "liger": Peer(
-        liger, package="liger_kernel", gpu_only=True, one_direction_only=True, **UNWEIGHTED
-    ),
+    "liger": Peer(liger, package="liger_kernel", gpu_only=True, directions=(1,), **UNWEIGHTED),
 }
-# One product each way (2NMD), two gradient products (4NMD), and one recomputation where that is the
-# method (2NMD). Symmetric losses of one product do the same work; TFLOP/s is counted alike for all.
+# A convention, the same for all whatever they really do. One direction: the logits and two gradient
+# products. Both: 2NMD more, which is what a loss that keeps no N x M matrix recomputes.
 FLOPS = {True: 8, False: 6}
 
 
 def refusals(device: str, symmetric: bool) -> dict[str, str | None]:
     """Each implementation with None, or why it does not take part in this run."""
-    found = {name: peer.refusal(device, symmetric) for name, peer in PEERS.items()}
-    if not symmetric:
-        found["open-clip"] = found["inf-cl"] = "computes both directions"
-    if found["llave-triton"] is None:
-        found["llave-triton"] = available_backends()["triton"]
-    return found
+    return {name: peer.refusal(device, symmetric) for name, peer in PEERS.items()}

@@ -8,19 +8,27 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+OUT_OF_MEMORY = "out of memory"
 COLUMNS = [
-    "data", "impl", "n", "d", "dtype", "directions", "alpha", "status",
-    "forward_ms", "step_ms", "step_p20_ms", "step_p80_ms", "extra_mib", "tflops", "flops_counted",
-    "loss_error", "gradient_error", "times_faster_than_authors",
+    "data", "impl", "n", "d", "dtype", "directions", "query_alpha", "target_alpha", "status",
+    "forward_ms", "step_ms", "step_p20_ms", "step_p80_ms", "steps", "extra_mib",
+    "tflops", "flops_convention", "product_tflops", "loss", "loss_error", "gradient_error",
+    "times_faster_than_authors",
     "machine", "cores", "python", "torch", "triton", "llave", "date", "command",
 ]  # fmt: skip
 SHOWN = {
-    "data": "{}", "n": "{}", "d": "{}", "impl": "{}", "forward_ms": "{:.1f}", "step_ms": "{:.1f}",
-    "extra_mib": "{:.0f}", "tflops": "{:.2f}", "loss_error": "{:.0e}", "gradient_error": "{:.0e}",
+    "data": "{}", "n": "{}", "d": "{}", "impl": "{}", "alphas": "{}",
+    "forward_ms": "{:.3g}", "step_ms": "{:.4g}", "spread": "{}",
+    "extra_mib": "{:.0f}", "tflops": "{:.3g}", "loss_error": "{:.0e}", "gradient_error": "{:.0e}",
     "times_faster_than_authors": "{:.2f}x",
 }  # fmt: skip
 HEADINGS = {
-    "forward_ms": "fwd ms", "step_ms": "fwd+bwd ms", "extra_mib": "extra MiB",
+    "forward_ms": "fwd ms", "step_ms": "fwd+bwd ms", "spread": "p20-p80", "extra_mib": "extra MiB",
     "tflops": "TFLOP/s", "loss_error": "loss err", "gradient_error": "grad err",
     "times_faster_than_authors": "vs authors",
 }  # fmt: skip
@@ -31,13 +39,22 @@ def table(rows: list[Row]) -> str:
     """The figures in columns; a row without figures says why."""
     lines = [[HEADINGS.get(c, c) for c in SHOWN]]
     for row in rows:
+        row = row | {"alphas": _alphas(row)}
+        if row["status"] == "ok":
+            row["spread"] = f"{row['step_p20_ms']:.4g}-{row['step_p80_ms']:.4g}"
         cells = [f.format(row[c]) if row.get(c) is not None else "-" for c, f in SHOWN.items()]
-        lines.append(cells if row["status"] == "ok" else [*cells[:4], row["status"]])
+        lines.append(cells if row["status"] == "ok" else [*cells[:5], row["status"]])
     whole = [line for line in lines if len(line) == len(SHOWN)]
     widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=False)) for line in lines
     )
+
+
+def _alphas(row: Row) -> str:
+    """The hardness weights of the two directions, or of the one."""
+    both = (row["query_alpha"], row["target_alpha"])
+    return ", ".join(f"{alpha:g}" for alpha in both if alpha is not None)
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
@@ -51,23 +68,26 @@ def write_csv(rows: list[Row], path: Path) -> None:
 
 
 def plots(rows: list[Row], folder: Path) -> list[Path]:
-    """Time and memory against N, log-log, a figure per width; an open mark on top: out of
-    memory."""
-    import matplotlib as mpl
+    """Time and memory against N, log-log, a figure per width.
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
+    Lines are random embeddings, squares are real ones; a cross on the top edge: out of memory.
+    """
     written = []
     for d in sorted({row["d"] for row in rows}):
+        wide = [row for row in rows if row["d"] == d]
+        sizes = sorted({row["n"] for row in wide})
         figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
         for axis, column, title in (
             (axes[0], "step_ms", "forward + backward, ms"),
             (axes[1], "extra_mib", "extra peak memory, MiB"),
         ):
-            _draw(axis, [row for row in rows if row["d"] == d], column)
+            _draw(axis, wide, column)
+            if all(row.get(column) is None for row in wide):
+                axis.set_ylim(1, 10)  # nothing but crosses: a log axis wants something positive
             axis.set(xscale="log", yscale="log", xlabel="N = M", title=f"{title}, D = {d}")
-            axis.grid(True, which="both", alpha=0.25)
+            axis.set_xticks(sizes, labels=map(str, sizes))
+            axis.minorticks_off()
+            axis.grid(True, alpha=0.25)
         axes[0].legend(fontsize=8)
         path = folder / f"loss_bench_D{d}.png"
         figure.tight_layout()
@@ -78,13 +98,18 @@ def plots(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def _draw(axis: Any, rows: list[Row], column: str) -> None:
-    done = [row for row in rows if row["status"] == "ok"]
-    top = 2 * max((row[column] for row in done), default=1.0)
-    for name in dict.fromkeys(row["impl"] for row in rows):
-        points = sorted((row["n"], row[column]) for row in done if row["impl"] == name)
-        width = 2.5 if name.startswith("llave") else 1.2
-        (line,) = axis.plot(
-            [n for n, _ in points], [v for _, v in points], "o-", label=name, lw=width
-        )
-        lost = [r["n"] for r in rows if r["impl"] == name and r["status"] == "out of memory"]
-        axis.plot(lost, [top] * len(lost), "x", ms=10, color=line.get_color())
+    for number, name in enumerate(dict.fromkeys(row["impl"] for row in rows)):
+        mine = [row for row in rows if row["impl"] == name]
+        look = {"color": f"C{number}", "lw": 2.5 if name.startswith("llave") else 1.2}
+        axis.plot([], [], "o-", label=name, **look)
+        for kind in dict.fromkeys(row["data"] for row in mine):
+            done = [r for r in mine if r["data"] == kind and r.get(column) is not None]
+            done.sort(key=lambda row: row["n"])
+            style = "o-" if kind == "random" else "s"
+            axis.plot([r["n"] for r in done], [r[column] for r in done], style, **look)
+        lost = [row["n"] for row in mine if row["status"] == OUT_OF_MEMORY]
+        # In parts of the axis' height, one below the other so that none hides another.
+        heights = [0.97 - 0.04 * number] * len(lost)
+        axis.plot(lost, heights, "x", ms=9, mew=2, transform=axis.get_xaxis_transform(), **look)
+    if any(row["status"] == OUT_OF_MEMORY for row in rows):
+        axis.plot([], [], "kx", ms=9, mew=2, label="out of memory")

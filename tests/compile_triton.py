@@ -1,6 +1,6 @@
 """Compile one kernel for a GPU that need not be there; print what its machine code holds as JSON.
 
-Usage: compile_triton.py KERNEL ARCH DTYPE TILE-AS-JSON plain|all
+Usage: compile_triton.py KERNEL ARCH DTYPE TILE-AS-JSON FLAGS-AS-JSON
 """
 
 from __future__ import annotations
@@ -32,15 +32,14 @@ def argument_type(name: str, dtype: str) -> str:
     return "fp32" if name.endswith("alpha") else "i32"
 
 
-def main(name: str, arch: str, dtype: str, tile_json: str, rules: str) -> None:
+def main(name: str, arch: str, dtype: str, tile_json: str, flags_json: str) -> None:
     bm, bn, bk, warps, stages = json.loads(tile_json)
     kernel = getattr(triton_kernels, name)
-    every = rules == "all"
     flags = {
-        "HARDNESS": 0, "HAS_OWNERS": every, "HAS_IDS": every, "HAS_MARGIN": every,
-        "SYMMETRIC": True, "SAME_ALPHA": not every, "PRECISION": "tf32",
+        "HARDNESS": 0, "HAS_OWNERS": False, "HAS_IDS": False, "HAS_MARGIN": False,
+        "SYMMETRIC": True, "SAME_ALPHA": True, "PRECISION": "tf32",
         "BM": bm, "BN": bn, "BK": bk, "GROUP": 8, "BLOCK": 128, "s_qd": 1, "s_td": 1,
-    }  # fmt: skip
+    } | json.loads(flags_json)  # fmt: skip
     signature = {a: argument_type(a, dtype) for a in kernel.arg_names}
     constants = {a: flags[a] for a in kernel.arg_names if a in flags}
     signature |= dict.fromkeys(constants, "constexpr")

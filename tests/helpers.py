@@ -74,6 +74,11 @@ def assert_contract(query: Tensor, target: Tensor, scale: float, **rules: Any) -
     # The scale's gradient is a sum over rows that may cancel to anything: its error is relative to
     # the size of the terms.
     terms = (query.double() * truth[1]).sum(1).abs().sum() / scale
+    # Few rows do not average the rounding of their logits, and dense PyTorch can be lucky: there an
+    # error of two units in the last place of the largest logit is allowed.
+    logit = (scale + 9.0) * (query.double().norm(dim=1).max() * target.double().norm(dim=1).max())
+    few = len(query) < 32 and query.dtype == torch.float32
+    rounding = 2 * torch.finfo(torch.float32).eps * float(logit) if few else 0.0
     names = ("loss", "dQ", "dT", "d logit_scale")
     for name, value, exact, plain in zip(names, ours, truth, theirs, strict=True):
         size = torch.maximum(
@@ -83,7 +88,9 @@ def assert_contract(query: Tensor, target: Tensor, scale: float, **rules: Any) -
             assert float(value.double().norm()) < 1e-20, f"{name}: {value} where the truth is 0"
             continue
         error, dense_error = (float((x.double() - exact).norm() / size) for x in (value, plain))
-        allowed = max(loss if name == "loss" else gradient, 1.5 * dense_error + 1e-6)
+        bound = loss if name == "loss" else gradient
+        relative = rounding / min(1.0, float(truth[0].norm())) if name == "loss" else rounding
+        allowed = max(bound, 1.5 * dense_error + 1e-6, relative)
         assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"
 
 

@@ -23,10 +23,11 @@ SCRIPT = Path(__file__).with_name("compile_triton.py")
 
 
 def machine_code(
-    kernel: str, arch: int, dtype: str, tile: tiles.Tile, rules: str
+    kernel: str, arch: int, dtype: str, tile: tiles.Tile, **flags: object
 ) -> dict[str, int]:
     environment = os.environ | {"TRITON_INTERPRET": "0"}
-    command = [sys.executable, str(SCRIPT), kernel, str(arch), dtype, json.dumps(tile), rules]
+    arguments = [kernel, str(arch), dtype, json.dumps(tile), json.dumps(flags)]
+    command = [sys.executable, str(SCRIPT), *arguments]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
@@ -43,21 +44,42 @@ CASES = [
 @pytest.mark.parametrize(("arch", "dtype", "tile"), CASES, ids=str)
 @pytest.mark.parametrize("kernel", ["forward_kernel", "strip_kernel"])
 def test_plain_path(kernel: str, arch: int, dtype: str, tile: tiles.Tile) -> None:
-    found = machine_code(kernel, arch, dtype, tile, "plain")
+    found = machine_code(kernel, arch, dtype, tile)
     assert found["tensor_core"] > 0
     assert found["wgmma"] > 0 or arch < 90
     assert found["spills"] == 0
     assert found["shared"] <= SHARED_MEMORY[arch]
 
 
+# What holds most registers: both masks and, without owners, every comparison made anew.
+MASKED = {"HAS_IDS": True, "HAS_MARGIN": True, "SAME_ALPHA": False}
+
+
+@pytest.mark.parametrize("owners", [True, False])
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("kernel", ["forward_kernel", "strip_kernel"])
-def test_every_rule_at_once(kernel: str, arch: int) -> None:
-    found = machine_code(kernel, arch, "bf16", tiles.CANDIDATES[arch // 10, 2][1], "all")
+def test_every_rule_at_once(kernel: str, arch: int, owners: bool) -> None:
+    tile = tiles.CANDIDATES[arch // 10, 2][1]
+    found = machine_code(kernel, arch, "bf16", tile, **MASKED, HAS_OWNERS=owners)
     assert found["tensor_core"] > 0
     assert found["spills"] == 0
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+def test_mined_negatives(arch: int) -> None:
+    tile = tiles.CANDIDATES[arch // 10, 2][0]
+    assert machine_code("forward_kernel", arch, "bf16", tile, HAS_OWNERS=True)["spills"] == 0
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("which", [0, -1])
+@pytest.mark.parametrize("kernel", ["forward_kernel", "strip_kernel"])
+def test_exact_float32(kernel: str, which: int, arch: int) -> None:
+    """torch's default precision, which has no tensor-core instruction."""
+    tile = tiles.CANDIDATES[arch // 10, 4][which]
+    assert machine_code(kernel, arch, "fp32", tile, PRECISION="ieee")["spills"] == 0
+
+
 @pytest.mark.parametrize("kernel", ["combine_kernel", "positive_kernel"])
 def test_small_kernels(kernel: str) -> None:
-    assert machine_code(kernel, 90, "bf16", tiles.INTERPRETER, "plain")["spills"] == 0
+    assert machine_code(kernel, 90, "bf16", tiles.INTERPRETER)["spills"] == 0

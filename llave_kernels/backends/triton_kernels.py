@@ -38,18 +38,16 @@ def _similarity(
     p_q, p_t, o_m, o_n, N, M, D, s_qn, s_qd, s_tm, s_td,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(BM, BN) float32 similarities of rows ``o_m`` and columns ``o_n``; 0 beyond the edges."""
+    """(BM, BN) float32 similarities of rows ``o_m`` and columns ``o_n``; any beyond the edges."""
     b_s = tl.zeros((BM, BN), tl.float32)
-    p_rows = p_q + o_m.to(tl.int64)[:, None] * s_qn
-    p_columns = p_t + o_n.to(tl.int64)[None, :] * s_tm
-    m_rows = (o_m < N)[:, None]
-    m_columns = (o_n < M)[None, :]
+    # Rows and columns beyond the edges reread the last one: masks on these loads would hold
+    # registers through the whole epilogue.
+    p_rows = p_q + tl.minimum(o_m, N - 1).to(tl.int64)[:, None] * s_qn
+    p_columns = p_t + tl.minimum(o_n, M - 1).to(tl.int64)[None, :] * s_tm
     for k in range(0, D, BK):
-        o_k = k + tl.arange(0, BK)
-        b_q = tl.load(p_rows + o_k[None, :] * s_qd, mask=m_rows & (o_k < D)[None, :], other=0.0)
-        b_t = tl.load(
-            p_columns + o_k[:, None] * s_td, mask=m_columns & (o_k < D)[:, None], other=0.0
-        )
+        o_k = (k + tl.arange(0, BK)).to(tl.int64)  # times a transposed input's stride
+        b_q = tl.load(p_rows + o_k[None, :] * s_qd, mask=(o_k < D)[None, :], other=0.0)
+        b_t = tl.load(p_columns + o_k[:, None] * s_td, mask=(o_k < D)[:, None], other=0.0)
         b_s = tl.dot(b_q, b_t, b_s, input_precision=PRECISION)
     return b_s
 
@@ -99,7 +97,7 @@ def positive_kernel(
     b_label = tl.load(p_label + o_m, mask=m_m, other=0)
     b_sum = tl.zeros((BM,), tl.float32)
     for k in range(0, D, BK):
-        o_k = k + tl.arange(0, BK)
+        o_k = (k + tl.arange(0, BK)).to(tl.int64)
         m = m_m[:, None] & (o_k < D)[None, :]
         b_q = tl.load(
             p_q + o_m.to(tl.int64)[:, None] * s_qn + o_k[None, :] * s_qd, mask=m, other=0.0
