@@ -61,7 +61,7 @@ def contrastive_logsumexp(
         if backend == torch_strips.NAME:
             return torch_strips.forward(query, target, logit_scale, rules)
         outputs = triton_backend.forward(query, target, logit_scale, rules)
-        return (*outputs, query.new_empty((0, 0), dtype=torch.float32))
+        return (*outputs, query.new_empty((len(target), 0), dtype=torch.float32))
 
 
 @contrastive_logsumexp.register_fake
@@ -70,7 +70,7 @@ def _(query: Tensor, target: Tensor, logit_scale: Tensor, backend: str, *rules: 
     dtype = accumulation_dtype(query.dtype)
     n, m = query.shape[0], target.shape[0]
     keeps = symmetric and backend == torch_strips.NAME
-    kept = torch_strips.kept_shape(query, target) if keeps else (0, 0)
+    kept = torch_strips.kept_shape(query, target) if keeps else (m, 0)
     shapes = ((n,), (n,), (m if symmetric else 0,), kept)
     return tuple(query.new_empty(shape, dtype=dtype) for shape in shapes)
 
@@ -87,6 +87,7 @@ def contrastive_logsumexp_backward(
     query_lse: Tensor,
     target_lse: Tensor,
     kept: Tensor,
+    scale_gradient: bool,
     backend: str,
     labels: Tensor,
     owners: Tensor | None,
@@ -97,8 +98,11 @@ def contrastive_logsumexp_backward(
     hardness: str,
     margin: float | None,
     symmetric: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of query (N, D) and target (M, D), in their dtypes."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query (N, D) and target (M, D), in their dtypes, and of logit_scale ().
+
+    The last is NaN unless ``scale_gradient``, where a backend saves work by leaving it out.
+    """
     rules = Rules(
         labels, owners, query_ids, target_ids, alpha, target_alpha, hardness, margin, symmetric
     )
@@ -109,7 +113,9 @@ def contrastive_logsumexp_backward(
                 *upstream, query, target, logit_scale, query_lse, target_lse, kept, rules
             )
         lses = positive, query_lse, target_lse
-        return triton_backend.backward(*upstream, query, target, logit_scale, *lses, rules)
+        return triton_backend.backward(
+            *upstream, query, target, logit_scale, *lses, rules, scale_gradient=scale_gradient
+        )
 
 
 @contrastive_logsumexp_backward.register_fake
@@ -119,9 +125,10 @@ def _(
     d_target_lse: Tensor,
     query: Tensor,
     target: Tensor,
+    logit_scale: Tensor,
     *rest: Any,
 ) -> Any:
-    return _gradient_like(query), _gradient_like(target)
+    return _gradients_like(query, target)
 
 
 @torch.library.custom_op("llave::one_direction_loss", mutates_args=())
@@ -138,36 +145,30 @@ def one_direction_loss(
     hardness: str,
     margin: float | None,
     symmetric: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum over the rows of the query direction's loss (0-d), with its gradients dQ and dT."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum over the rows of the query direction's loss (), with its dQ, dT and d logit_scale."""
     rules = Rules(
         labels, owners, query_ids, target_ids, alpha, target_alpha, hardness, margin, symmetric
     )
     with _exact(query):
-        loss, d_query, d_target = torch_strips.one_direction(query, target, logit_scale, rules)
-        return loss.sum(), d_query, d_target
+        loss, dq, dt, d_scale = torch_strips.one_direction(query, target, logit_scale, rules)
+        return loss.sum(), dq, dt, d_scale
 
 
 @one_direction_loss.register_fake
 def _(query: Tensor, target: Tensor, logit_scale: Tensor, *rules: Any) -> Any:
     loss = query.new_empty((), dtype=accumulation_dtype(query.dtype))
-    return loss, _gradient_like(query), _gradient_like(target)
+    return loss, *_gradients_like(query, target)
 
 
-def _gradient_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _gradients_like(query: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dt = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, target))
+    return dq, dt, query.new_empty((), dtype=accumulation_dtype(query.dtype))
 
 
 def _exact(query: Tensor) -> torch.autocast:
     """The operators choose their own precisions; autocast has had its say on the inputs."""
     return torch.autocast(query.device.type, enabled=False)
-
-
-def _scale_gradient(query: Tensor, d_query: Tensor, logit_scale: Tensor) -> Tensor:
-    """(1 / kappa) sum_i q_i . dq_i, since every gradient of s passes through kappa s."""
-    dtype = accumulation_dtype(query.dtype)
-    total = torch.linalg.vecdot(query.to(dtype), d_query.to(dtype)).sum()
-    return (total / logit_scale).to(logit_scale.dtype)
 
 
 def _refuse_double_backward(*_: Any) -> None:
@@ -182,20 +183,21 @@ def _setup_logsumexp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     ctx.save_for_backward(query, target, logit_scale, *output, *rules[:4])
     ctx.scalars = rules[4:]
     ctx.mark_non_differentiable(output[3])
-    ctx.set_materialize_grads(True)
+    ctx.set_materialize_grads(False)  # zeros as large as what was kept
 
 
 def _backward_logsumexp(
-    ctx: Any, d_positive: Tensor, d_query: Tensor, d_target: Tensor, _: Tensor
+    ctx: Any, d_positive: Tensor | None, d_query: Tensor | None, d_target: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
     query, target, scale, positive, query_lse, target_lse, kept, *ids = ctx.saved_tensors
-    dq, dt = contrastive_logsumexp_backward(
-        *(d.contiguous() for d in (d_positive, d_query, d_target)),
-        *(query, target, scale, positive, query_lse, target_lse, kept, ctx.backend),
+    upstream = (d_positive, positive), (d_query, query_lse), (d_target, target_lse)
+    learnable = ctx.needs_input_grad[2]
+    dq, dt, d_scale = contrastive_logsumexp_backward(
+        *(torch.zeros_like(x) if d is None else d.contiguous() for d, x in upstream),
+        *(query, target, scale, positive, query_lse, target_lse, kept, learnable, ctx.backend),
         *(*ids, *ctx.scalars),
     )
-    d_scale = _scale_gradient(query, dq, scale) if ctx.needs_input_grad[2] else None
-    return dq, dt, d_scale, *[None] * 10
+    return dq, dt, d_scale if learnable else None, *[None] * 10
 
 
 contrastive_logsumexp_backward.register_autograd(_refuse_double_backward)
@@ -203,18 +205,16 @@ contrastive_logsumexp.register_autograd(_backward_logsumexp, setup_context=_setu
 
 
 def _setup_one_direction(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(inputs[0], inputs[2], *output[1:])
+    ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward_one_direction(
-    ctx: Any, d_loss: Tensor, _dq: Tensor, _dt: Tensor
+    ctx: Any, d_loss: Tensor, _dq: Tensor, _dt: Tensor, _dk: Tensor
 ) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         _refuse_double_backward()
-    query, scale, d_query, d_target = ctx.saved_tensors
-    d_scale = _scale_gradient(query, d_query, scale) * d_loss if ctx.needs_input_grad[2] else None
-    return d_query * d_loss, d_target * d_loss, d_scale, *[None] * 9
+    return *(gradient * d_loss for gradient in ctx.saved_tensors), *[None] * 9
 
 
 one_direction_loss.register_autograd(_backward_one_direction, setup_context=_setup_one_direction)

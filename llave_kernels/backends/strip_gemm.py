@@ -8,6 +8,7 @@ library's rate instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -26,10 +27,13 @@ def strip_rows(n: int, m: int, itemsize: int) -> int:
 def gradients(
     query: Tensor,
     target: Tensor,
+    logit_scale: Tensor,
     fill: Callable[[Tensor, int, int], None],
     gain: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """dQ (N, D) and dT (M, D) in the inputs' dtype.
+    *,
+    scale_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ (N, D) and dT (M, D) in the inputs' dtype, and d logit_scale () or NaN.
 
     ``fill(ds, start, stop)`` writes ``gain * dS`` of those rows into ``ds`` (rows, M), whose rows
     are contiguous. ``gain`` is a 0-d power of two, None for 1.
@@ -39,16 +43,21 @@ def gradients(
     workspace = query.new_empty((rows, _pitch(m)))
     d_query = query.new_empty(query.shape)
     d_target = query.new_zeros(target.shape, dtype=torch.float32)
+    d_scale = logit_scale.new_full((), 0.0 if scale_gradient else math.nan)
     for start in range(0, n, rows):
         stop = min(start + rows, n)
         ds = workspace[: stop - start, :m]
         fill(ds, start, stop)
-        strip = _mm(ds, target)
-        d_query[start:stop] = strip if gain is None else strip / gain
-        d_target += _mm(ds.T, query[start:stop])
+        strip, queries = _mm(ds, target), query[start:stop]
+        if gain is not None:
+            strip /= gain
+        d_query[start:stop] = strip
+        d_target += _mm(ds.T, queries)
+        if scale_gradient:  # before dQ is rounded: the terms cancel
+            d_scale += torch.linalg.vecdot(queries.float(), strip).sum() / logit_scale
     if gain is not None:
         d_target /= gain
-    return d_query, d_target.to(target.dtype)
+    return d_query, d_target.to(target.dtype), d_scale
 
 
 def _pitch(m: int) -> int:

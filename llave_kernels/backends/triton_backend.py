@@ -76,8 +76,11 @@ def backward(
     query_lse: Tensor,
     target_lse: Tensor,
     rules: Rules,
-) -> tuple[Tensor, Tensor]:
-    """dQ (N, D) and dT (M, D) in the inputs' dtype, given those of ``forward``'s outputs."""
+    *,
+    scale_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ (N, D) and dT (M, D) in the inputs' dtype and d logit_scale () or, unless asked for, NaN,
+    given those of ``forward``'s outputs."""
     call = _Call(query, target, logit_scale, rules, positive / logit_scale)
     upstream = (d_positive, d_query_lse, *([d_target_lse] if rules.symmetric else []))
     gain = _gain(logit_scale, *upstream) if query.dtype == torch.float16 else None
@@ -92,7 +95,7 @@ def backward(
             **call.flags(tile), GROUP=8,
         )  # fmt: skip
 
-    return gradients(query, target, fill, gain)
+    return gradients(query, target, logit_scale, fill, gain, scale_gradient=scale_gradient)
 
 
 def _gain(scale: Tensor, *upstream: Tensor) -> Tensor:
