@@ -4,20 +4,19 @@
     python benchmarks/loss_bench.py --sizes 8192 --dims 384 1024 --data random
     python benchmarks/loss_bench.py --data pairs.npz       # your own ``query`` and ``target``
 
-Each implementation runs in a process of its own, one after the other. TFLOP/s counts 8NMD for both
-directions and 6NMD for one, whatever an implementation really does. Each is compared with float64
-values of the loss it really computes: not every peer applies the hardness weight.
+Each implementation has a process of its own; they are timed in turn, a few steps at a time, so that
+a slow spell of the machine falls on all. TFLOP/s counts 8NMD for both directions and 6NMD for one,
+whatever an implementation really does. Each is compared with float64 values of the loss it really
+computes: not every peer applies the hardness weight. The CSV is rewritten after every round.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shlex
-import signal
-import subprocess
+import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -29,8 +28,8 @@ from typing import Any
 import data
 import report
 import torch
+import workers
 from peers import FLOPS, PEERS, SCALE, refusals
-from report import OUT_OF_MEMORY
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,7 +37,7 @@ import llave_kernels
 
 # Rows beyond which the float64 values take longer than the measurements and are left out.
 TRUTH_LIMIT = {"cpu": 8192, "cuda": 32768}
-CHILD_LIMIT = 900  # seconds for one implementation at one size
+ROUNDS = 6  # turns of each implementation; a step at least in each
 NOISY = 1.5  # spread of the plain product's rate beyond which a comparison is not fair
 
 
@@ -63,9 +62,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--data", default="all", help="random, docstrings, a file, or all (default)"
     )
-    parser.add_argument("--seconds", type=float, default=0.5, help="timing of each measurement")
     parser.add_argument(
-        "--repeats", type=_positive, default=200, help="at most this many timed steps"
+        "--seconds", type=float, default=1.0, help=f"timing of each measurement, in {ROUNDS} turns"
     )
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="CSV and plots")
     options = parser.parse_args(argv)
@@ -116,52 +114,56 @@ def truths(names: list[str], inputs: Path, options: argparse.Namespace) -> dict[
     kinds = list(dict.fromkeys(alphas(name, options) for name in names))
     files = {str(inputs.with_name(f"truth{i}.pt")): kind for i, kind in enumerate(kinds)}
     job = {"inputs": str(inputs), "device": options.device, "dtype": options.dtype}
-    failure, _ = child("truth.py", job | {"scale": SCALE, "files": files}, inputs.parent)
-    if failure:
+    if failure := workers.run("truth.py", job | {"scale": SCALE, "files": files}, inputs.parent):
         tqdm.write(f"errors left out, no float64 values: {failure}", file=sys.stderr)
         return {}
     return {kind: file for file, kind in files.items()}
 
 
-def run(impl: str, inputs: Path, truth: str | None, options: argparse.Namespace) -> dict[str, Any]:
-    """One measurement in a child process."""
-    job = {
-        "impl": impl,
-        "inputs": str(inputs),
-        "device": options.device,
-        "dtype": options.dtype,
-        "alpha": options.alpha,
-        "symmetric": not options.one_direction,
-        "seconds": options.seconds,
-        "repeats": options.repeats,
-        "truth": truth,
-    }
-    failure, output = child("measure.py", job, inputs.parent)
-    return {"status": failure} if failure else json.loads(output.splitlines()[-1])
-
-
-def child(script: str, job: dict[str, Any], folder: Path) -> tuple[str | None, str]:
-    """(None or what went wrong, standard output) of one of this folder's scripts."""
-    file = folder / "job.json"
-    file.write_text(json.dumps(job))
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name(script)), str(file)]
+def measure(
+    group: dict[str, dict[str, Any]],
+    jobs: dict[str, dict[str, Any]],
+    options: argparse.Namespace,
+    folder: Path,
+) -> Iterator[str]:
+    """Fill each implementation's row of ``group``; yields what has just been done."""
+    running = {name: workers.Worker("measure.py", job, folder) for name, job in jobs.items()}
+    timings: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
     try:
-        ended = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-            timeout=CHILD_LIMIT,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"failed: not done after {CHILD_LIMIT} s", ""
-    if ended.returncode == -signal.SIGKILL:  # the kernel's own out-of-memory killer
-        return OUT_OF_MEMORY, ""
-    if ended.returncode:
-        last = (ended.stderr.strip() or f"exit status {ended.returncode}").splitlines()[-1]
-        return f"failed: {last[:120]}", ""
-    return None, ended.stdout
+        for name in list(running):
+            group[name] |= {"status": "ok"} | running[name].ask("prepare")
+            if group[name]["status"] != "ok":
+                running.pop(name).close()
+            yield f"{name}: prepared"
+        for turn in range(ROUNDS):
+            for name in list(running):
+                answer = running[name].ask(f"time {options.seconds / ROUNDS}")
+                if "status" in answer:
+                    group[name] |= answer
+                    running.pop(name).close()
+                    continue
+                timings[name].append(answer)
+                group[name] |= summary(timings[name])
+                yield f"{name}: turn {turn + 1} of {ROUNDS}"
+    finally:
+        for worker in running.values():
+            worker.close()
+
+
+def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians and quantiles of the turns so far, each turn counting the same."""
+    steps = [statistics.median(turn["steps"]) for turn in turns]
+    low, *_, high = (
+        statistics.quantiles(steps, n=5, method="inclusive") if len(steps) > 1 else steps * 2
+    )
+    return {
+        "forward_ms": statistics.median(statistics.median(turn["forwards"]) for turn in turns),
+        "step_ms": statistics.median(steps),
+        "step_p20_ms": low,
+        "step_p80_ms": high,
+        "steps": sum(len(turn["steps"]) for turn in turns),
+        "product_tflops": statistics.median(turn["product_tflops"] for turn in turns),
+    }
 
 
 def environment(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
@@ -206,31 +208,42 @@ def main(argv: list[str] | None = None) -> None:
     sets = list(datasets(options))
     about = environment(options, sys.argv[1:] if argv is None else argv)
     options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "loss_bench.csv"
     rows: list[dict[str, Any]] = []
-    progress = tqdm(total=len(sets) * len(names), unit="run", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as folder:
-        for label, query, target in sets:
+    progress = tqdm(total=len(sets) * len(names) * (1 + ROUNDS), unit="turn", file=sys.stderr)
+    for label, query, target in sets:
+        n, d = query.shape
+        group: dict[str, dict[str, Any]] = {}
+        for name in names:
+            weights = dict(zip(("query_alpha", "target_alpha"), alphas(name, options), strict=True))
+            about_it = {"data": label, "impl": name, "n": n, "d": d, "dtype": options.dtype}
+            group[name] = about | about_it | weights | {"directions": 2 if symmetric else 1}
+        with tempfile.TemporaryDirectory() as folder:
             inputs = Path(folder) / "inputs.pt"
             torch.save((query, target), inputs)
-            n, d = query.shape
             progress.set_description(f"{label} N={n} D={d} float64")
-            small = n <= TRUTH_LIMIT[options.device]
-            files = truths(names, inputs, options) if small else {}
-            group = []
-            for name in names:
-                progress.set_description(f"{label} N={n} D={d} {name}")
-                kind = alphas(name, options)
-                row = run(name, inputs, files.get(kind), options)
-                row |= {"data": label, "impl": name, "n": n, "d": d, "dtype": options.dtype}
-                row |= {"query_alpha": kind[0], "target_alpha": kind[1]}
-                group.append(row | about | {"directions": 2 if symmetric else 1})
+            files = truths(names, inputs, options) if n <= TRUTH_LIMIT[options.device] else {}
+            jobs = {
+                name: {
+                    "impl": name,
+                    "inputs": str(inputs),
+                    "device": options.device,
+                    "dtype": options.dtype,
+                    "alpha": options.alpha,
+                    "symmetric": symmetric,
+                    "truth": files.get(alphas(name, options)),
+                }
+                for name in names
+            }
+            for done in measure(group, jobs, options, Path(folder)):
+                progress.set_description(f"{label} N={n} D={d} {done}")
                 progress.update()
-            rows += _derived(group, symmetric)
-            report.write_csv(rows, options.out / "loss_bench.csv")
+                report.write_csv(rows + _derived(list(group.values()), symmetric), file)
+        rows += group.values()
     progress.close()
     print(report.table(rows))
     print(*_notes(rows, options, about["machine"]), sep="\n")
-    print("written:", *map(str, [options.out / "loss_bench.csv", *report.plots(rows, options.out)]))
+    print("written:", *map(str, [file, *report.plots(rows, options.out)]))
 
 
 def _derived(group: list[dict[str, Any]], symmetric: bool) -> list[dict[str, Any]]:
@@ -238,7 +251,7 @@ def _derived(group: list[dict[str, Any]], symmetric: bool) -> list[dict[str, Any
     baseline = next((r.get("step_ms") for r in group if r["impl"] == "authors"), None)
     for row in group:
         row["flops_convention"] = f"{FLOPS[symmetric]}NMD"
-        if row["status"] == "ok":
+        if "step_ms" in row:
             work = FLOPS[symmetric] * row["n"] ** 2 * row["d"]
             row["tflops"] = work / row["step_ms"] / 1e9
             row["times_faster_than_authors"] = baseline and baseline / row["step_ms"]

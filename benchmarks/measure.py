@@ -1,4 +1,9 @@
-"""One measurement in a process of its own: ``measure.py JOB.json`` prints one JSON object.
+"""One implementation in a process of its own, timed on request: ``measure.py JOB.json``.
+
+Each line on standard input is answered by one JSON line. ``prepare``: warm up, and say what a step
+adds to memory and how far its results are from the truth. ``time SECONDS``: milliseconds of steps
+and of forward passes. The parent asks one process at a time, in turn, so that a slow spell of the
+machine falls on all of them.
 
 Memory is what a step adds at its peak beyond the inputs, their gradients included: the growth of
 peak resident memory on a CPU, of the allocator's peak on a GPU.
@@ -9,18 +14,16 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from peers import PEERS, Job, Loss
 from torch import Tensor
 
-AT_LEAST = 5  # timed calls
 PRODUCT_ROWS = {"cpu": 1024, "cuda": 8192}  # of the plain product timed beside the loss
 
 
@@ -49,13 +52,11 @@ def _kibibytes(status: Path, field: str) -> float:
     return float(status.read_text().split(field + ":")[1].split()[0])
 
 
-def times(
-    device: torch.device, call: Callable[[], object], seconds: float, repeats: int
-) -> list[float]:
-    """Milliseconds of repeated calls: for about ``seconds``, ``AT_LEAST`` to ``repeats`` times."""
+def times(device: torch.device, call: Callable[[], object], seconds: float) -> list[float]:
+    """Milliseconds of repeated calls, for about ``seconds``, at least one."""
     taken: list[float] = []
     end = time.perf_counter() + seconds
-    while len(taken) < AT_LEAST or (time.perf_counter() < end and len(taken) < repeats):
+    while not taken or time.perf_counter() < end:
         if device.type == "cuda":
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             events[0].record()
@@ -70,72 +71,82 @@ def times(
     return taken
 
 
-def measure(
-    loss: Loss, query: Tensor, target: Tensor, seconds: float, repeats: int
-) -> tuple[dict[str, Any], list[Tensor]]:
-    """Figures, and [loss, dQ, dT] for the comparison with the truth."""
-    query, target = query.requires_grad_(), target.requires_grad_()
-    result: list[Tensor] = []
+class Measured:
+    """A loss and its inputs: what a step gives, costs in memory, and takes in time."""
 
-    def clear() -> None:
-        query.grad = target.grad = None
+    def __init__(self, loss: Loss, query: Tensor, target: Tensor) -> None:
+        self.loss = loss
+        self.query, self.target = query.requires_grad_(), target.requires_grad_()
+        self.value = query.new_zeros(())
+        self.few = [x.detach()[: PRODUCT_ROWS[x.device.type]] for x in (query, target)]
 
-    def step() -> None:
-        clear()
-        value = loss(query, target)
+    def step(self) -> None:
+        self.query.grad = self.target.grad = None
+        value = self.loss(self.query, self.target)
         value.backward()
-        result[:] = [value.detach()]
+        self.value = value.detach()
 
-    def forward() -> None:
+    def forward(self) -> None:
         with torch.no_grad():
-            loss(query, target)
+            self.loss(self.query, self.target)
 
-    few = [x.detach()[: PRODUCT_ROWS[x.device.type]] for x in (query, target)]
+    def product(self) -> None:
+        """A plain matrix product, to tell how fast the machine is just now."""
+        self.few[0] @ self.few[1].T
 
-    def product() -> None:
-        few[0] @ few[1].T
+    def prepare(self, truth_file: str | None) -> dict[str, Any]:
+        # Compilers, libraries and thread pools are not the loss's time or memory.
+        self.step()
+        self.forward()
+        self.product()
+        self.query.grad = self.target.grad = None
+        figures: dict[str, Any] = {"extra_mib": peak_memory(self.query.device, self.step)}
+        figures["loss"] = float(self.value)
+        if truth_file:
+            truth = torch.load(truth_file, weights_only=True)
+            computed = [self.value, self.query.grad, self.target.grad]
+            errors = [relative_error(a.cpu(), b) for a, b in zip(computed, truth, strict=True)]
+            figures |= {"loss_error": errors[0], "gradient_error": max(errors[1:])}
+        return figures
 
-    step()  # compilers, libraries and thread pools are not the loss's time or memory
-    forward()
-    clear()
-    memory = peak_memory(query.device, step)
-    product()
-    products = times(query.device, product, 0.0, AT_LEAST)
-    both = times(query.device, step, seconds, repeats)
-    computed = [*result, query.grad, target.grad]
-    ahead = times(query.device, forward, seconds / 2, repeats)
-    products += times(query.device, product, 0.0, AT_LEAST)
-    low, *_, high = statistics.quantiles(both, n=5, method="inclusive")
-    work = 2 * len(few[0]) ** 2 * query.shape[1]
-    figures = {
-        "loss": float(result[0]),
-        "forward_ms": statistics.median(ahead),
-        "step_ms": statistics.median(both),
-        "step_p20_ms": low,
-        "step_p80_ms": high,
-        "steps": len(both),
-        "extra_mib": memory,
-        "product_tflops": work / statistics.median(products) / 1e9,
-    }
-    return figures, computed
+    def time(self, seconds: float) -> dict[str, Any]:
+        """Steps for two thirds of the time, forward passes for the rest."""
+        device = self.query.device
+        self.product()
+        (product_ms,) = times(device, self.product, 0.0)
+        if seconds > 0:
+            self.forward()  # caches have forgotten this process while the others ran
+        steps = times(device, self.step, seconds * 2 / 3)
+        forwards = times(device, self.forward, seconds / 3)
+        if device.type == "cuda":
+            self.query.grad = self.target.grad = None
+            torch.cuda.empty_cache()  # the next process may need all of the GPU's memory
+        work = 2 * len(self.few[0]) ** 2 * self.query.shape[1]
+        return {"steps": steps, "forwards": forwards, "product_tflops": work / product_ms / 1e9}
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
     return float((value.double() - truth).norm() / truth.norm())
 
 
-def main(job_file: str) -> None:
-    options = json.loads(Path(job_file).read_text())
+def serve(options: dict[str, Any], lines: TextIO) -> None:
     loss = PEERS[options["impl"]].build(Job(options["alpha"], options["symmetric"]))
     inputs = torch.load(options["inputs"], weights_only=True)
+    pair = [x.to(options["device"], getattr(torch, options["dtype"])) for x in inputs]
+    measured = Measured(loss, *pair)
+    for line in lines:
+        name, *arguments = line.split()
+        if name == "prepare":
+            answer = measured.prepare(options["truth"])
+        else:
+            answer = measured.time(float(arguments[0]))
+        print(json.dumps(answer), flush=True)
+
+
+def main(job_file: str) -> None:
+    options = json.loads(Path(job_file).read_text())
     try:
-        pair = (x.to(options["device"], getattr(torch, options["dtype"])) for x in inputs)
-        figures, computed = measure(loss, *pair, options["seconds"], options["repeats"])
-        if options["truth"]:
-            truth = torch.load(options["truth"], weights_only=True)
-            errors = [relative_error(a.cpu(), b) for a, b in zip(computed, truth, strict=True)]
-            figures |= {"loss_error": errors[0], "gradient_error": max(errors[1:])}
-        print(json.dumps(figures | {"status": "ok"}))
+        serve(options, sys.stdin)
     except (torch.OutOfMemoryError, MemoryError):
         print(json.dumps({"status": "out of memory"}))
     except RuntimeError as error:  # a CPU's allocator reports it as a plain RuntimeError

@@ -20,6 +20,7 @@ import loss_bench  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
 import truth  # noqa: E402
+import workers  # noqa: E402
 
 from llave_kernels.reference import reference_loss  # noqa: E402
 from tests.helpers import relative_error  # noqa: E402
@@ -81,7 +82,7 @@ def test_nothing_to_measure_is_an_error(tmp_path: Path) -> None:
 def test_a_run_leaves_csv_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     numpy.savez(tmp_path / "pairs.npz", query=numpy.eye(24, 8) + 1, target=numpy.ones((24, 8)))
     arguments = ["--data", str(tmp_path / "pairs.npz"), "--impl", "llave-torch", "authors"]
-    arguments += ["--seconds", "0.01", "--repeats", "5", "--device", "cpu"]
+    arguments += ["--seconds", "0.01", "--device", "cpu"]
     loss_bench.main([*arguments, "--out", str(tmp_path)])
     with (tmp_path / "loss_bench.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -105,8 +106,37 @@ def test_out_of_memory_is_shown_as_such(tmp_path: Path) -> None:
 
 
 def test_a_failed_child_says_why(tmp_path: Path) -> None:
-    failure, _ = loss_bench.child("measure.py", {"impl": "no such"}, tmp_path)
-    assert failure == "failed: KeyError: 'no such'"
+    worker = workers.Worker("measure.py", {"impl": "no such"}, tmp_path)
+    assert worker.ask("prepare") == {"status": "failed: KeyError: 'no such'"}
+    assert "no such" in worker.ask("time 1")["status"]
+    worker.close()
+    assert "KeyError" in str(workers.run("truth.py", {}, tmp_path))
+
+
+def test_a_stuck_child_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "CHILD_LIMIT", 0.05)
+    worker = workers.Worker("measure.py", {"impl": "authors"}, tmp_path)
+    assert worker.ask("prepare") == {"status": "failed: no answer after 0.05 s"}
+    worker.close()
+
+
+def test_a_killed_run_keeps_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask, asked = workers.Worker.ask, []
+
+    def interrupted(self: workers.Worker, line: str) -> dict[str, float]:
+        asked.append(line)
+        if len(asked) > 5:
+            raise KeyboardInterrupt
+        return ask(self, line)
+
+    monkeypatch.setattr(workers.Worker, "ask", interrupted)
+    arguments = ["--data", "random", "--sizes", "16", "--dims", "8", "--device", "cpu"]
+    arguments += ["--impl", "llave-torch", "authors", "--out", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        loss_bench.main([*arguments, "--seconds", "0"])
+    with (tmp_path / "loss_bench.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["steps"] for row in rows] == ["1", "1"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,79 @@
+"""Processes of the benchmark: one that runs to its end, one that answers line by line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from report import OUT_OF_MEMORY
+
+CHILD_LIMIT = 900  # seconds for one answer
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1"}
+
+
+def run(script: str, job: dict[str, Any], folder: Path) -> str | None:
+    """None, or what went wrong, when one of this folder's scripts has run to its end."""
+    worker = Worker(script, job, folder)
+    answer = worker.ask("")
+    worker.close()
+    return answer["status"] if worker.process.returncode else None
+
+
+class Worker:
+    """One of this folder's scripts as a child process, started at once."""
+
+    def __init__(self, script: str, job: dict[str, Any], folder: Path) -> None:
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".json", delete=False) as file:
+            json.dump(job, file)
+        self.errors = tempfile.TemporaryFile("w+", dir=folder)  # noqa: SIM115 (closed in close)
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(Path(__file__).with_name(script)), file.name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env=ENVIRONMENT,
+        )
+
+    def ask(self, line: str) -> dict[str, Any]:
+        """The answer, or ``{"status": what went wrong}``."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        late = threading.Timer(CHILD_LIMIT, self.process.kill)
+        late.start()
+        try:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        finally:
+            timed_out = not late.is_alive()
+            late.cancel()
+        return json.loads(answer) if answer else {"status": self._failure(timed_out)}
+
+    def _failure(self, timed_out: bool) -> str:
+        code = self.process.wait()
+        if timed_out:
+            return f"failed: no answer after {CHILD_LIMIT} s"
+        if code == -signal.SIGKILL:  # the kernel's own out-of-memory killer
+            return OUT_OF_MEMORY
+        self.errors.seek(0)
+        last = (self.errors.read().strip() or f"exit status {code}").splitlines()[-1]
+        return f"failed: {last[:120]}"
+
+    def close(self) -> None:
+        """End the process; one that is still at work ends after its answer."""
+        if self.process.stdin is not None and not self.process.stdin.closed:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+        self.process.wait()
+        self.errors.close()
