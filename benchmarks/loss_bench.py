@@ -13,6 +13,7 @@ computes: not every peer applies the hardness weight. The CSV is rewritten after
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import shlex
@@ -37,7 +38,7 @@ import llave_kernels
 
 # Rows beyond which the float64 values take longer than the measurements and are left out.
 TRUTH_LIMIT = {"cpu": 8192, "cuda": 32768}
-ROUNDS = 6  # turns of each implementation; a step at least in each
+ROUNDS = 5  # turns of each implementation; a step at least in each
 NOISY = 1.5  # spread of the plain product's rate beyond which a comparison is not fair
 
 
@@ -122,32 +123,41 @@ def truths(names: list[str], inputs: Path, options: argparse.Namespace) -> dict[
 
 def measure(
     group: dict[str, dict[str, Any]],
-    jobs: dict[str, dict[str, Any]],
+    files: dict[str, dict[str, Any]],
+    running: dict[str, workers.Worker],
     options: argparse.Namespace,
     folder: Path,
 ) -> Iterator[str]:
-    """Fill each implementation's row of ``group``; yields what has just been done."""
-    running = {name: workers.Worker("measure.py", job, folder) for name, job in jobs.items()}
-    timings: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
-    try:
-        for name in list(running):
-            group[name] |= {"status": "ok"} | running[name].ask("prepare")
-            if group[name]["status"] != "ok":
-                running.pop(name).close()
-            yield f"{name}: prepared"
-        for turn in range(ROUNDS):
-            for name in list(running):
-                answer = running[name].ask(f"time {options.seconds / ROUNDS}")
+    """Fill each implementation's row of ``group``; yields what has just been done.
+
+    ``files`` are each one's inputs and truth. ``running`` are the processes, started as needed.
+    """
+
+    def ask(name: str, line: str) -> dict[str, Any]:
+        answer = running[name].ask(line)
+        if "status" in answer:  # what went wrong: the process is lost
+            running.pop(name).close()
+        return answer
+
+    shared = {"device": options.device, "dtype": options.dtype, "alpha": options.alpha}
+    shared["symmetric"] = not options.one_direction
+    for name in group:
+        if name not in running:
+            running[name] = workers.Worker("measure.py", shared | {"impl": name}, folder)
+    timings: dict[str, list[dict[str, Any]]] = {name: [] for name in group}
+    for name, row in group.items():
+        row |= {"status": "ok"} | ask(name, f"prepare {json.dumps(files[name])}")
+        yield f"{name}: prepared"
+    for turn in range(ROUNDS):
+        for name, row in group.items():
+            if row["status"] == "ok":
+                answer = ask(name, f"time {options.seconds / ROUNDS}")
                 if "status" in answer:
-                    group[name] |= answer
-                    running.pop(name).close()
-                    continue
-                timings[name].append(answer)
-                group[name] |= summary(timings[name])
-                yield f"{name}: turn {turn + 1} of {ROUNDS}"
-    finally:
-        for worker in running.values():
-            worker.close()
+                    row |= answer
+                else:
+                    timings[name].append(answer)
+                    row |= summary(timings[name])
+            yield f"{name}: turn {turn + 1} of {ROUNDS}"
 
 
 def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
@@ -176,6 +186,8 @@ def environment(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "llave": llave_kernels.__version__,
+        "dtype": options.dtype,
+        "directions": 1 if options.one_direction else 2,
         "date": datetime.now(timezone.utc).date().isoformat(),
         "command": shlex.join(["python", "benchmarks/loss_bench.py", *argv]),
     }
@@ -211,35 +223,30 @@ def main(argv: list[str] | None = None) -> None:
     file = options.out / "loss_bench.csv"
     rows: list[dict[str, Any]] = []
     progress = tqdm(total=len(sets) * len(names) * (1 + ROUNDS), unit="turn", file=sys.stderr)
-    for label, query, target in sets:
-        n, d = query.shape
-        group: dict[str, dict[str, Any]] = {}
-        for name in names:
-            weights = dict(zip(("query_alpha", "target_alpha"), alphas(name, options), strict=True))
-            about_it = {"data": label, "impl": name, "n": n, "d": d, "dtype": options.dtype}
-            group[name] = about | about_it | weights | {"directions": 2 if symmetric else 1}
-        with tempfile.TemporaryDirectory() as folder:
-            inputs = Path(folder) / "inputs.pt"
-            torch.save((query, target), inputs)
-            progress.set_description(f"{label} N={n} D={d} float64")
-            files = truths(names, inputs, options) if n <= TRUTH_LIMIT[options.device] else {}
-            jobs = {
-                name: {
-                    "impl": name,
-                    "inputs": str(inputs),
-                    "device": options.device,
-                    "dtype": options.dtype,
-                    "alpha": options.alpha,
-                    "symmetric": symmetric,
-                    "truth": files.get(alphas(name, options)),
-                }
-                for name in names
-            }
-            for done in measure(group, jobs, options, Path(folder)):
-                progress.set_description(f"{label} N={n} D={d} {done}")
-                progress.update()
-                report.write_csv(rows + _derived(list(group.values()), symmetric), file)
-        rows += group.values()
+    running: dict[str, workers.Worker] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        try:
+            for label, query, target in sets:
+                n, d = query.shape
+                progress.set_description(f"{label} N={n} D={d} float64")
+                inputs = folder / "inputs.pt"
+                torch.save((query, target), inputs)
+                small = n <= TRUTH_LIMIT[options.device]
+                truth = truths(names, inputs, options) if small else {}
+                group, files = {}, {}
+                for name in names:
+                    kind = alphas(name, options)
+                    group[name] = about | {"data": label, "impl": name, "n": n, "d": d}
+                    group[name] |= {"query_alpha": kind[0], "target_alpha": kind[1]}
+                    files[name] = {"inputs": str(inputs), "truth": truth.get(kind)}
+                for done in measure(group, files, running, options, folder):
+                    progress.set_description(f"{label} N={n} D={d} {done}")
+                    progress.update()
+                    report.write_csv(rows + _derived(list(group.values()), symmetric), file)
+                rows += group.values()
+        finally:
+            workers.close(running.values())
     progress.close()
     print(report.table(rows))
     print(*_notes(rows, options, about["machine"]), sep="\n")

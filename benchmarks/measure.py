@@ -1,9 +1,9 @@
 """One implementation in a process of its own, timed on request: ``measure.py JOB.json``.
 
-Each line on standard input is answered by one JSON line. ``prepare``: warm up, and say what a step
-adds to memory and how far its results are from the truth. ``time SECONDS``: milliseconds of steps
-and of forward passes. The parent asks one process at a time, in turn, so that a slow spell of the
-machine falls on all of them.
+Each line on standard input is answered by one JSON line. ``prepare FILES``: load the inputs, warm
+up, and say what a step adds to memory and how far its results are from the truth. ``time SECONDS``:
+milliseconds of steps and of forward passes. The parent asks one process at a time, in turn, so that
+a slow spell of the machine falls on all of them.
 
 Memory is what a step adds at its peak beyond the inputs, their gradients included: the growth of
 peak resident memory on a CPU, of the allocator's peak on a GPU.
@@ -110,14 +110,12 @@ class Measured:
         return figures
 
     def time(self, seconds: float) -> dict[str, Any]:
-        """Steps for two thirds of the time, forward passes for the rest."""
+        """Forward passes for a third of the time, steps for the rest."""
         device = self.query.device
         self.product()
         (product_ms,) = times(device, self.product, 0.0)
-        if seconds > 0:
-            self.forward()  # caches have forgotten this process while the others ran
-        steps = times(device, self.step, seconds * 2 / 3)
         forwards = times(device, self.forward, seconds / 3)
+        steps = times(device, self.step, seconds * 2 / 3)
         if device.type == "cuda":
             self.query.grad = self.target.grad = None
             torch.cuda.empty_cache()  # the next process may need all of the GPU's memory
@@ -130,16 +128,17 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 
 def serve(options: dict[str, Any], lines: TextIO) -> None:
-    loss = PEERS[options["impl"]].build(Job(options["alpha"], options["symmetric"]))
-    inputs = torch.load(options["inputs"], weights_only=True)
-    pair = [x.to(options["device"], getattr(torch, options["dtype"])) for x in inputs]
-    measured = Measured(loss, *pair)
     for line in lines:
-        name, *arguments = line.split()
+        name, _, argument = line.partition(" ")
         if name == "prepare":
-            answer = measured.prepare(options["truth"])
+            files, measured = json.loads(argument), None  # the last inputs' memory is free again
+            loss = PEERS[options["impl"]].build(Job(options["alpha"], options["symmetric"]))
+            inputs = torch.load(files["inputs"], weights_only=True)
+            pair = [x.to(options["device"], getattr(torch, options["dtype"])) for x in inputs]
+            measured = Measured(loss, *pair)
+            answer = measured.prepare(files["truth"])
         else:
-            answer = measured.time(float(arguments[0]))
+            answer = measured.time(float(argument))
         print(json.dumps(answer), flush=True)
 
 

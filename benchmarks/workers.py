@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,21 @@ class Worker:
 
     def close(self) -> None:
         """End the process; one that is still at work ends after its answer."""
-        if self.process.stdin is not None and not self.process.stdin.closed:
-            with contextlib.suppress(BrokenPipeError):
-                self.process.stdin.close()
+        self.dismiss()
         self.process.wait()
         self.errors.close()
+
+    def dismiss(self) -> None:
+        """Let it end, without waiting for that."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+
+
+def close(workers: Iterable[Worker]) -> None:
+    """End them all, at the same time."""
+    workers = list(workers)
+    for worker in workers:
+        worker.dismiss()
+    for worker in workers:
+        worker.close()

@@ -107,8 +107,8 @@ def test_out_of_memory_is_shown_as_such(tmp_path: Path) -> None:
 
 def test_a_failed_child_says_why(tmp_path: Path) -> None:
     worker = workers.Worker("measure.py", {"impl": "no such"}, tmp_path)
-    assert worker.ask("prepare") == {"status": "failed: KeyError: 'no such'"}
-    assert "no such" in worker.ask("time 1")["status"]
+    assert worker.ask("prepare {}") == {"status": "failed: KeyError: 'no such'"}
+    assert "KeyError" in worker.ask("time 1")["status"]
     worker.close()
     assert "KeyError" in str(workers.run("truth.py", {}, tmp_path))
 
@@ -116,7 +116,7 @@ def test_a_failed_child_says_why(tmp_path: Path) -> None:
 def test_a_stuck_child_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "CHILD_LIMIT", 0.05)
     worker = workers.Worker("measure.py", {"impl": "authors"}, tmp_path)
-    assert worker.ask("prepare") == {"status": "failed: no answer after 0.05 s"}
+    assert worker.ask("prepare {}") == {"status": "failed: no answer after 0.05 s"}
     worker.close()
 
 
