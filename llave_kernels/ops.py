@@ -207,6 +207,7 @@ contrastive_logsumexp.register_autograd(_backward_logsumexp, setup_context=_setu
 def _setup_one_direction(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros as large as the gradients
 
 
 def _backward_one_direction(
