@@ -211,10 +211,12 @@ def _setup_one_direction(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 
 def _backward_one_direction(
-    ctx: Any, d_loss: Tensor, _dq: Tensor, _dt: Tensor, _dk: Tensor
+    ctx: Any, d_loss: Tensor | None, _dq: None, _dt: None, _dk: None
 ) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         _refuse_double_backward()
+    if d_loss is None:
+        return (None,) * 12
     return *(gradient * d_loss for gradient in ctx.saved_tensors), *[None] * 9
 
 
