@@ -45,6 +45,8 @@ def strip_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     if request.param == "many strips":  # a row or two at a time, and nothing kept
         monkeypatch.setattr(torch_strips, "STRIP_BUDGET", 256)
         monkeypatch.setattr(torch_strips, "KEEP_BUDGET", 0)
+        monkeypatch.setattr(torch_strips, "ONEDNN_WORK", 0)
+        monkeypatch.setattr(torch_strips, "SUM_COLUMNS", 3)
 
 
 @pytest.mark.parametrize("hardness", ["in_batch", "hard_negatives", "all"])
@@ -117,6 +119,15 @@ def test_contract_property(backend: str, data: st.DataObject) -> None:
     }
     scale = data.draw(st.sampled_from([1.0, 14.3, 50.0, 100.0]))
     assert_contract(query, target, scale, backend=backend, **rules)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_products_of_some_size(symmetric: bool) -> None:
+    """Large enough for the CPU's other GEMM library, and for several strips, some of them kept."""
+    for dtype, layout in ((torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 1)):
+        query, target = embeddings(701, 1500, 131 * layout, dtype)
+        query, target = (x[:, ::layout] for x in (query, target))
+        assert_contract(query, target, 50.0, backend="torch", symmetric=symmetric)
 
 
 def test_logsumexp_is_the_reference_for_every_column(backend: str) -> None:

@@ -8,19 +8,20 @@ Any device, any float dtype; the fast path of the CPU.
     one_direction  6NMD  loss and gradients together: a row's log-sum-exp is complete within its
                          strip, so the gradient GEMMs run while the strip is at hand
 
-A strip lies transposed, (M, rows): MKL fills that shape 14% faster than (rows, M) (512 x 8,192 from
-D = 1,024: 230 GFLOP/s against 201 on two cores), and the gradient GEMMs read either equally fast.
+A strip lies transposed, (M, rows): the libraries fill it, and sum dT from it, faster that way.
 
-Half precision is computed in float32: a GEMM that returns bfloat16 loses three digits of the
-logits, and float16 GEMMs are hundreds of times slower than float32 on a CPU. bfloat16 inputs still
-use the CPU's bfloat16 instructions where it has them, with float32 results.
+On a CPU float32 products of some size go to oneDNN: MKL, which torch would take, leaves AVX-512
+unused on AMD (512 x 8,192 from D = 1,024 on two cores: 481 against 226 GFLOP/s). Half precision is
+computed in float32: a GEMM that returns bfloat16 loses three digits of the logits, float16 GEMMs
+are hundreds of times slower than float32 on a CPU, and bfloat16 ones with float32 results are no
+faster than this (18 against 17 ms for that product).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,10 +30,12 @@ from torch.nn.functional import logsigmoid
 from llave_kernels.rules import Rules
 
 NAME = "torch"
-STRIP_BUDGET = 16 << 20  # bytes of one strip; up to two are alive. Smaller ones slow the GEMMs
+STRIP_BUDGET = 8 << 20  # bytes of one strip; up to two are alive
+ONEDNN_WORK = 1 << 24  # multiplications from which a product repays oneDNN's set-up
+SUM_COLUMNS = 1024  # columns of dT summed at a time where the product cannot add in place
 # Bytes of the gradients, a strip and the similarities that the forward keeps for the backward: as
 # many of these are kept as leave the sum within it.
-KEEP_BUDGET = 112 << 20
+KEEP_BUDGET = 96 << 20
 WEIGHT_COLUMNS = 1024  # columns of dS weighted at a time, while they are in the cache
 INF = math.inf
 LOG2E = 1 / math.log(2)
@@ -68,24 +71,31 @@ def kept_shape(query: Tensor, target: Tensor) -> tuple[int, int]:
     return m, min(n, max(0, budget // (rows * m)) * rows)
 
 
-@contextmanager
-def _bfloat16_products(active: bool) -> Iterator[None]:
-    """float32 CPU products multiply in bfloat16, summed in float32: exact for bfloat16 values.
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` by the faster library."""
+    if _takes_onednn(a, b):
+        return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
+    return a @ b
 
-    2.2 times faster where the CPU has the instructions (512 x 1,024 by 1,024 x 8,192: 18 ms
-    against 42); no change where it has not, or torch lacks the setting. It is torch's and global,
-    so it is held for one product only.
-    """
-    settings = getattr(torch.backends.mkldnn, "matmul", None) if active else None
-    if settings is None:
-        yield
+
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out += a @ b``"""
+    if not _takes_onednn(a, b):
+        out.addmm_(a, b)
         return
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+    for start in range(0, len(a), SUM_COLUMNS):
+        part = slice(start, start + SUM_COLUMNS)
+        out[part] += product(a[part], b)
+
+
+def _takes_onednn(a: Tensor, b: Tensor) -> bool:
+    return (
+        a.dtype == torch.float32
+        and a.device.type == "cpu"
+        and a.shape[0] * a.shape[1] * b.shape[1] >= ONEDNN_WORK
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
 
 
 class _Strips:
@@ -105,12 +115,6 @@ class _Strips:
             self.column_limit[rules.labels] = self.positive + rules.margin
         # One exponential serves both directions: dS = exp(z) (row factor + column factor).
         self.together = self.bounded and rules.shared_logits
-        self.buffer = self._strip()
-        # A strip's similarities are read twice where its two directions have logits of their own.
-        self.work = self._strip() if rules.symmetric and not self.together else self.buffer
-
-    def _strip(self) -> Tensor:
-        return self.query.new_empty((len(self.target), self.rows), dtype=self.dtype)
 
     def __iter__(self) -> Iterator[slice]:
         for start in range(0, len(self.query), self.rows):
@@ -118,12 +122,6 @@ class _Strips:
 
     def queries(self, strip: slice) -> Tensor:
         return self.query[strip].to(self.dtype)
-
-    def product(self, a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
-        """``a @ b`` into, or added to, ``out``."""
-        cpu_bfloat16 = self.query.dtype == torch.bfloat16 and self.query.device.type == "cpu"
-        with _bfloat16_products(cpu_bfloat16):
-            return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
 
     def _positive_similarity(self) -> Tensor:
         pairs = (
@@ -145,28 +143,40 @@ class _Strips:
         return bool(strength * norms[0].max() * norms[1].max() <= SAFE_EXPONENT)
 
     def similarity(self, strip: slice, *, fresh: bool = False) -> Tensor:
-        """(M, rows) similarities of the strip, computed if it was not kept or ``fresh``.
+        """(M, rows) similarities of the strip, the caller's to overwrite.
 
-        They lie in ``kept`` if there is room for them there, else in ``buffer``.
+        From ``kept`` where they lie there, unless ``fresh``, which computes them and keeps them
+        where there is room.
         """
         keeps = strip.stop <= self.kept.shape[1]
-        out = self.kept[:, strip] if keeps else self.buffer[:, : strip.stop - strip.start]
         if keeps and not fresh:
-            return out
-        return self.product(self.target, self.queries(strip).T, out)
+            return self.kept[:, strip].clone()
+        similarity = product(self.target, self.queries(strip).T)
+        if keeps:
+            self.kept[:, strip] = similarity
+        return similarity
 
     def row_logits(self, strip: slice, similarity: Tensor) -> Tensor:
-        """(M, rows) logits of the query direction, -inf where a pair is not a valid negative."""
+        """(M, rows) logits of the query direction, -inf where a pair is not a valid negative.
+
+        Overwrites ``similarity`` unless the other direction needs it for logits of its own.
+        """
         limit = None if self.rules.margin is None else self.positive[strip] + self.rules.margin
-        return self._logits(strip, similarity, self.rules.alpha, limit, self.work)
+        out = None if self.rules.symmetric and not self.together else similarity
+        return self._logits(strip, similarity, self.rules.alpha, limit, out)
 
     def column_logits(self, strip: slice, similarity: Tensor) -> Tensor:
-        """The same of the target direction. Overwrites ``similarity`` unless it is kept."""
+        """The same of the target direction. Overwrites ``similarity``."""
         limit = None if self.rules.margin is None else self.column_limit[:, None]
-        return self._logits(strip, similarity, self.rules.target_alpha, limit, self.buffer)
+        return self._logits(strip, similarity, self.rules.target_alpha, limit, similarity)
 
     def _logits(
-        self, strip: slice, similarity: Tensor, alpha: float, limit: Tensor | None, out: Tensor
+        self,
+        strip: slice,
+        similarity: Tensor,
+        alpha: float,
+        limit: Tensor | None,
+        out: Tensor | None,
     ) -> Tensor:
         rules, labels = self.rules, self.rules.labels[strip]
         plain = self.scale
@@ -179,7 +189,7 @@ class _Strips:
         else:
             factor = torch.where(own, weighted, plain)
         suspect = None if limit is None else similarity > limit
-        z = torch.mul(similarity, factor, out=out[:, : len(labels)])
+        z = torch.mul(similarity, factor, out=out)
         if suspect is not None:
             z.masked_fill_(suspect if own is None else suspect & ~own, -INF)
         if rules.query_ids is not None and rules.target_ids is not None:
@@ -204,6 +214,28 @@ def _row_exponentials(strips: _Strips, z: Tensor) -> tuple[Tensor, Tensor, Tenso
     return e, e.sum(0), shift
 
 
+@dataclass
+class _ColumnSums:
+    """Running maximum and sum of exponentials of each column, (M,)."""
+
+    max: Tensor
+    sum: Tensor
+
+    def add(self, z: Tensor, *, bounded: bool) -> None:
+        """Take in a strip's logits (M, rows), which are overwritten."""
+        if bounded:
+            self.sum += _exp_(z).sum(1)
+            return
+        new_max = torch.maximum(self.max, z.amax(1))
+        shift = _finite(new_max)
+        self.sum *= (self.max - shift).exp()
+        self.sum += _exp_(z.sub_(shift[:, None])).sum(1)
+        self.max = new_max
+
+    def logsumexp(self) -> Tensor:
+        return _finite(self.max) + self.sum.log()
+
+
 def forward(
     query: Tensor, target: Tensor, logit_scale: Tensor, rules: Rules
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -215,31 +247,23 @@ def forward(
     shape = kept_shape(query, target) if rules.symmetric else (m, 0)
     strips = _Strips(query, target, logit_scale, rules, query.new_empty(shape, dtype=dtype))
     rows = query.new_empty(len(query), dtype=dtype)
-    column_max = rows.new_full((m,), 0.0 if strips.bounded else -INF)
-    column_sum = rows.new_zeros(m)
-    for strip in strips:
+    columns = _ColumnSums(rows.new_full((m,), 0.0 if strips.bounded else -INF), rows.new_zeros(m))
+
+    def reduce(strip: slice) -> None:  # a function: its strip is free before the next is made
         similarity = strips.similarity(strip, fresh=True)
         e, total, shift = _row_exponentials(strips, strips.row_logits(strip, similarity))
         rows[strip] = shift + total.log()
-        if not rules.symmetric:
-            continue
-        if strips.together:
-            column_sum += e.sum(1)
-            continue
-        z = strips.column_logits(strip, similarity)
-        if strips.bounded:
-            column_sum += _exp_(z).sum(1)
-            continue
-        new_max = torch.maximum(column_max, z.amax(1))
-        shift = _finite(new_max)
-        column_sum *= (column_max - shift).exp()
-        column_sum += _exp_(z.sub_(shift[:, None])).sum(1)
-        column_max = new_max
-    columns = _finite(column_max) + column_sum.log()
+        if strips.together and rules.symmetric:
+            columns.sum += e.sum(1)
+        elif rules.symmetric:
+            columns.add(strips.column_logits(strip, similarity), bounded=strips.bounded)
+
+    for strip in strips:
+        reduce(strip)
     return (
         strips.positive * strips.scale,
         rows,
-        columns if rules.symmetric else rows.new_empty(0),
+        columns.logsumexp() if rules.symmetric else rows.new_empty(0),
         strips.kept,
     )
 
@@ -266,7 +290,8 @@ def backward(
     if together:
         row_factor = row_factor * torch.exp(-row_shift)
         column_factor = column_factor * torch.exp(-column_shift)
-    for strip in strips:
+
+    def d_similarity(strip: slice) -> Tensor:
         similarity = strips.similarity(strip)
         z = strips.row_logits(strip, similarity)
         if together:
@@ -279,7 +304,10 @@ def backward(
             if rules.symmetric:
                 z = strips.column_logits(strip, similarity)
                 ds += _exp_(z.sub_(column_shift[:, None])).mul_(column_factor[:, None])
-        gradients.add(strip, ds, d_positive[strip] * strips.scale)
+        return ds
+
+    for strip in strips:
+        gradients.add(strip, d_similarity(strip), d_positive[strip] * strips.scale)
     return gradients.result()
 
 
@@ -291,14 +319,17 @@ def one_direction(
     strips = _Strips(query, target, logit_scale, rules, query.new_empty((m, 0), dtype=dtype))
     gradients = _Gradients(strips)
     loss = query.new_empty(len(query), dtype=dtype)
-    for strip in strips:
-        e, total, shift = _row_exponentials(
-            strips, strips.row_logits(strip, strips.similarity(strip))
-        )
+
+    def accumulate(strip: slice) -> None:
+        similarity = strips.similarity(strip)
+        e, total, shift = _row_exponentials(strips, strips.row_logits(strip, similarity))
         gap = strips.positive[strip] * strips.scale - (shift + total.log())
         loss[strip] = -logsigmoid(gap)
         slope = torch.sigmoid(-gap) * strips.scale
         gradients.add(strip, e.mul_(slope / total.masked_fill(total == 0, 1.0)), -slope)
+
+    for strip in strips:
+        accumulate(strip)
     return (loss, *gradients.result())
 
 
@@ -315,14 +346,11 @@ class _Gradients:
         """Complete ``ds`` (M, rows) with the positives' gradient, then run both GEMMs."""
         strips, queries = self.strips, self.strips.queries(strip)
         ds.scatter_(0, strips.rules.labels[None, strip], d_positive[None])
-        exact = self.d_query.dtype == ds.dtype
-        d_query = self.d_query[strip] if exact else ds.new_empty(queries.shape)
-        strips.product(ds.T, strips.target, d_query)
-        strips.product(ds, queries, self.d_target, add=True)
+        d_query = product(ds.T, strips.target)
+        add_product(self.d_target, ds, queries)
         # Every gradient of s passes through kappa s. Taken before dQ is rounded: the terms cancel.
         self.d_scale += torch.linalg.vecdot(queries, d_query).sum(dtype=torch.float64)
-        if not exact:
-            self.d_query[strip] = d_query
+        self.d_query[strip] = d_query
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         d_scale = self.d_scale.to(self.strips.dtype) / self.strips.scale
