@@ -68,7 +68,9 @@ def rounding_errors(query: Tensor, target: Tensor, scale: float, **rules: Any) -
     loss, ds, *_ = reference(similarity, identity, scale, **rules)
     sums = torch.float64 if query.dtype == torch.float64 else torch.float32
     eps = torch.finfo(sums).eps
-    logits = (scale + rules.get("alpha", 9.0)) * similarity.abs()
+    # A similarity carries the rounding of its products, which may be larger than itself.
+    products = query.double().abs() @ target.double().abs().T
+    logits = (scale + rules.get("alpha", 9.0)) * products
     squares = (ds * (4 * torch.finfo(query.dtype).eps + eps * logits)).square()
     return [
         3 * eps * float(loss.norm()) + eps * float((ds * logits).norm()) / scale,
