@@ -71,7 +71,9 @@ def rounding_errors(query: Tensor, target: Tensor, scale: float, **rules: Any) -
     # A similarity carries the rounding of its products, which may be larger than itself.
     products = query.double().abs() @ target.double().abs().T
     logits = (scale + rules.get("alpha", 9.0)) * products
-    squares = (ds * (4 * torch.finfo(query.dtype).eps + eps * logits)).square()
+    # Half precision rounds a term once, by half of this or less; full precision several times.
+    share = 1.5 if query.dtype.itemsize == 2 else 6.0
+    squares = (ds * (share * torch.finfo(query.dtype).eps + eps * logits)).square()
     return [
         3 * eps * float(loss.norm()) + eps * float((ds * logits).norm()) / scale,
         float((squares @ target.double().square()).sum().sqrt()),
