@@ -1,5 +1,174 @@
-"""All metadata is in pyproject.toml; this file lets tools that still call setup.py find it."""
+"""Builds ``llave_kernels._cuda`` with CMake where nvcc is found; all metadata is in pyproject.toml.
 
-from setuptools import setup
+Environment:
+    LLAVE_CUDA        1 builds or fails, 0 leaves the extension out; unset builds if nvcc is found
+    LLAVE_CUDA_ARCHS  targets, default "80;90a" less what this nvcc cannot compile
+    CUDA_HOME         where nvcc is looked for before PATH
+    MAX_JOBS          files compiled at a time, default the number of cores
+"""
 
-setup()
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).parent
+PACKAGE = "llave_kernels"
+NOTE = "cuda_build.txt"  # why there is no extension, or what it was built with; available_backends
+# The nvcc that first compiled each target with what our kernels use.
+NVCC_FOR = {
+    "80": (11, 8),
+    "86": (11, 8),
+    "89": (11, 8),
+    "90a": (12, 0),
+    "100": (12, 8),
+    "120": (12, 8),
+}
+
+
+class Skip(Exception):
+    """Why the extension is left out."""
+
+
+def find_nvcc() -> Path:
+    home = os.environ.get("CUDA_HOME")
+    candidates = [str(Path(home) / "bin" / "nvcc")] if home else []
+    for candidate in [*candidates, "nvcc"]:
+        if found := shutil.which(candidate):
+            return Path(found).resolve()
+    raise Skip("nvcc was not found under CUDA_HOME or on PATH when this was installed")
+
+
+def nvcc_version(nvcc: Path) -> tuple[int, int]:
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"release (\d+)\.(\d+)", text)
+    if match is None:
+        raise CompileError(f"no version in the output of {nvcc} --version:\n{text}")
+    return int(match[1]), int(match[2])
+
+
+def choose_targets(version: tuple[int, int]) -> list[str]:
+    asked = os.environ.get("LLAVE_CUDA_ARCHS")
+    targets = [t for t in re.split(r"[;,\s]+", asked or "80;90a") if t]
+    if unknown := [t for t in targets if t not in NVCC_FOR]:
+        raise CompileError(
+            f"LLAVE_CUDA_ARCHS={asked!r}: {unknown[0]!r} is not one of {', '.join(NVCC_FOR)}"
+        )
+    fit = [t for t in targets if NVCC_FOR[t] <= version]
+    if asked and fit != targets:
+        late = next(t for t in targets if t not in fit)
+        raise CompileError(
+            f"LLAVE_CUDA_ARCHS={asked!r}: sm_{late} needs nvcc {dotted(NVCC_FOR[late])}, this is "
+            f"{dotted(version)}"
+        )
+    if not fit:
+        raise Skip(f"nvcc {dotted(version)} is older than {dotted(NVCC_FOR['80'])}")
+    return fit
+
+
+def dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
+def plan() -> tuple[Path, list[str], str]:
+    """nvcc, the targets, and one line that says so.
+
+    Raises:
+        Skip: nothing is to be built.
+        CompileError: what the environment asks for cannot be.
+    """
+    asked = os.environ.get("LLAVE_CUDA", "")
+    if asked not in ("", "0", "1"):
+        raise CompileError(f"LLAVE_CUDA={asked!r}; expected 0, 1 or nothing")
+    if asked == "0":
+        raise Skip("LLAVE_CUDA=0 when this was installed")
+    try:
+        nvcc = find_nvcc()
+        version = nvcc_version(nvcc)
+        targets = choose_targets(version)
+    except Skip as reason:
+        if asked == "1":
+            raise CompileError(f"LLAVE_CUDA=1, but {reason}") from None
+        raise
+    names = ", ".join(f"sm_{t}" for t in targets)
+    return nvcc, targets, f"built with nvcc {dotted(version)} for {names}"
+
+
+class BuildExtension(build_ext):
+    """Configures and builds with CMake, showing and keeping the compiler's output."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import cutlass_library
+        import pybind11
+
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        folder = ROOT / "build" / f"cuda-{sys.implementation.cache_tag}"
+        folder.mkdir(parents=True, exist_ok=True)
+        include = Path(cutlass_library.__file__).parent / "source" / "include"
+        configure = ["cmake", "--fresh", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"] + [
+            f"-D{name}={value}"
+            for name, value in {
+                "CMAKE_BUILD_TYPE": "Release",
+                "CMAKE_CUDA_COMPILER": NVCC,
+                "CMAKE_CUDA_ARCHITECTURES": "80",
+                "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output.parent,
+                "LLAVE_CUDA_ARCHS": ";".join(TARGETS),
+                "LLAVE_CUTLASS_INCLUDE": include,
+                "Python_EXECUTABLE": sys.executable,
+                "pybind11_DIR": pybind11.get_cmake_dir(),
+            }.items()
+        ]
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        jobs = os.environ.get("MAX_JOBS") or str(cores)
+        with open(folder / "build.log", "w") as log:
+            for command in (configure, ["cmake", "--build", str(folder), "-j", jobs]):
+                run(command, log)
+
+
+def run(command: list[str], log) -> None:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        for line in process.stdout:
+            sys.stdout.write(line)
+            log.write(line)
+    if process.returncode:
+        raise CompileError(
+            f"{' '.join(command[:2])} failed; LLAVE_CUDA=0 installs without the CUDA extension"
+        )
+
+
+class BuildPackage(build_py):
+    """Writes down what became of the extension, and removes one that is not wanted any more."""
+
+    def run(self) -> None:
+        super().run()
+        folder = ROOT / PACKAGE if self.editable_mode else Path(self.build_lib) / PACKAGE
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / NOTE).write_text(MESSAGE + "\n")
+        if not EXTENSIONS:
+            for stale in folder.glob("_cuda*.so"):
+                stale.unlink()
+
+
+EXTENSIONS: list[Extension] = []
+try:
+    NVCC, TARGETS, MESSAGE = plan()
+    EXTENSIONS = [Extension(f"{PACKAGE}._cuda", [])]
+except Skip as skip:
+    MESSAGE = str(skip)
+print(f"llave: CUDA extension: {MESSAGE if EXTENSIONS else f'skipped: {MESSAGE}'}", file=sys.stderr)
+
+setup(
+    ext_modules=EXTENSIONS,
+    cmdclass={"build_ext": BuildExtension, "build_py": BuildPackage},
+)

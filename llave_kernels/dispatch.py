@@ -7,10 +7,10 @@ from types import ModuleType
 
 from torch import Tensor
 
-from llave_kernels.backends import torch_strips, triton_backend
+from llave_kernels.backends import cuda, torch_strips, triton_backend
 from llave_kernels.rules import Rules
 
-BACKENDS: dict[str, ModuleType] = {m.NAME: m for m in (torch_strips, triton_backend)}
+BACKENDS: dict[str, ModuleType] = {m.NAME: m for m in (torch_strips, triton_backend, cuda)}
 OVERRIDE = "LLAVE_BACKEND"
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llave_kernels.backends import torch_strips, triton_backend
+from llave_kernels.backends import torch_strips
 from llave_kernels.backends.torch_strips import accumulation_dtype
+from llave_kernels.dispatch import BACKENDS
 from llave_kernels.rules import Rules
 
 # One flat signature, because an operator's schema holds only tensors and scalars.
@@ -60,7 +61,7 @@ def contrastive_logsumexp(
     with _exact(query):
         if backend == torch_strips.NAME:
             return torch_strips.forward(query, target, logit_scale, rules)
-        outputs = triton_backend.forward(query, target, logit_scale, rules)
+        outputs = BACKENDS[backend].forward(query, target, logit_scale, rules)
         return (*outputs, query.new_empty((len(target), 0), dtype=torch.float32))
 
 
@@ -113,7 +114,7 @@ def contrastive_logsumexp_backward(
                 *upstream, query, target, logit_scale, query_lse, target_lse, kept, rules
             )
         lses = positive, query_lse, target_lse
-        return triton_backend.backward(
+        return BACKENDS[backend].backward(
             *upstream, query, target, logit_scale, *lses, rules, scale_gradient=scale_gradient
         )
 

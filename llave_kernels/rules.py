@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,18 @@ class Rules:
     def shared_logits(self) -> bool:
         """Whether a pair has the same logit in both directions: one exponential serves both."""
         return self.margin is None and self.alpha == self.target_alpha
+
+    def margin_limits(self, positive: Tensor, m: int) -> tuple[Tensor, Tensor]:
+        """Similarities above which the margin leaves a negative out: of each row (N,), and of each
+        column (M,), infinite where a column is nobody's positive.
+
+        Args:
+            positive: (N,) similarity of each row's positive.
+            m: number of columns.
+        """
+        assert self.margin is not None
+        rows = positive + self.margin
+        return rows, rows.new_full((m,), math.inf).index_put((self.labels,), rows)
 
 
 def default_owners(n: int, m: int, device: torch.device) -> Tensor | None:

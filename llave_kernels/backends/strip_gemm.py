@@ -60,6 +60,27 @@ def gradients(
     return d_query, d_target.to(target.dtype), d_scale
 
 
+def gain(dtype: torch.dtype, scale: Tensor, *upstream: Tensor) -> Tensor | None:
+    """For float16 the power of two that brings the largest possible |dS| under 2^15, found on the
+    device; None for other types.
+
+    float16 ends at 6e-8: the gradients of a mean over a large batch would underflow.
+    """
+    if dtype != torch.float16:
+        return None
+    bound = scale * torch.stack([d.abs().max() for d in upstream]).sum()
+    return torch.exp2(torch.floor(15 - torch.log2(bound.clamp(min=2.0**-100))))
+
+
+def positive_similarity(query: Tensor, target: Tensor, labels: Tensor) -> Tensor:
+    """(N,) float32 ``s_{i, l_i}``, by strips of rows."""
+    n, d = query.shape
+    rows = strip_rows(n, d, torch.float32.itemsize)
+    strips = [slice(start, start + rows) for start in range(0, n, rows)]
+    pairs = [torch.linalg.vecdot(query[s].float(), target[labels[s]].float()) for s in strips]
+    return torch.cat(pairs)
+
+
 def _pitch(m: int) -> int:
     return -(-m // ALIGNMENT) * ALIGNMENT
 

@@ -110,9 +110,9 @@ class _Strips:
         self.rows = strip_rows(len(query), len(target), query.dtype)
         self.positive = self._positive_similarity()
         self.bounded = self._bounded()
-        self.column_limit = self.positive.new_full((len(target),), INF)
-        if rules.margin is not None and rules.symmetric:
-            self.column_limit[rules.labels] = self.positive + rules.margin
+        self.row_limit = self.column_limit = None
+        if rules.margin is not None:
+            self.row_limit, self.column_limit = rules.margin_limits(self.positive, len(target))
         # One exponential serves both directions: dS = exp(z) (row factor + column factor).
         self.together = self.bounded and rules.shared_logits
 
@@ -161,13 +161,13 @@ class _Strips:
 
         Overwrites ``similarity`` unless the other direction needs it for logits of its own.
         """
-        limit = None if self.rules.margin is None else self.positive[strip] + self.rules.margin
+        limit = None if self.row_limit is None else self.row_limit[strip]
         out = None if self.rules.symmetric and not self.together else similarity
         return self._logits(strip, similarity, self.rules.alpha, limit, out)
 
     def column_logits(self, strip: slice, similarity: Tensor) -> Tensor:
         """The same of the target direction. Overwrites ``similarity``."""
-        limit = None if self.rules.margin is None else self.column_limit[:, None]
+        limit = None if self.column_limit is None else self.column_limit[:, None]
         return self._logits(strip, similarity, self.rules.target_alpha, limit, similarity)
 
     def _logits(

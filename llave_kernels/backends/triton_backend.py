@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llave_kernels.backends import tiles
-from llave_kernels.backends.strip_gemm import gradients
+from llave_kernels.backends.strip_gemm import gain, gradients
 from llave_kernels.rules import HARDNESS_MODES, Rules
 
 NAME = "triton"
@@ -83,9 +83,9 @@ def backward(
     given those of ``forward``'s outputs."""
     call = _Call(query, target, logit_scale, rules, positive / logit_scale)
     upstream = (d_positive, d_query_lse, *([d_target_lse] if rules.symmetric else []))
-    gain = _gain(logit_scale, *upstream) if query.dtype == torch.float16 else None
+    factor = gain(query.dtype, logit_scale, *upstream)
     tile = call.tile()
-    one = torch.ones((), device=query.device) if gain is None else gain
+    one = torch.ones((), device=query.device) if factor is None else factor
 
     def fill(ds: Tensor, start: int, stop: int) -> None:
         grid = (triton.cdiv(stop - start, tile.bm) * triton.cdiv(len(target), tile.bn),)
@@ -95,16 +95,7 @@ def backward(
             **call.flags(tile), GROUP=8,
         )  # fmt: skip
 
-    return gradients(query, target, logit_scale, fill, gain, scale_gradient=scale_gradient)
-
-
-def _gain(scale: Tensor, *upstream: Tensor) -> Tensor:
-    """The power of two that brings the largest possible |dS| under 2^15, found on the device.
-
-    float16 ends at 6e-8: the gradients of a mean over a large batch would underflow.
-    """
-    bound = scale * torch.stack([d.abs().max() for d in upstream]).sum()
-    return torch.exp2(torch.floor(15 - torch.log2(bound.clamp(min=2.0**-100))))
+    return gradients(query, target, logit_scale, fill, factor, scale_gradient=scale_gradient)
 
 
 class _Call:
@@ -126,8 +117,7 @@ class _Call:
         # An absent tensor's pointer is never read; labels stand in.
         row_limit = column_limit = labels
         if rules.margin is not None:
-            row_limit = self.positive + rules.margin
-            column_limit = row_limit.new_full((m,), float("inf")).index_put((labels,), row_limit)
+            row_limit, column_limit = rules.margin_limits(self.positive, m)
         optional = (rules.owners, rules.query_ids, rules.target_ids)
         pointers = [labels if x is None else x.contiguous() for x in optional]
         self.inputs = (query, target, scale, labels, *pointers, row_limit, column_limit)

@@ -1,0 +1,120 @@
+// From a tile of similarities, still in registers, to its part of dS, in the inputs' type.
+#pragma once
+
+#include "cutlass/numeric_conversion.h"
+
+#include "epilogue.h"
+#include "fragment.h"
+#include "pairs.h"
+#include "tiles.h"
+
+namespace llave {
+
+template <class Warp, class Element, class Tile>
+class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
+  using Place_ = Place<Tile>;
+  static constexpr int kRows = Tile::kRows;
+
+ public:
+  struct SharedStorage {};
+  using TensorStorage = SharedStorage;
+  using EpilogueInterface<BackwardOutputs>::EpilogueInterface;
+
+  template <class Shape, class Block, class Coordinate, class Engine, class Layout, class Mma,
+            class Residue>
+  CUTE_DEVICE void operator()(Shape, Block, Coordinate tile,
+                              cute::Tensor<Engine, Layout> const& accumulators, Mma, Residue,
+                              int thread, char*) {
+    using namespace cute;
+    const Problem& p = params.problem;
+    const BackwardOutputs& out = params.outputs;
+    const int i0 = get<0>(tile) * kRows, j0 = get<1>(tile) * kColumns;
+    if (i0 >= p.n || j0 >= p.m) return;  // a cluster may reach beyond the last tile
+
+    const Place_ place(thread);
+    Tensor s = make_tensor(accumulators.data(), matrix_layout(accumulators.layout()));
+    constexpr int R = decltype(size<0>(s))::value;
+    const float scale = *p.scale;
+    const float gain = out.gain == nullptr ? scale : scale * *out.gain;
+    Row rows[R];
+    float row_lse[R], d_row[R], d_positive[R];
+    CUTE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const int i = i0 + place.row(r);
+      rows[r] = load_row(p, i);
+      row_lse[r] = i < p.n ? finite(out.row_lse[i]) : 0.0f;
+      d_row[r] = i < p.n ? out.d_row_lse[i] * gain : 0.0f;
+      d_positive[r] = i < p.n ? out.d_positive[i] * gain : 0.0f;
+    }
+    const bool uniform = !Tile::kEveryRule || uniform_logits(p);
+    const float factor = uniform_scale(p, scale);
+    const ColumnReader columns(p, j0 + place.column(0));
+    // Eight of the thread's columns at a time: two of each of four blocks of eight.
+    CUTE_UNROLL
+    for (int c = 0; c < size<1>(s); c += 8) {
+      float ds[R][8];
+      CUTE_UNROLL
+      for (int k = 0; k < 8; ++k) {
+        const int j = j0 + place.column(c + k);
+        const bool both = p.symmetric && j < p.m;
+        const float column_lse = both ? finite(out.column_lse[j]) : 0.0f;
+        const float d_column = both ? out.d_column_lse[j] * gain : 0.0f;
+        const Column column = uniform ? Column{j, j, kInfinity, 0} : columns(place.column_offset(c + k));
+        CUTE_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const float similarity = s(r, c + k);
+          float z, z_column;
+          if (uniform) {
+            z = z_column = similarity * factor;
+          } else {
+            const Pair pair = judge(p, similarity, rows[r], column);
+            const float row_factor = pair.weighted ? scale + p.alpha : scale;
+            const float column_factor = pair.weighted ? scale + p.target_alpha : scale;
+            z = pair.in_row ? similarity * row_factor : -kInfinity;
+            z_column = pair.in_column ? similarity * column_factor : -kInfinity;
+          }
+          float d = d_row[r] * exponential(z - row_lse[r]);
+          if (p.symmetric) d += d_column * exponential(z_column - column_lse);
+          ds[r][k] = j == rows[r].label ? d_positive[r] : d;
+        }
+      }
+      CUTE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const int i = i0 + place.row(r);
+        store(ds[r], static_cast<Element*>(out.ds) + i * out.pitch + j0, i < p.n, c, place,
+              static_cast<int>(out.pitch) - j0);
+      }
+    }
+  }
+
+ private:
+  // Four pairs of neighbouring columns of a row, the row's tile at `p`, `room` columns before its
+  // end.
+  CUTE_DEVICE static void store(const float (&ds)[8], Element* p, bool inside, int c,
+                                Place_ const& place, int room) {
+    using namespace cute;
+    if constexpr (sizeof(Element) == 4) {  // a quad's pairs are 32 contiguous bytes as they are
+      CUTE_UNROLL
+      for (int k = 0; k < 8; k += 2) {
+        const int j = place.column(c + k);
+        if (inside && j < room) *reinterpret_cast<float2*>(p + j) = {ds[k], ds[k + 1]};
+      }
+    } else {  // each lane collects eight columns from its quad: 16 bytes
+      cutlass::NumericArrayConverter<Element, float, 2> convert;
+      uint32_t words[4];
+      CUTE_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const cutlass::Array<Element, 2> pair = convert({ds[2 * k], ds[2 * k + 1]});
+        words[k] = reinterpret_cast<uint32_t const&>(pair);
+      }
+      transpose_quad<Warp>(words, place.lane);
+      const int lane = place.lane % 4;
+      const int j = place.column(c + 2 * lane) - 2 * lane;
+      if (inside && j < room) {
+        *reinterpret_cast<uint4*>(p + j) = {words[0], words[1], words[2], words[3]};
+      }
+    }
+  }
+};
+
+}  // namespace llave

@@ -1,0 +1,248 @@
+// From a tile of similarities, still in registers, to what it adds to each row's and each column's
+// sum of exponentials. No similarity is stored but the positives'.
+#pragma once
+
+#include "cutlass/gemm_coord.h"
+
+#include "epilogue.h"
+#include "fragment.h"
+#include "pairs.h"
+#include "tiles.h"
+
+namespace llave {
+
+template <class Warp, class Element, class Tile>
+class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
+  using Place_ = Place<Tile>;
+  static constexpr int kRows = Tile::kRows;
+  // Of a warp's logits that lie no further apart than this, one shift serves every row and column:
+  // each sum keeps float32's relative precision, and merging sums of different tiles loses at most
+  // exp(60 - 87) of one.
+  static constexpr float kOneShift = 60.0f;
+
+ public:
+  struct SharedStorage {
+    ShiftedSum rows[Place_::kWarpsAcross][kRows];
+    ShiftedSum columns[Place_::kWarpsDown][kColumns];
+  };
+  using TensorStorage = SharedStorage;
+  using EpilogueInterface<ForwardOutputs>::EpilogueInterface;
+
+  template <class Shape, class Block, class Coordinate, class Engine, class Layout, class Mma,
+            class Residue>
+  CUTE_DEVICE void operator()(Shape, Block, Coordinate tile,
+                              cute::Tensor<Engine, Layout> accumulators, Mma, Residue,
+                              int thread, char* shared) {
+    using namespace cute;
+    const Problem& p = params.problem;
+    const int tile_row = get<0>(tile), tile_column = get<1>(tile);
+    const int i0 = tile_row * kRows, j0 = tile_column * kColumns;
+    if (i0 >= p.n || j0 >= p.m) return;  // a cluster may reach beyond the last tile
+
+    SharedStorage& parts = *reinterpret_cast<SharedStorage*>(shared);
+    const Place_ place(thread);
+    Tensor z = make_tensor(accumulators.data(), matrix_layout(accumulators.layout()));
+    constexpr int R = decltype(size<0>(z))::value;
+    const float scale = *p.scale;
+    Row rows[R];
+    bool edge = i0 + kRows > p.n || j0 + kColumns > p.m, positives = false;
+    CUTE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      rows[r] = load_row(p, i0 + place.row(r));
+      positives |= rows[r].label >= j0 && rows[r].label < j0 + kColumns;
+    }
+    positives = Warp::any(positives);
+    if (positives) store_positives(z, rows, place, scale, i0, j0);
+
+    Warp::synchronize(Place_::kThreads);  // the last tile's parts have been read
+    const bool uniform = !Tile::kEveryRule || uniform_logits(p);
+    // Each branch goes through to its sums: where branches met again, their logits would be copied.
+    if (uniform && !edge && !positives) {
+      const float factor = uniform_scale(p, scale);
+      sum_both(z, place, parts, [&](int r, int c) { return Logit{z(r, c) * factor, true}; });
+    } else if (uniform) {
+      const float factor = uniform_scale(p, scale);
+      sum_both(z, place, parts, [&](int r, int c) {
+        const int j = j0 + place.column(c);
+        return Logit{z(r, c) * factor,
+                     rows[r].label != kOutside && j < p.m && j != rows[r].label};
+      });
+    }
+    if constexpr (Tile::kEveryRule) {
+      const ColumnReader columns(p, j0 + place.column(0));
+      if (!uniform && shared_logits(p)) {
+        sum_both(z, place, parts, [&](int r, int c) {
+          const Pair pair = judge(p, z(r, c), rows[r], columns(place.column_offset(c)));
+          return Logit{z(r, c) * (pair.weighted ? scale + p.alpha : scale), pair.in_row};
+        });
+      } else if (!uniform) {
+        sum_each(z, rows, columns, place, parts, scale);
+      }
+    }
+    Warp::synchronize(Place_::kThreads);
+
+    for (int i = thread; i < kRows && i0 + i < p.n; i += Place_::kThreads) {
+      ShiftedSum total = parts.rows[0][i];
+      CUTE_UNROLL
+      for (int w = 1; w < Place_::kWarpsAcross; ++w) total.add(parts.rows[w][i]);
+      params.outputs.row_parts[int64_t(tile_column) * p.n + i0 + i] = total;
+    }
+    if (!p.symmetric) return;
+    for (int j = thread; j < kColumns && j0 + j < p.m; j += Place_::kThreads) {
+      ShiftedSum total = parts.columns[0][j];
+      CUTE_UNROLL
+      for (int w = 1; w < Place_::kWarpsDown; ++w) total.add(parts.columns[w][j]);
+      params.outputs.column_parts[int64_t(tile_row) * p.m + j0 + j] = total;
+    }
+  }
+
+ private:
+  template <class Matrix, int R>
+  CUTE_DEVICE void store_positives(Matrix const& s, const Row (&rows)[R], Place_ const& place,
+                                   float scale, int i0, int j0) {
+    using namespace cute;
+    CUTE_UNROLL
+    for (int c = 0; c < size<1>(s); ++c) {
+      CUTE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        if (rows[r].label == j0 + place.column(c)) {
+          params.outputs.positive[i0 + place.row(r)] = scale * s(r, c);
+        }
+      }
+    }
+  }
+
+  struct Logit {
+    float value;
+    bool counts;
+  };
+
+  // Where a pair has the same logit in both directions: similarities to logits, in place, then the
+  // sums, by one exponential each if the logits lie close enough.
+  template <class Matrix, class Function>
+  CUTE_DEVICE void sum_both(Matrix& z, Place_ const& place, SharedStorage& parts,
+                            Function logit_of) {
+    using namespace cute;
+    // Of all logits, those that do not count too.
+    float lowest = kInfinity, highest = -kInfinity;
+    CUTE_UNROLL
+    for (int c = 0; c < size<1>(z); ++c) {
+      CUTE_UNROLL
+      for (int r = 0; r < size<0>(z); ++r) {
+        const Logit logit = logit_of(r, c);
+        lowest = fminf(lowest, logit.value);
+        highest = fmaxf(highest, logit.value);
+        z(r, c) = logit.counts ? logit.value : -kInfinity;
+      }
+    }
+    highest = warp_max<Warp>(highest);
+    lowest = -warp_max<Warp>(-lowest);
+    if (Warp::any(highest - lowest <= kOneShift)) {  // the same in every lane
+      sum_together(z, place, highest, parts);
+    } else {
+      sum_rows(z, place, parts);
+      if (params.problem.symmetric) sum_columns(z, place, parts);
+    }
+  }
+
+  // Where the directions differ in alpha or by the margin: logits of their own for each, those of
+  // the columns in place.
+  template <class Matrix, int R>
+  CUTE_DEVICE void sum_each(Matrix& z, const Row (&rows)[R], ColumnReader const& columns,
+                            Place_ const& place, SharedStorage& parts, float scale) {
+    using namespace cute;
+    const Problem& p = params.problem;
+    auto z_row = make_fragment_like(z);
+    CUTE_UNROLL
+    for (int c = 0; c < size<1>(z); ++c) {
+      const Column column = columns(place.column_offset(c));
+      CUTE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const float s = z(r, c);
+        const Pair pair = judge(p, s, rows[r], column);
+        z_row(r, c) = pair.in_row ? s * (pair.weighted ? scale + p.alpha : scale) : -kInfinity;
+        z(r, c) = pair.in_column ? s * (pair.weighted ? scale + p.target_alpha : scale) : -kInfinity;
+      }
+    }
+    sum_rows(z_row, place, parts);
+    if (p.symmetric) sum_columns(z, place, parts);
+  }
+
+  // Where the warp's sums of the lane's column of every eight go, by that column's offset.
+  CUTE_DEVICE static ShiftedSum* column_parts(SharedStorage& parts, Place_ const& place) {
+    return parts.columns[place.warp_down] + place.column(place.lane / 4);
+  }
+
+  // One exponential for both directions.
+  template <class Matrix>
+  CUTE_DEVICE void sum_together(Matrix const& z, Place_ const& place, float shift,
+                                SharedStorage& parts) {
+    using namespace cute;
+    constexpr int R = decltype(size<0>(z))::value;
+    float row_sums[R] = {};
+    CUTE_UNROLL
+    for (int c = 0; c < size<1>(z); c += 8) {
+      float column_sums[8] = {};
+      CUTE_UNROLL
+      for (int k = 0; k < 8; ++k) {
+        CUTE_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const float e = exponential(z(r, c + k) - shift);
+          row_sums[r] += e;
+          column_sums[k] += e;
+        }
+      }
+      if (params.problem.symmetric) {
+        const float sum = scattered_sum<Warp>(column_sums, place.lane);
+        column_parts(parts, place)[place.column_offset(c)] = {sum == 0.0f ? -kInfinity : shift, sum};
+      }
+    }
+    CUTE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const float sum = quad_sum<Warp>(row_sums[r]);
+      parts.rows[place.warp_across][place.row(r)] = {sum == 0.0f ? -kInfinity : shift, sum};
+    }
+  }
+
+  template <class Matrix>
+  CUTE_DEVICE void sum_rows(Matrix const& z, Place_ const& place, SharedStorage& parts) {
+    using namespace cute;
+    constexpr int R = decltype(size<0>(z))::value;
+    CUTE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      float highest = -kInfinity, sum = 0.0f;
+      CUTE_UNROLL
+      for (int c = 0; c < size<1>(z); ++c) highest = fmaxf(highest, z(r, c));
+      highest = quad_max<Warp>(highest);
+      const float shift = finite(highest);
+      CUTE_UNROLL
+      for (int c = 0; c < size<1>(z); ++c) sum += exponential(z(r, c) - shift);
+      parts.rows[place.warp_across][place.row(r)] = {highest, quad_sum<Warp>(sum)};
+    }
+  }
+
+  template <class Matrix>
+  CUTE_DEVICE void sum_columns(Matrix const& z, Place_ const& place, SharedStorage& parts) {
+    using namespace cute;
+    constexpr int R = decltype(size<0>(z))::value;
+    CUTE_UNROLL
+    for (int c = 0; c < size<1>(z); c += 8) {
+      float highest = -kInfinity, sums[8] = {};
+      CUTE_UNROLL
+      for (int k = 0; k < 8; ++k) {
+        float column = -kInfinity;
+        CUTE_UNROLL
+        for (int r = 0; r < R; ++r) column = fmaxf(column, z(r, c + k));
+        column = column_max<Warp>(column);
+        const float shift = finite(column);
+        CUTE_UNROLL
+        for (int r = 0; r < R; ++r) sums[k] += exponential(z(r, c + k) - shift);
+        if (k == place.lane / 4) highest = column;
+      }
+      column_parts(parts, place)[place.column_offset(c)] = {
+          highest, scattered_sum<Warp>(sums, place.lane)};
+    }
+  }
+};
+
+}  // namespace llave

@@ -1,0 +1,96 @@
+// The two GEMM kernels of one architecture and one type. The build compiles this file for each:
+// LLAVE_ARCHITECTURE is 80 or 90, LLAVE_ELEMENT a C++ type.
+#include "backward_epilogue.h"
+#include "check.h"
+#include "forward_epilogue.h"
+#include "launch.h"
+
+#if LLAVE_ARCHITECTURE == 90
+#include "sm90/gemm.h"
+#else
+#include "sm80/gemm.h"
+#endif
+
+#include "cutlass/device_kernel.h"
+
+namespace llave {
+
+namespace {
+
+template <Size size, template <class, class, class> class Epilogue>
+#if LLAVE_ARCHITECTURE == 90
+using Gemm = Gemm90<LLAVE_ELEMENT, size, Epilogue>;
+#else
+using Gemm = Gemm80<LLAVE_ELEMENT, size, Epilogue>;
+#endif
+
+template <class Gemm, class Outputs>
+void launch(const Problem& p, const Outputs& outputs, const cutlass::KernelHardwareInfo& hardware,
+            cudaStream_t stream, const char* name) {
+  using Kernel = typename Gemm::Kernel;
+  using Value = typename Gemm::Mainloop::ElementA;
+  const typename Kernel::Params params = Kernel::to_underlying_arguments(
+      {cutlass::gemm::GemmUniversalMode::kGemm,
+       {p.n, p.m, p.d, 1},
+       {static_cast<const Value*>(p.query),
+        {p.query_stride, cute::_1{}, 0},
+        static_cast<const Value*>(p.target),
+        {p.target_stride, cute::_1{}, 0}},
+       {p, outputs},
+       hardware,
+       Gemm::schedule()},
+      nullptr);
+
+  auto* kernel = &cutlass::device_kernel<Kernel>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             Kernel::SharedStorageSize),
+        name);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = Kernel::get_grid_shape(params);
+  config.blockDim = Kernel::get_block_shape();
+  config.dynamicSmemBytes = Kernel::SharedStorageSize;
+  config.stream = stream;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {cute::size<0>(typename Gemm::Cluster{}),
+                            cute::size<1>(typename Gemm::Cluster{}), 1};
+  if (LLAVE_ARCHITECTURE == 90) {
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
+  check(cudaLaunchKernelEx(&config, kernel, params), name);
+}
+
+template <template <class, class, class> class Epilogue, class Outputs>
+int launch_either(const Problem& p, const Outputs& outputs, cudaStream_t stream,
+                   const char* name) {
+  cutlass::KernelHardwareInfo hardware;
+  check(cudaGetDevice(&hardware.device_id), name);
+  check(cudaDeviceGetAttribute(&hardware.sm_count, cudaDevAttrMultiProcessorCount,
+                               hardware.device_id),
+        name);
+  if (choose_size(p, hardware.sm_count) == Size::large) {
+    launch<Gemm<Size::large, Epilogue>>(p, outputs, hardware, stream, name);
+    return kLargeRows;
+  }
+  launch<Gemm<Size::small, Epilogue>>(p, outputs, hardware, stream, name);
+  return kSmallRows;
+}
+
+}  // namespace
+
+template <>
+int launch_forward<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>(const Problem& p,
+                                                      const ForwardOutputs& outputs,
+                                                      cudaStream_t stream) {
+  return launch_either<ForwardEpilogue>(p, outputs, stream, "forward");
+}
+
+template <>
+void launch_backward<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>(const Problem& p,
+                                                        const BackwardOutputs& outputs,
+                                                        cudaStream_t stream) {
+  launch_either<BackwardEpilogue>(p, outputs, stream, "backward");
+}
+
+}  // namespace llave

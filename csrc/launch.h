@@ -1,0 +1,21 @@
+// What the bindings call. Each function launches on `stream` and returns at once; Architecture is
+// 80 or 90, Element the inputs' type.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "combine.h"
+#include "problem.h"
+
+namespace llave {
+
+// Returns the rows of the tiles whose sums it writes.
+template <int Architecture, class Element>
+int launch_forward(const Problem&, const ForwardOutputs&, cudaStream_t stream);
+
+template <int Architecture, class Element>
+void launch_backward(const Problem&, const BackwardOutputs&, cudaStream_t stream);
+
+void launch_combine(const Combination& rows, const Combination& columns, cudaStream_t stream);
+
+}  // namespace llave

@@ -1,0 +1,47 @@
+// Sums of exponentials that carry their own shift.
+//
+// Logits stay in natural units until the shift is subtracted: changing base first would round large
+// ones.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "cute/config.hpp"
+
+namespace llave {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+CUTE_HOST_DEVICE float exponential(float x) {
+  const float y = x * 1.4426950408889634f;
+#if defined(__CUDA_ARCH__)
+  float e;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(y));
+  return e;
+#else
+  return std::exp2(y);
+#endif
+}
+
+// 0 in place of -infinity, so that (-infinity) - shift stays -infinity where nothing is summed.
+CUTE_HOST_DEVICE float finite(float shift) { return shift == -kInfinity ? 0.0f : shift; }
+
+// The sum of exp(z - shift) over some logits z. A shift is at most 60 above the largest of them
+// and none of them is far above it; the sum over no logit is (-infinity, 0).
+struct ShiftedSum {
+  float shift, sum;
+
+  CUTE_HOST_DEVICE static ShiftedSum nothing() { return {-kInfinity, 0.0f}; }
+
+  CUTE_HOST_DEVICE void add(ShiftedSum other) {
+    const float highest = fmaxf(shift, other.shift);
+    const float common = finite(highest);
+    sum = sum * exponential(shift - common) + other.sum * exponential(other.shift - common);
+    shift = highest;
+  }
+
+  CUTE_HOST_DEVICE float log_sum_exp() const { return finite(shift) + logf(sum); }
+};
+
+}  // namespace llave

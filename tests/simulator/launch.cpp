@@ -1,0 +1,111 @@
+// The launchers of csrc/launch.h on a CPU: a plain matrix product in place of the tensor cores',
+// then the kernels' own epilogues, thread by thread.
+#include "launch.h"
+
+#include <cstring>
+#include <vector>
+
+#include "backward_epilogue.h"
+#include "block.h"
+#include "forward_epilogue.h"
+
+namespace llave {
+
+namespace {
+
+constexpr int kMultiprocessors = 4;  // so that problems of a few tiles take large ones
+
+template <class Element>
+std::vector<float> operand(const void* data, int rows, int d, int64_t stride) {
+  std::vector<float> values(size_t(rows) * d);
+  for (int i = 0; i < rows; ++i) {
+    for (int k = 0; k < d; ++k) {
+      const Element x = static_cast<const Element*>(data)[i * stride + k];
+      values[size_t(i) * d + k] = static_cast<float>(static_cast<Operand<Element>>(x));
+    }
+  }
+  return values;
+}
+
+template <class Tile, class Epilogue, class Element, class Outputs>
+void run(const Problem& p, const Outputs& outputs) {
+  using namespace cute;
+  const auto query = operand<Element>(p.query, p.n, p.d, p.query_stride);
+  const auto target = operand<Element>(p.target, p.m, p.d, p.target_stride);
+  std::vector<float> products(size_t(Tile::kRows) * kColumns);
+  std::vector<char> shared(sizeof(typename Epilogue::SharedStorage) + 1);
+  const typename Epilogue::Params params = {p, outputs};
+  // One row of tiles more than there are: a cluster reaches beyond the last.
+  for (int down = 0; down <= tiles_over(p.n, Tile::kRows); ++down) {
+    for (int across = 0; across < tiles_over(p.m, kColumns); ++across) {
+      std::fill(products.begin(), products.end(), 0.0f);  // as beyond the edges
+      for (int i = 0; i < Tile::kRows && down * Tile::kRows + i < p.n; ++i) {
+        for (int j = 0; j < kColumns && across * kColumns + j < p.m; ++j) {
+          const float* q = &query[size_t(down * Tile::kRows + i) * p.d];
+          const float* t = &target[size_t(across * kColumns + j) * p.d];
+          float sum = 0.0f;
+          for (int k = 0; k < p.d; ++k) sum += q[k] * t[k];
+          products[size_t(i) * kColumns + j] = sum;
+        }
+      }
+      std::memset(shared.data(), 0xff, shared.size());  // NaN
+      Block::run(size(typename Tile::Mma{}), [&](int thread) {
+        typename Tile::Mma mma;
+        auto coordinates = mma.get_thread_slice(thread).partition_C(
+            make_identity_tensor(select<0, 1>(typename Tile::Shape{})));
+        auto accumulators = partition_fragment_C(mma, select<0, 1>(typename Tile::Shape{}));
+        for (int k = 0; k < size(accumulators); ++k) {
+          const auto [i, j] = coordinates(k);
+          accumulators(k) = products[size_t(i) * kColumns + j];
+        }
+        Epilogue epilogue(params);
+        epilogue(make_shape(p.n, p.m, p.d, 1), typename Tile::Shape{},
+                 make_coord(down, across, 0, 0), accumulators, mma, 0, thread, shared.data());
+      });
+    }
+  }
+}
+
+template <int Architecture, class Element, template <class, class, class> class Epilogue,
+          class Outputs>
+int run_either(const Problem& p, const Outputs& outputs) {
+  if (choose_size(p, kMultiprocessors) == Size::large) {
+    using Large = Tile<Architecture, Element, Size::large>;
+    run<Large, Epilogue<SimulatedWarp, Element, Large>, Element>(p, outputs);
+    return kLargeRows;
+  }
+  using Small = Tile<Architecture, Element, Size::small>;
+  run<Small, Epilogue<SimulatedWarp, Element, Small>, Element>(p, outputs);
+  return kSmallRows;
+}
+
+}  // namespace
+
+template <int Architecture, class Element>
+int launch_forward(const Problem& p, const ForwardOutputs& outputs, cudaStream_t) {
+  return run_either<Architecture, Element, ForwardEpilogue>(p, outputs);
+}
+
+template <int Architecture, class Element>
+void launch_backward(const Problem& p, const BackwardOutputs& outputs, cudaStream_t) {
+  run_either<Architecture, Element, BackwardEpilogue>(p, outputs);
+}
+
+void launch_combine(const Combination& rows, const Combination& columns, cudaStream_t) {
+  for (int64_t i = 0; i < rows.length; ++i) rows.combine(i);
+  for (int64_t j = 0; j < columns.length; ++j) columns.combine(j);
+}
+
+#define LLAVE_INSTANTIATE(architecture, element)                                            \
+  template int launch_forward<architecture, element>(const Problem&, const ForwardOutputs&, \
+                                                     cudaStream_t);                         \
+  template void launch_backward<architecture, element>(const Problem&, const BackwardOutputs&, \
+                                                       cudaStream_t);
+LLAVE_INSTANTIATE(80, float)
+LLAVE_INSTANTIATE(80, cutlass::bfloat16_t)
+LLAVE_INSTANTIATE(80, cutlass::half_t)
+LLAVE_INSTANTIATE(90, float)
+LLAVE_INSTANTIATE(90, cutlass::bfloat16_t)
+LLAVE_INSTANTIATE(90, cutlass::half_t)
+
+}  // namespace llave
