@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -103,10 +104,16 @@ def plan() -> tuple[Path, list[str], str]:
     return nvcc, targets, f"built with nvcc {dotted(version)} for {names}"
 
 
+class CudaExtension(Extension):
+    def __init__(self, nvcc: Path, targets: list[str]) -> None:
+        super().__init__(f"{PACKAGE}._cuda", [])
+        self.nvcc, self.targets = nvcc, targets
+
+
 class BuildExtension(build_ext):
     """Configures and builds with CMake, showing and keeping the compiler's output."""
 
-    def build_extension(self, ext: Extension) -> None:
+    def build_extension(self, ext: CudaExtension) -> None:
         import cutlass_library
         import pybind11
 
@@ -114,19 +121,18 @@ class BuildExtension(build_ext):
         folder = ROOT / "build" / f"cuda-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)
         include = Path(cutlass_library.__file__).parent / "source" / "include"
-        configure = ["cmake", "--fresh", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"] + [
-            f"-D{name}={value}"
-            for name, value in {
-                "CMAKE_BUILD_TYPE": "Release",
-                "CMAKE_CUDA_COMPILER": NVCC,
-                "CMAKE_CUDA_ARCHITECTURES": "80",
-                "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output.parent,
-                "LLAVE_CUDA_ARCHS": ";".join(TARGETS),
-                "LLAVE_CUTLASS_INCLUDE": include,
-                "Python_EXECUTABLE": sys.executable,
-                "pybind11_DIR": pybind11.get_cmake_dir(),
-            }.items()
-        ]
+        settings = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_CUDA_COMPILER": ext.nvcc,
+            "CMAKE_CUDA_ARCHITECTURES": "80",
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output.parent,
+            "LLAVE_CUDA_ARCHS": ";".join(ext.targets),
+            "LLAVE_CUTLASS_INCLUDE": include,
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+        }
+        configure = ["cmake", "--fresh", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
+        configure += [f"-D{name}={value}" for name, value in settings.items()]
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         jobs = os.environ.get("MAX_JOBS") or str(cores)
         with open(folder / "build.log", "w") as log:
@@ -134,7 +140,7 @@ class BuildExtension(build_ext):
                 run(command, log)
 
 
-def run(command: list[str], log) -> None:
+def run(command: list[str], log: TextIO) -> None:
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
@@ -150,25 +156,29 @@ def run(command: list[str], log) -> None:
 class BuildPackage(build_py):
     """Writes down what became of the extension, and removes one that is not wanted any more."""
 
+    note = ""
+
     def run(self) -> None:
         super().run()
         folder = ROOT / PACKAGE if self.editable_mode else Path(self.build_lib) / PACKAGE
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / NOTE).write_text(MESSAGE + "\n")
-        if not EXTENSIONS:
+        (folder / NOTE).write_text(self.note + "\n")
+        if not self.distribution.ext_modules:
             for stale in folder.glob("_cuda*.so"):
                 stale.unlink()
 
 
-EXTENSIONS: list[Extension] = []
-try:
-    NVCC, TARGETS, MESSAGE = plan()
-    EXTENSIONS = [Extension(f"{PACKAGE}._cuda", [])]
-except Skip as skip:
-    MESSAGE = str(skip)
-print(f"llave: CUDA extension: {MESSAGE if EXTENSIONS else f'skipped: {MESSAGE}'}", file=sys.stderr)
+def main() -> None:
+    extensions: list[Extension] = []
+    try:
+        nvcc, targets, BuildPackage.note = plan()
+        extensions = [CudaExtension(nvcc, targets)]
+    except Skip as reason:
+        BuildPackage.note = str(reason)
+    skipped = "" if extensions else "skipped: "
+    print(f"llave: CUDA extension: {skipped}{BuildPackage.note}", file=sys.stderr)
+    setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension, "build_py": BuildPackage})
 
-setup(
-    ext_modules=EXTENSIONS,
-    cmdclass={"build_ext": BuildExtension, "build_py": BuildPackage},
-)
+
+if __name__ == "__main__":
+    main()

@@ -149,7 +149,7 @@ int64_t forward_workspace(const Problem& p, int rows) {
   return (column_parts + row_parts) * sizeof(ShiftedSum);
 }
 
-void forward(int architecture, const Problem& whole, int start, int stop, Address workspace,
+void forward(int device, int architecture, const Problem& whole, int start, int stop, Address workspace,
              int64_t workspace_bytes, Address positive, Address query_lse, Address target_lse,
              Address stream) {
   require_strip(whole, start, stop);
@@ -167,6 +167,7 @@ void forward(int architecture, const Problem& whole, int start, int stop, Addres
   auto* row_parts =
       p.symmetric ? column_parts + int64_t(tiles_over(p.n, kSmallRows)) * p.m : column_parts;
   const ForwardOutputs outputs = {row_parts, column_parts, pointer<float>(positive) + start};
+  select_device(device);
   auto* cuda_stream = pointer<CUstream_st>(stream);
   const int tile_rows = dispatch(architecture, p.type, [&](auto number, auto element) {
     return launch_forward<decltype(number)::value, decltype(element)>(p, outputs, cuda_stream);
@@ -182,7 +183,7 @@ void forward(int architecture, const Problem& whole, int start, int stop, Addres
   launch_combine(rows, columns, cuda_stream);
 }
 
-void backward(int architecture, const Problem& whole, int start, int stop, Address query_lse,
+void backward(int device, int architecture, const Problem& whole, int start, int stop, Address query_lse,
               Address target_lse, Address d_positive, Address d_query_lse, Address d_target_lse,
               Address gain, Address ds, int64_t pitch, Address stream) {
   require_strip(whole, start, stop);
@@ -207,6 +208,7 @@ void backward(int architecture, const Problem& whole, int start, int stop, Addre
                                    pointer<float>(gain),
                                    pointer<void>(ds),
                                    pitch};
+  select_device(device);
   dispatch(architecture, p.type, [&](auto number, auto element) {
     launch_backward<decltype(number)::value, decltype(element)>(p, outputs,
                                                                 pointer<CUstream_st>(stream));
@@ -235,12 +237,12 @@ PYBIND11_MODULE(_cuda, m) {
            py::arg("hardness"), py::arg("symmetric"));
   m.def("forward_workspace", &forward_workspace, py::arg("problem"), py::arg("rows"),
         "Bytes of workspace that `forward` needs for strips of `rows` rows.");
-  m.def("forward", &forward, py::kw_only(), py::arg("architecture"), py::arg("problem"),
+  m.def("forward", &forward, py::kw_only(), py::arg("device"), py::arg("architecture"), py::arg("problem"),
         py::arg("start"), py::arg("stop"), py::arg("workspace"), py::arg("workspace_bytes"),
         py::arg("positive"), py::arg("query_lse"), py::arg("target_lse"), py::arg("stream"),
         "Positive logits and log-sum-exps of rows start to stop. The strips of a call go from "
         "the first row on with one workspace; target_lse is complete after the last.");
-  m.def("backward", &backward, py::kw_only(), py::arg("architecture"), py::arg("problem"),
+  m.def("backward", &backward, py::kw_only(), py::arg("device"), py::arg("architecture"), py::arg("problem"),
         py::arg("start"), py::arg("stop"), py::arg("query_lse"), py::arg("target_lse"),
         py::arg("d_positive"), py::arg("d_query_lse"), py::arg("d_target_lse"), py::arg("gain"),
         py::arg("ds"), py::arg("pitch"), py::arg("stream"),

@@ -1,5 +1,5 @@
-// What the bindings call. Each function launches on `stream` and returns at once; Architecture is
-// 80 or 90, Element the inputs' type.
+// What the bindings call. Launches go to `stream` and return at once; Architecture is 80 or 90,
+// Element the inputs' type.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,6 +8,9 @@
 #include "problem.h"
 
 namespace llave {
+
+// Makes `device` the current one of this module's own CUDA runtime, as it is of torch's.
+void select_device(int device);
 
 // Returns the rows of the tiles whose sums it writes.
 template <int Architecture, class Element>

@@ -6,6 +6,8 @@ makes the gradients along with the loss where the upstream gradient can only be 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,7 +60,7 @@ def contrastive_logsumexp(
     rules = Rules(
         labels, owners, query_ids, target_ids, alpha, target_alpha, hardness, margin, symmetric
     )
-    with _exact(query):
+    with _on(query):
         if backend == torch_strips.NAME:
             return torch_strips.forward(query, target, logit_scale, rules)
         outputs = BACKENDS[backend].forward(query, target, logit_scale, rules)
@@ -108,7 +110,7 @@ def contrastive_logsumexp_backward(
         labels, owners, query_ids, target_ids, alpha, target_alpha, hardness, margin, symmetric
     )
     upstream = d_positive, d_query_lse, d_target_lse
-    with _exact(query):
+    with _on(query):
         if backend == torch_strips.NAME:
             return torch_strips.backward(
                 *upstream, query, target, logit_scale, query_lse, target_lse, kept, rules
@@ -151,7 +153,7 @@ def one_direction_loss(
     rules = Rules(
         labels, owners, query_ids, target_ids, alpha, target_alpha, hardness, margin, symmetric
     )
-    with _exact(query):
+    with _on(query):
         loss, dq, dt, d_scale = torch_strips.one_direction(query, target, logit_scale, rules)
         return loss.sum(), dq, dt, d_scale
 
@@ -167,9 +169,11 @@ def _gradients_like(query: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tens
     return dq, dt, query.new_empty((), dtype=accumulation_dtype(query.dtype))
 
 
-def _exact(query: Tensor) -> torch.autocast:
-    """The operators choose their own precisions; autocast has had its say on the inputs."""
-    return torch.autocast(query.device.type, enabled=False)
+@contextmanager
+def _on(query: Tensor) -> Iterator[None]:
+    """On the inputs' device, without autocast: it has had its say on the inputs."""
+    with torch.cuda.device_of(query), torch.autocast(query.device.type, enabled=False):
+        yield
 
 
 def _refuse_double_backward(*_: Any) -> None:

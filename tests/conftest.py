@@ -9,9 +9,19 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Without a GPU the Triton kernels run in its interpreter; triton reads this at its first import.
+from tests import simulator
+
+# Without a GPU the Triton kernels run in its interpreter, which triton asks for at its first
+# import, and those of the CUDA extension in the simulation.
+NO_SIMULATOR = None
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    NO_SIMULATOR = simulator.load()
+
+
+def pytest_report_header() -> str:
+    return f"CUDA extension: {NO_SIMULATOR or 'GPU or simulation'}"
+
 
 # CI repeats the same draws; a developer's runs draw anew each time.
 settings.register_profile("ci", derandomize=True)

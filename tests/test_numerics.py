@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from llave_kernels import (
     contrastive_logsumexp,
     hardness_weighted_contrastive_loss,
 )
-from llave_kernels.backends import torch_strips
+from llave_kernels.backends import cuda, strip_gemm, torch_strips
 from llave_kernels.reference import reference_logsumexp
 from tests.helpers import (
     assert_contract,
@@ -23,26 +24,40 @@ from tests.helpers import (
     draw_rules,
     embeddings,
     fused,
+    multiplicands,
     reference,
     relative_error,
 )
 
-BACKENDS = [name for name, reason in available_backends().items() if reason is None]
+BACKENDS = [
+    name
+    for name in ("torch", "triton", "cuda 80", "cuda 90")
+    if available_backends()[name.split()[0]] is None
+]
 KINDS = ("labels", "owners", "ids", "margin", "target_alpha")
 DTYPES = {
     "torch": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    name, *architecture = request.param.split()
+    if architecture:  # whose kernels multiply float32 as TF32
+        monkeypatch.setenv(cuda.ARCHITECTURE, architecture[0])
+        torch.set_float32_matmul_precision("high")
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    yield name
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture(params=["few strips", "many strips"])
 def strip_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "many strips":  # a row or two at a time, and nothing kept
+    if request.param == "many strips":  # a few rows at a time, and nothing kept
+        monkeypatch.setattr(strip_gemm, "WORKSPACE", 1 << 15)
         monkeypatch.setattr(torch_strips, "STRIP_BUDGET", 256)
         monkeypatch.setattr(torch_strips, "KEEP_BUDGET", 0)
         monkeypatch.setattr(torch_strips, "ONEDNN_WORK", 0)
@@ -66,10 +81,17 @@ def test_every_rule_on_torch(hardness: str, symmetric: bool, kinds: set[str]) ->
 @pytest.mark.parametrize("hardness", ["in_batch", "hard_negatives", "all"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("kinds", [set(), *({k} for k in KINDS), set(KINDS)], ids="+".join)
-def test_every_rule_on_triton(hardness: str, symmetric: bool, kinds: set[str]) -> None:
-    query, target = embeddings(13, 31, 7)
-    rules = draw_rules(13, 31, kinds) | {"hardness": hardness, "symmetric": symmetric}
-    assert_contract(query, target, 20.0, backend="triton", **rules)
+@pytest.mark.usefixtures("strip_rows")
+def test_every_rule_on_kernels(
+    backend: str, hardness: str, symmetric: bool, kinds: set[str]
+) -> None:
+    """Several tiles each way on the compiled kernels; the interpreter's are smaller."""
+    if backend == "torch":
+        pytest.skip("test_every_rule_on_torch asks for more")
+    n, m, d = (13, 31, 7) if backend == "triton" else (150, 300, 7)
+    query, target = embeddings(n, m, d)
+    rules = draw_rules(n, m, kinds) | {"hardness": hardness, "symmetric": symmetric}
+    assert_contract(query, target, 20.0, backend=backend, **rules)
 
 
 @pytest.mark.parametrize(
@@ -85,13 +107,17 @@ def test_shapes(backend: str, shape: tuple[int, int, int]) -> None:
 def test_half_precision_is_no_worse_than_dense(
     backend: str, shape: tuple[int, int, int], symmetric: bool
 ) -> None:
+    """By the root mean square of a few draws: of one, dense may get a number right by luck."""
     for dtype in (dtype for dtype in DTYPES[backend] if dtype.itemsize == 2):
-        query, target = embeddings(*shape, dtype)
-        truth = reference(query, target, 50.0, symmetric=symmetric)
-        ours = fused(query, target, 50.0, symmetric=symmetric, backend=backend)
-        plain = dense_errors(query, target, 50.0, truth, symmetric=symmetric)
-        errors = [float((x.double() - y).norm()) for x, y in zip(ours, truth, strict=True)]
-        assert all(a <= b for a, b in zip(errors, plain, strict=True)), (dtype, errors, plain)
+        squares = torch.zeros(2, 4, dtype=torch.float64)
+        for _ in range(4):
+            query, target = embeddings(*shape, dtype)
+            truth = reference(query, target, 50.0, symmetric=symmetric)
+            ours = fused(query, target, 50.0, symmetric=symmetric, backend=backend)
+            plain = dense_errors(query, target, 50.0, truth, symmetric=symmetric)
+            errors = [float((x.double() - y).norm()) for x, y in zip(ours, truth, strict=True)]
+            squares += torch.tensor([errors, plain], dtype=torch.float64).square()
+        assert bool((squares[0] <= squares[1]).all()), (dtype, squares.sqrt())
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -143,7 +169,7 @@ def test_logsumexp_is_the_reference_for_every_column(backend: str) -> None:
 
 def test_large_logits(backend: str) -> None:
     query, target = embeddings(40, 40, 16, unit=False)
-    assert_contract(5 * query, 5 * target, 10.0, backend=backend)  # |z| near 1e4
+    assert_contract(4 * query, 4 * target, 16.0, backend=backend)  # |z| near 1e4
     assert_contract(query, target, 500.0, backend=backend)
 
 
@@ -151,7 +177,7 @@ def test_converged_batch_keeps_its_digits(backend: str) -> None:
     n = 1024 if backend == "torch" else 128
     torch.manual_seed(1)
     target, _ = embeddings(n, 1, 384)
-    query = target + 1e-3 * torch.randn_like(target) / 384**0.5
+    query = multiplicands(target + 1e-3 * torch.randn_like(target) / 384**0.5)
     exact = reference(query, target, 50.0, alpha=0.0)
     ours = fused(query, target, 50.0, alpha=0.0, backend=backend)
     plain = cross_entropy(50.0 * query @ target.T, torch.arange(n))

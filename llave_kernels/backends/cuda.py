@@ -164,10 +164,8 @@ class _Call:
         labels, row_limit, column_limit = rules.labels.contiguous(), None, None
         if rules.margin is not None and similarity is not None:
             row_limit, column_limit = rules.margin_limits(similarity, len(target))
-        self.tensors = (query, target, scale, labels, owners, query_ids, target_ids) + (
-            row_limit,
-            column_limit,
-        )
+        ids = owners, query_ids, target_ids
+        self.tensors = query, target, scale, labels, *ids, row_limit, column_limit
         self.problem = _cuda.Problem(
             type=str(query.dtype).removeprefix("torch."),
             query=query.data_ptr(),
@@ -191,6 +189,7 @@ class _Call:
         )
         stream = torch.cuda.current_stream(query.device).cuda_stream if query.is_cuda else 0
         self.launch: dict[str, Any] = {
+            "device": query.device.index or 0,
             "architecture": _architecture(query.device),
             "problem": self.problem,
             "stream": stream,
