@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from llave_kernels.backends import cuda, torch_strips, triton_backend
@@ -12,6 +13,13 @@ from llave_kernels.rules import Rules
 
 BACKENDS: dict[str, ModuleType] = {m.NAME: m for m in (torch_strips, triton_backend, cuda)}
 OVERRIDE = "LLAVE_BACKEND"
+# Which of the two GPU backends "auto" tries first: by input dtype, from so many rows on. To come
+# from benchmarks/results/h200; nothing is measured there yet, so triton.
+FASTER: dict[torch.dtype, tuple[tuple[int, str], ...]] = {
+    torch.bfloat16: ((0, triton_backend.NAME),),
+    torch.float16: ((0, triton_backend.NAME),),
+    torch.float32: ((0, triton_backend.NAME),),
+}
 
 
 def available_backends() -> dict[str, str | None]:
@@ -23,7 +31,7 @@ def choose(backend: str, query: Tensor, target: Tensor, rules: Rules) -> str:
     """The name of the backend that runs this call.
 
     ``"auto"`` takes ``LLAVE_BACKEND`` where that is set (and then as strictly as an argument), else
-    ``triton`` for tensors on a GPU it supports, else ``torch``.
+    the first in ``FASTER``'s order that supports tensors on a GPU, else ``torch``.
 
     Raises:
         ValueError: unknown name, or a named backend that does not support this call.
@@ -33,9 +41,10 @@ def choose(backend: str, query: Tensor, target: Tensor, rules: Rules) -> str:
     if backend == "auto" and os.environ.get(OVERRIDE, "auto") != "auto":
         backend, source = os.environ[OVERRIDE], OVERRIDE
     if backend == "auto":
-        # The interpreter is for tests: on CPU tensors it must be asked for by name.
-        fits = query.device.type != "cpu" and _refusal(triton_backend, query, target, rules) is None
-        return triton_backend.NAME if fits else torch_strips.NAME
+        # Interpreter and simulation are for tests: on CPU tensors they must be asked for by name.
+        order = [] if query.device.type == "cpu" else _gpu_order(query)
+        fits = (name for name in order if _refusal(BACKENDS[name], query, target, rules) is None)
+        return next(fits, torch_strips.NAME)
     if backend not in BACKENDS:
         names = ", ".join(["auto", *BACKENDS])
         raise ValueError(f"{source}={backend!r} is not a backend; choose one of {names}")
@@ -45,6 +54,12 @@ def choose(backend: str, query: Tensor, target: Tensor, rules: Rules) -> str:
     if (reason := module.supports(query, target, rules)) is not None:
         raise ValueError(f"{source}={backend!r} does not support this call: {reason}")
     return backend
+
+
+def _gpu_order(query: Tensor) -> list[str]:
+    sizes = FASTER.get(query.dtype, ())
+    first = [name for rows, name in sizes if rows <= len(query)][-1:]
+    return first + [m.NAME for m in (triton_backend, cuda) if m.NAME not in first]
 
 
 def _refusal(module: ModuleType, query: Tensor, target: Tensor, rules: Rules) -> str | None:

@@ -172,7 +172,8 @@ def _gradients_like(query: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tens
 @contextmanager
 def _on(query: Tensor) -> Iterator[None]:
     """On the inputs' device, without autocast: it has had its say on the inputs."""
-    with torch.cuda.device_of(query), torch.autocast(query.device.type, enabled=False):
+    device = torch.cuda.device_of(query)  # type: ignore[no-untyped-call]
+    with device, torch.autocast(query.device.type, enabled=False):
         yield
 
 

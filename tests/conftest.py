@@ -1,5 +1,6 @@
 import os
 import zlib
+from collections.abc import Iterator
 
 # Read when torch is imported. A compiled graph remembered from an earlier version of the operators
 # would call them as they were then.
@@ -19,8 +20,38 @@ if not torch.cuda.is_available():
     NO_SIMULATOR = simulator.load()
 
 
+from llave_kernels import available_backends  # noqa: E402
+from llave_kernels.backends import cuda  # noqa: E402
+
+BACKENDS = [
+    name
+    for name in ("torch", "triton", "cuda 80", "cuda 90")
+    if available_backends()[name.split()[0]] is None
+]
+
+
 def pytest_report_header() -> str:
-    return f"CUDA extension: {NO_SIMULATOR or 'GPU or simulation'}"
+    simulated = f"simulation: {NO_SIMULATOR}" if NO_SIMULATOR else "simulation"
+    return f"backends: {', '.join(BACKENDS)} (CUDA extension: {simulated})"
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each backend that runs here, the kernels on a GPU where there is one.
+
+    New tensors are made on that device, and fresh memory is filled with NaN.
+    """
+    name, *architecture = request.param.split()
+    if architecture:  # whose kernels multiply float32 as TF32
+        monkeypatch.setenv(cuda.ARCHITECTURE, architecture[0])
+        torch.set_float32_matmul_precision("high")
+    if name != "torch" and torch.cuda.is_available():
+        torch.set_default_device("cuda")
+    torch.use_deterministic_algorithms(True)
+    yield name
+    torch.use_deterministic_algorithms(False)
+    torch.set_default_device(None)
+    torch.set_float32_matmul_precision("highest")
 
 
 # CI repeats the same draws; a developer's runs draw anew each time.

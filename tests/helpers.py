@@ -69,8 +69,8 @@ def rounding_errors(
     """Errors of [loss, dQ, dT, d logit_scale] to expect from rounding each term of their sums.
 
     They are all that is left where terms cancel. A term of dS is rounded to the inputs' dtype, and
-    carries the rounding of its logit: ``logit_share`` units of what its products add up to. The reference's gradient of S comes from passing S as the
-    query and the identity as the target.
+    carries the rounding of its logit: ``logit_share`` units of what its products add up to. The
+    reference's gradient of S comes from passing S as the query and the identity as the target.
     """
     similarity = query.double() @ target.double().T
     identity = torch.eye(len(target), dtype=torch.float64, device=target.device)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from llave_kernels import available_backends, dispatch, hardness_weighted_contrastive_loss
-from llave_kernels.backends import triton_backend
+from llave_kernels.backends import cuda, triton_backend
+from llave_kernels.rules import Rules
 from tests.helpers import embeddings
 
 
@@ -46,3 +47,33 @@ def test_named_backend_refuses_a_dtype() -> None:
     pair = embeddings(4, 4, 3, torch.float64)
     with pytest.raises(ValueError, match=r"backend='triton' does not support this call: .*float64"):
         hardness_weighted_contrastive_loss(*pair, backend="triton")
+
+
+def test_auto_takes_the_faster_gpu_backend_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusals: dict[str, str | None] = {"triton": None, "cuda": None}
+    for module in (triton_backend, cuda):
+        monkeypatch.setattr(module, "unavailable", lambda: None)
+        monkeypatch.setattr(module, "supports", lambda *_, name=module.NAME: refusals[name])
+    faster = {torch.float16: ((0, "triton"), (64, "cuda"))}
+    monkeypatch.setattr(dispatch, "FASTER", faster)
+
+    def chosen(n: int, dtype: torch.dtype) -> str:
+        query = torch.empty(n, 8, device="meta", dtype=dtype)  # any device but the CPU
+        rules = Rules(torch.arange(n), None, None, None, 9.0, 9.0, "in_batch", None, True)
+        return dispatch.choose("auto", query, query, rules)
+
+    assert [chosen(n, torch.float16) for n in (63, 64, 65)] == ["triton", "cuda", "cuda"]
+    assert chosen(64, torch.bfloat16) == "triton"
+    refusals["cuda"] = "no"
+    assert chosen(64, torch.float16) == "triton"
+    refusals["triton"] = "no"
+    assert chosen(64, torch.float16) == "torch"
+
+
+def test_compiled_kernels_refuse_exact_float32() -> None:
+    pair = embeddings(4, 4, 3)
+    if available_backends()["cuda"] is not None:
+        pytest.skip("neither a GPU nor the simulation")
+    pair = [x.cuda() for x in pair] if torch.cuda.is_available() else pair
+    with pytest.raises(ValueError, match=r"multiplied as TF32, .*set_float32_matmul_precision"):
+        hardness_weighted_contrastive_loss(*pair, backend="cuda")
