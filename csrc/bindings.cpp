@@ -167,9 +167,9 @@ void forward(int device, int architecture, const Problem& whole, int start, int 
   auto* row_parts =
       p.symmetric ? column_parts + int64_t(tiles_over(p.n, kSmallRows)) * p.m : column_parts;
   const ForwardOutputs outputs = {row_parts, column_parts, pointer<float>(positive) + start};
-  select_device(device);
   auto* cuda_stream = pointer<CUstream_st>(stream);
   const int tile_rows = dispatch(architecture, p.type, [&](auto number, auto element) {
+    select_device(device);
     return launch_forward<decltype(number)::value, decltype(element)>(p, outputs, cuda_stream);
   });
   const Combination rows = {row_parts, tiles_over(p.m, kColumns), p.n,
@@ -208,8 +208,8 @@ void backward(int device, int architecture, const Problem& whole, int start, int
                                    pointer<float>(gain),
                                    pointer<void>(ds),
                                    pitch};
-  select_device(device);
   dispatch(architecture, p.type, [&](auto number, auto element) {
+    select_device(device);
     launch_backward<decltype(number)::value, decltype(element)>(p, outputs,
                                                                 pointer<CUstream_st>(stream));
   });

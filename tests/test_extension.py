@@ -1,0 +1,185 @@
+"""The compiled CUDA extension on a machine that may have no GPU: imports, errors, machine code."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import llave_kernels
+from llave_kernels import _cuda as simulated
+
+ROOT = Path(__file__).parents[1]
+BUILT = next(Path(llave_kernels.__file__).parent.glob("_cuda*.so"), None)
+needs_build = pytest.mark.skipif(BUILT is None, reason="the CUDA extension is not built")
+ADDRESS = 1 << 20  # aligned, not null, never read
+
+PROBLEM = {
+    "type": "bfloat16",
+    **dict.fromkeys(("query", "target", "scale", "labels"), ADDRESS),
+    **dict.fromkeys(("owners", "query_ids", "target_ids", "row_limit", "column_limit"), 0),
+    "query_stride": 64,
+    "target_stride": 64,
+    "n": 300,
+    "m": 500,
+    "d": 64,
+    "alpha": 9.0,
+    "target_alpha": 9.0,
+    "hardness": "in_batch",
+    "symmetric": True,
+}
+STRIP = {"device": 0, "architecture": 80, "start": 0, "stop": 300, "stream": 0}
+LSES = {"query_lse": ADDRESS, "target_lse": ADDRESS}
+FORWARD = STRIP | LSES | {"workspace": ADDRESS, "workspace_bytes": 1 << 30, "positive": ADDRESS}
+BACKWARD = (
+    STRIP
+    | LSES
+    | dict.fromkeys(("d_positive", "d_query_lse", "d_target_lse", "ds"), ADDRESS)
+    | {"gain": 0, "pitch": 504}
+)
+# What is called, what is wrong with it, and what the message says.
+MISTAKES: list[tuple[str, dict[str, object], str]] = [
+    ("problem", {"type": "float64"}, "type = 'float64'; expected float32, bfloat16 or float16"),
+    ("problem", {"hardness": "hard"}, "hardness = 'hard'; expected in_batch"),
+    ("problem", {"n": 0}, r"n = 0; expected 1 to 2\^31"),
+    ("problem", {"m": 1 << 31}, "m = 2147483648; expected"),
+    ("problem", {"d": -8}, "d = -8; expected"),
+    ("problem", {"d": 60, "query_stride": 60}, "d = 60; expected a multiple of 16 bytes"),
+    ("problem", {"query": 0}, "query is a null pointer"),
+    ("problem", {"target": ADDRESS + 8}, "target = 1048584 is not aligned to 16 bytes"),
+    ("problem", {"query_stride": 66}, "query_stride = 66; expected at least d and a multiple"),
+    ("problem", {"target_stride": 8}, "target_stride = 8; expected at least d"),
+    ("problem", {"labels": 0}, "labels is a null pointer"),
+    ("problem", {"scale": ADDRESS + 1}, "scale = 1048577 is not aligned to 4"),
+    ("problem", {"query_ids": ADDRESS}, "query_ids and target_ids go together"),
+    ("problem", {"row_limit": ADDRESS}, "row_limit and column_limit go together"),
+    ("forward", {"architecture": 75}, "architecture = 75 is not in this build"),
+    ("forward", {"start": -1}, "rows -1 to 300; expected a range within 0 to n = 300"),
+    ("forward", {"stop": 301}, "rows 0 to 301; expected"),
+    ("forward", {"start": 300}, "rows 300 to 300; expected"),
+    ("forward", {"workspace": 0}, "workspace is a null pointer"),
+    ("forward", {"workspace_bytes": 100}, "workspace_bytes = 100; expected at least"),
+    ("forward", {"positive": 0}, "positive is a null pointer"),
+    ("forward", {"query_lse": 0}, "query_lse is a null pointer"),
+    ("forward", {"target_lse": 0}, "target_lse is a null pointer"),
+    ("backward", {"architecture": 0}, "architecture = 0 is not in this build"),
+    ("backward", {"ds": ADDRESS + 4}, "ds = 1048580 is not aligned to 16"),
+    ("backward", {"pitch": 500}, "pitch = 500; expected a multiple of 8 not below m = 500"),
+    ("backward", {"pitch": 496}, "pitch = 496; expected"),
+    ("backward", {"d_target_lse": 0}, "d_target_lse is a null pointer"),
+    ("backward", {"d_positive": 0}, "d_positive is a null pointer"),
+]
+
+# Runs in a process of its own, where `_cuda` is the compiled one.
+CALLS = """
+import json, sys
+from llave_kernels import _cuda, available_backends
+problem, forward, backward, mistakes = json.load(sys.stdin)
+said = []
+for name, wrong in mistakes:
+    try:
+        if name == "problem":
+            _cuda.Problem(**(problem | wrong))
+        else:
+            arguments = forward if name == "forward" else backward
+            getattr(_cuda, name)(problem=_cuda.Problem(**problem), **(arguments | wrong))
+        said.append(["nothing", ""])
+    except Exception as error:
+        said.append([type(error).__name__, str(error)])
+print(json.dumps([available_backends()["cuda"], list(_cuda.architectures), said]))
+"""
+
+
+def call_built(mistakes: list[tuple[str, dict[str, object]]]) -> list:
+    run = subprocess.run(
+        [sys.executable, "-c", CALLS],
+        input=json.dumps([PROBLEM, FORWARD, BACKWARD, mistakes]),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@needs_build
+def test_built_module_refuses_every_mistake() -> None:
+    *_, said = call_built([(name, wrong) for name, wrong, _ in MISTAKES])
+    for (name, wrong, message), (kind, text) in zip(MISTAKES, said, strict=True):
+        assert kind == "ValueError", (name, wrong, kind, text)
+        assert re.search(message, text), (name, wrong, text)
+
+
+@needs_build
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_launch_without_a_device_says_what_cuda_says() -> None:
+    reason, architectures, said = call_built([("forward", {}), ("backward", {})])
+    assert reason == "no GPU: torch.cuda.is_available() is False"
+    assert set(architectures) <= {80, 90}
+    for kind, text in said:
+        assert kind == "RuntimeError"
+        assert re.search("device: .*(driver|no CUDA-capable device)", text), text
+
+
+@pytest.mark.skipif(getattr(simulated, "device", "") != "cpu", reason="no simulation")
+def test_workspace_grows_with_a_strip_not_with_its_square() -> None:
+    """A strip's parts stay a tenth of its dS."""
+    problem = simulated.Problem(**(PROBLEM | {"n": 1 << 16, "m": 1 << 16}))
+    for rows in (128, 1024, 2048):
+        assert simulated.forward_workspace(problem, rows) <= rows * (1 << 16) * 2 / 10 + (1 << 20)
+
+
+def machine_code(path: Path) -> Iterator[tuple[str, str]]:
+    """Mangled name and SASS of each kernel in the built module."""
+    triton = pytest.importorskip("triton")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    run = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True)
+    for block in run.stdout.split("Function : ")[1:]:
+        name, _, code = block.partition("\n")
+        yield name, code
+
+
+@needs_build
+def test_machine_code_uses_tensor_cores_and_spills_nothing() -> None:
+    assert BUILT is not None
+    _, architectures, _ = call_built([])
+    seen = []
+    for name, code in machine_code(BUILT):
+        found = re.search(r"(Forward|Backward)Epilogue.*?4TileILi(\d+)E", name)
+        if found is None:
+            assert "combine_kernel" in name
+            continue
+        seen.append((found[1], int(found[2])))
+        instruction = r"\bHGMMA\." if found[2] == "90" else r"\bHMMA\."
+        assert re.search(instruction, code), name
+        assert not re.search(r"\b(LDL|STL)\b", code), name
+    # Three types and two tile sizes of each, for every target of the build.
+    for kind in ("Forward", "Backward"):
+        for architecture in architectures:
+            count = seen.count((kind, architecture))
+            assert count >= 6
+            assert count % 6 == 0
+
+
+@needs_build
+def test_module_links_neither_torch_nor_python_nor_the_cuda_runtime() -> None:
+    listing = subprocess.run(["ldd", str(BUILT)], capture_output=True, text=True, check=True)
+    libraries = re.findall(r"^\s*(\S+)", listing.stdout, re.MULTILINE)
+    assert not [name for name in libraries if re.search("torch|c10|python|cuda", name)]
+
+
+@needs_build
+def test_build_log_has_no_finding() -> None:
+    log = ROOT / "build" / f"cuda-{sys.implementation.cache_tag}" / "build.log"
+    if not log.exists():
+        pytest.skip("built elsewhere")
+    text = log.read_text()
+    assert "Building CUDA object" in text
+    assert "serialized" not in text
+    assert not re.search(r"[1-9]\d* bytes spill", text)
