@@ -59,7 +59,8 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
         const bool both = p.symmetric && j < p.m;
         const float column_lse = both ? finite(out.column_lse[j]) : 0.0f;
         const float d_column = both ? out.d_column_lse[j] * gain : 0.0f;
-        const Column column = uniform ? Column{j, j, kInfinity, 0} : columns(place.column_offset(c + k));
+        const Column column =
+            uniform ? Column{j, j, kInfinity, 0} : columns(place.column_offset(c + k));
         CUTE_UNROLL
         for (int r = 0; r < R; ++r) {
           const float similarity = s(r, c + k);

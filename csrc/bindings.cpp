@@ -19,7 +19,9 @@ namespace {
 
 using Address = uintptr_t;
 
-[[noreturn]] void refuse(const std::string& message) { throw py::value_error(message); }
+[[noreturn]] void refuse(const std::string& message) {
+  throw py::value_error(message);
+}
 
 template <class Value>
 Value* pointer(Address address) {
@@ -34,7 +36,9 @@ void require(const char* name, Address address, size_t alignment) {
   }
 }
 
-int64_t element_bytes(const Problem& p) { return p.type == Type::float32 ? 4 : 2; }
+int64_t element_bytes(const Problem& p) {
+  return p.type == Type::float32 ? 4 : 2;
+}
 
 Type parse_type(const std::string& name) {
   if (name == "float32") return Type::float32;
@@ -149,9 +153,9 @@ int64_t forward_workspace(const Problem& p, int rows) {
   return (column_parts + row_parts) * sizeof(ShiftedSum);
 }
 
-void forward(int device, int architecture, const Problem& whole, int start, int stop, Address workspace,
-             int64_t workspace_bytes, Address positive, Address query_lse, Address target_lse,
-             Address stream) {
+void forward(int device, int architecture, const Problem& whole, int start, int stop,
+             Address workspace, int64_t workspace_bytes, Address positive, Address query_lse,
+             Address target_lse, Address stream) {
   require_strip(whole, start, stop);
   require("workspace", workspace, 8);
   require("positive", positive, 4);
@@ -172,20 +176,17 @@ void forward(int device, int architecture, const Problem& whole, int start, int 
     select_device(device);
     return launch_forward<decltype(number)::value, decltype(element)>(p, outputs, cuda_stream);
   });
-  const Combination rows = {row_parts, tiles_over(p.m, kColumns), p.n,
-                            nullptr,   true,                      pointer<float>(query_lse) + start};
-  const Combination columns = {column_parts,
-                               tiles_over(p.n, tile_rows),
-                               p.symmetric ? p.m : 0,
-                               state,
-                               start == 0,
-                               pointer<float>(target_lse)};
+  const Combination rows = {row_parts, tiles_over(p.m, kColumns),        p.n, nullptr,
+                            true,      pointer<float>(query_lse) + start};
+  const Combination columns = {
+      column_parts, tiles_over(p.n, tile_rows), p.symmetric ? p.m : 0, state,
+      start == 0,   pointer<float>(target_lse)};
   launch_combine(rows, columns, cuda_stream);
 }
 
-void backward(int device, int architecture, const Problem& whole, int start, int stop, Address query_lse,
-              Address target_lse, Address d_positive, Address d_query_lse, Address d_target_lse,
-              Address gain, Address ds, int64_t pitch, Address stream) {
+void backward(int device, int architecture, const Problem& whole, int start, int stop,
+              Address query_lse, Address target_lse, Address d_positive, Address d_query_lse,
+              Address d_target_lse, Address gain, Address ds, int64_t pitch, Address stream) {
   require_strip(whole, start, stop);
   require("query_lse", query_lse, 4);
   require("d_positive", d_positive, 4);
@@ -196,8 +197,8 @@ void backward(int device, int architecture, const Problem& whole, int start, int
   }
   require("ds", ds, 16);
   if (pitch < whole.m || pitch % 8 != 0) {
-    refuse("pitch = " + std::to_string(pitch) + "; expected a multiple of 8 not below m = " +
-           std::to_string(whole.m));
+    refuse("pitch = " + std::to_string(pitch) +
+           "; expected a multiple of 8 not below m = " + std::to_string(whole.m));
   }
   const Problem p = whole.rows(start, stop);
   const BackwardOutputs outputs = {pointer<float>(query_lse) + start,
@@ -233,18 +234,20 @@ PYBIND11_MODULE(_cuda, m) {
            py::arg("target"), py::arg("query_stride"), py::arg("target_stride"), py::arg("n"),
            py::arg("m"), py::arg("d"), py::arg("scale"), py::arg("labels"), py::arg("owners"),
            py::arg("query_ids"), py::arg("target_ids"), py::arg("row_limit"),
-           py::arg("column_limit"), py::arg("alpha"), py::arg("target_alpha"),
-           py::arg("hardness"), py::arg("symmetric"));
+           py::arg("column_limit"), py::arg("alpha"), py::arg("target_alpha"), py::arg("hardness"),
+           py::arg("symmetric"));
   m.def("forward_workspace", &forward_workspace, py::arg("problem"), py::arg("rows"),
         "Bytes of workspace that `forward` needs for strips of `rows` rows.");
-  m.def("forward", &forward, py::kw_only(), py::arg("device"), py::arg("architecture"), py::arg("problem"),
-        py::arg("start"), py::arg("stop"), py::arg("workspace"), py::arg("workspace_bytes"),
-        py::arg("positive"), py::arg("query_lse"), py::arg("target_lse"), py::arg("stream"),
+  m.def("forward", &forward, py::kw_only(), py::arg("device"), py::arg("architecture"),
+        py::arg("problem"), py::arg("start"), py::arg("stop"), py::arg("workspace"),
+        py::arg("workspace_bytes"), py::arg("positive"), py::arg("query_lse"),
+        py::arg("target_lse"), py::arg("stream"),
         "Positive logits and log-sum-exps of rows start to stop. The strips of a call go from "
         "the first row on with one workspace; target_lse is complete after the last.");
-  m.def("backward", &backward, py::kw_only(), py::arg("device"), py::arg("architecture"), py::arg("problem"),
-        py::arg("start"), py::arg("stop"), py::arg("query_lse"), py::arg("target_lse"),
-        py::arg("d_positive"), py::arg("d_query_lse"), py::arg("d_target_lse"), py::arg("gain"),
-        py::arg("ds"), py::arg("pitch"), py::arg("stream"),
+  m.def("backward", &backward, py::kw_only(), py::arg("device"), py::arg("architecture"),
+        py::arg("problem"), py::arg("start"), py::arg("stop"), py::arg("query_lse"),
+        py::arg("target_lse"), py::arg("d_positive"), py::arg("d_query_lse"),
+        py::arg("d_target_lse"), py::arg("gain"), py::arg("ds"), py::arg("pitch"),
+        py::arg("stream"),
         "dS of rows start to stop, times `gain` (0: 1), into ds (stop - start, pitch).");
 }

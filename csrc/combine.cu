@@ -18,7 +18,9 @@ __global__ void combine_kernel(Combination rows, Combination columns) {
 
 }  // namespace
 
-void select_device(int device) { check(cudaSetDevice(device), "device"); }
+void select_device(int device) {
+  check(cudaSetDevice(device), "device");
+}
 
 void launch_combine(const Combination& rows, const Combination& columns, cudaStream_t stream) {
   const int64_t blocks = (rows.length + columns.length + kThreads - 1) / kThreads;

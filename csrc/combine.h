@@ -15,8 +15,7 @@ struct Combination {
 
   // In the order of the parts, whatever the launch.
   CUTE_HOST_DEVICE void combine(int64_t index) const {
-    ShiftedSum total =
-        state == nullptr || first ? ShiftedSum::nothing() : state[index];
+    ShiftedSum total = state == nullptr || first ? ShiftedSum::nothing() : state[index];
     for (int part = 0; part < count; ++part) total.add(parts[part * length + index]);
     if (state != nullptr) state[index] = total;
     lse[index] = total.log_sum_exp();

@@ -1,8 +1,8 @@
 // What CUTLASS's kernels ask of an epilogue that takes the whole accumulator tile at once.
 //
 // A softmax needs the largest logit before the first exponential; the visitors of CUTLASS's own
-// epilogues see a fragment once and pass on, so ours takes the tile. The kernels of sm_80 call it as
-// it is, those of sm_90 through `Sm90TmaWarpSpecializedAdapter`.
+// epilogues see a fragment once and pass on, so ours takes the tile. The kernels of sm_80 call it
+// as it is, those of sm_90 through `Sm90TmaWarpSpecializedAdapter`.
 #pragma once
 
 #include "cutlass/cutlass.h"

@@ -2,8 +2,6 @@
 // sum of exponentials. No similarity is stored but the positives'.
 #pragma once
 
-#include "cutlass/gemm_coord.h"
-
 #include "epilogue.h"
 #include "fragment.h"
 #include "pairs.h"
@@ -31,8 +29,8 @@ class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
   template <class Shape, class Block, class Coordinate, class Engine, class Layout, class Mma,
             class Residue>
   CUTE_DEVICE void operator()(Shape, Block, Coordinate tile,
-                              cute::Tensor<Engine, Layout> accumulators, Mma, Residue,
-                              int thread, char* shared) {
+                              cute::Tensor<Engine, Layout> accumulators, Mma, Residue, int thread,
+                              char* shared) {
     using namespace cute;
     const Problem& p = params.problem;
     const int tile_row = get<0>(tile), tile_column = get<1>(tile);
@@ -64,8 +62,7 @@ class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
       const float factor = uniform_scale(p, scale);
       sum_both(z, place, parts, [&](int r, int c) {
         const int j = j0 + place.column(c);
-        return Logit{z(r, c) * factor,
-                     rows[r].label != kOutside && j < p.m && j != rows[r].label};
+        return Logit{z(r, c) * factor, rows[r].label != kOutside && j < p.m && j != rows[r].label};
       });
     }
     if constexpr (Tile::kEveryRule) {
@@ -161,7 +158,8 @@ class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
         const float s = z(r, c);
         const Pair pair = judge(p, s, rows[r], column);
         z_row(r, c) = pair.in_row ? s * (pair.weighted ? scale + p.alpha : scale) : -kInfinity;
-        z(r, c) = pair.in_column ? s * (pair.weighted ? scale + p.target_alpha : scale) : -kInfinity;
+        z(r, c) =
+            pair.in_column ? s * (pair.weighted ? scale + p.target_alpha : scale) : -kInfinity;
       }
     }
     sum_rows(z_row, place, parts);
@@ -194,7 +192,8 @@ class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
       }
       if (params.problem.symmetric) {
         const float sum = scattered_sum<Warp>(column_sums, place.lane);
-        column_parts(parts, place)[place.column_offset(c)] = {sum == 0.0f ? -kInfinity : shift, sum};
+        column_parts(parts, place)[place.column_offset(c)] = {sum == 0.0f ? -kInfinity : shift,
+                                                              sum};
       }
     }
     CUTE_UNROLL
@@ -239,8 +238,8 @@ class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
         for (int r = 0; r < R; ++r) sums[k] += exponential(z(r, c + k) - shift);
         if (k == place.lane / 4) highest = column;
       }
-      column_parts(parts, place)[place.column_offset(c)] = {
-          highest, scattered_sum<Warp>(sums, place.lane)};
+      column_parts(parts, place)[place.column_offset(c)] = {highest,
+                                                            scattered_sum<Warp>(sums, place.lane)};
     }
   }
 };

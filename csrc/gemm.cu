@@ -29,17 +29,17 @@ void launch(const Problem& p, const Outputs& outputs, const cutlass::KernelHardw
             cudaStream_t stream, const char* name) {
   using Kernel = typename Gemm::Kernel;
   using Value = typename Gemm::Mainloop::ElementA;
-  const typename Kernel::Params params = Kernel::to_underlying_arguments(
-      {cutlass::gemm::GemmUniversalMode::kGemm,
-       {p.n, p.m, p.d, 1},
-       {static_cast<const Value*>(p.query),
-        {p.query_stride, cute::_1{}, 0},
-        static_cast<const Value*>(p.target),
-        {p.target_stride, cute::_1{}, 0}},
-       {p, outputs},
-       hardware,
-       Gemm::schedule()},
-      nullptr);
+  const typename Kernel::Params params =
+      Kernel::to_underlying_arguments({cutlass::gemm::GemmUniversalMode::kGemm,
+                                       {p.n, p.m, p.d, 1},
+                                       {static_cast<const Value*>(p.query),
+                                        {p.query_stride, cute::_1{}, 0},
+                                        static_cast<const Value*>(p.target),
+                                        {p.target_stride, cute::_1{}, 0}},
+                                       {p, outputs},
+                                       hardware,
+                                       Gemm::schedule()},
+                                      nullptr);
 
   auto* kernel = &cutlass::device_kernel<Kernel>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -62,8 +62,7 @@ void launch(const Problem& p, const Outputs& outputs, const cutlass::KernelHardw
 }
 
 template <template <class, class, class> class Epilogue, class Outputs>
-int launch_either(const Problem& p, const Outputs& outputs, cudaStream_t stream,
-                   const char* name) {
+int launch_either(const Problem& p, const Outputs& outputs, cudaStream_t stream, const char* name) {
   cutlass::KernelHardwareInfo hardware;
   check(cudaGetDevice(&hardware.device_id), name);
   check(cudaDeviceGetAttribute(&hardware.sm_count, cudaDevAttrMultiProcessorCount,

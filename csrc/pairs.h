@@ -21,7 +21,8 @@ struct Column {
 
 constexpr int kOutside = -1;
 
-// Whether a pair carries the hardness weight, and whether it counts as a negative in each direction.
+// Whether a pair carries the hardness weight, and whether it counts as a negative in each
+// direction.
 struct Pair {
   bool weighted, in_row, in_column;
 };

@@ -50,8 +50,8 @@ struct ForwardOutputs {
 struct BackwardOutputs {
   const float *row_lse, *column_lse;                   // (n,), (m,): the log-sum-exps
   const float *d_positive, *d_row_lse, *d_column_lse;  // (n,), (n,), (m,): upstream gradients
-  const float* gain;  // (), a power of two on dS, or null for 1
-  void* ds;           // (n, pitch), the inputs' type, pitch a multiple of 8 not below m
+  const float* gain;                                   // (), a power of two on dS, or null for 1
+  void* ds;  // (n, pitch), the inputs' type, pitch a multiple of 8 not below m
   int64_t pitch;
 };
 

@@ -25,7 +25,9 @@ CUTE_HOST_DEVICE float exponential(float x) {
 }
 
 // 0 in place of -infinity, so that (-infinity) - shift stays -infinity where nothing is summed.
-CUTE_HOST_DEVICE float finite(float shift) { return shift == -kInfinity ? 0.0f : shift; }
+CUTE_HOST_DEVICE float finite(float shift) {
+  return shift == -kInfinity ? 0.0f : shift;
+}
 
 // The sum of exp(z - shift) over some logits z. A shift is at most 60 above the largest of them
 // and none of them is far above it; the sum over no logit is (-infinity, 0).

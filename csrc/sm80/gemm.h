@@ -37,18 +37,16 @@ struct Gemm80 {
   // Rows of 128 bytes whose 16-byte parts are swizzled, so that ldmatrix meets no bank twice.
   static constexpr int kBase = sizeof(Element) == 4 ? 2 : 3;
   using SharedLayout = decltype(cute::composition(
-      cute::Swizzle<3, kBase, 3>{},
-      cute::Layout<cute::Shape<cute::_8, Depth<Element>>,
-                   cute::Stride<Depth<Element>, cute::_1>>{}));
+      cute::Swizzle<3, kBase, 3>{}, cute::Layout<cute::Shape<cute::_8, Depth<Element>>,
+                                                 cute::Stride<Depth<Element>, cute::_1>>{}));
   using SharedCopy = cute::Copy_Atom<cute::SM75_U32x4_LDSM_N, Value>;
-  using Round =
-      cute::conditional_t<cute::is_same_v<Element, float>, RoundToTf32, cute::identity>;
+  using Round = cute::conditional_t<cute::is_same_v<Element, float>, RoundToTf32, cute::identity>;
   using Mainloop = cutlass::gemm::collective::CollectiveMma<
       cutlass::gemm::MainloopSm80CpAsync<Tile::kStages>, typename Tile::Shape, Value, Stride, Value,
       Stride, typename Tile::Mma, GlobalCopy, SharedLayout, SharedCopy, Round, GlobalCopy,
       SharedLayout, SharedCopy, Round>;
-  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop,
-                                                      Collective>;
+  using Kernel =
+      cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Collective>;
   using Cluster = cute::Shape<cute::_1, cute::_1, cute::_1>;
 
   static typename Kernel::TileSchedulerArguments schedule() { return {}; }

@@ -17,17 +17,17 @@ struct Gemm90 {
       Epilogue<Warp, Element, Tile>>;
   static constexpr int kAlignment = 16 / sizeof(Element);
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp,             //
-      Element, cutlass::layout::RowMajor, kAlignment,                  // queries
-      Element, cutlass::layout::ColumnMajor, kAlignment,               // targets, transposed
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp,  //
+      Element, cutlass::layout::RowMajor, kAlignment,       // queries
+      Element, cutlass::layout::ColumnMajor, kAlignment,    // targets, transposed
       float, typename Tile::Shape, typename Tile::Cluster,
-      cutlass::gemm::collective::StageCountAutoCarveout<
-          static_cast<int>(sizeof(typename Collective::SharedStorage))>,
+      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
+          sizeof(typename Collective::SharedStorage))>,
       cutlass::gemm::KernelTmaWarpSpecializedPingpong>::CollectiveOp;
   static_assert(cute::is_same_v<typename Mainloop::TiledMma, typename Tile::Mma>);
 
-  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop,
-                                                      Collective>;
+  using Kernel =
+      cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Collective>;
   using Cluster = typename Tile::Cluster;
 
   static typename Kernel::TileSchedulerArguments schedule() {

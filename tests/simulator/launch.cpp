@@ -91,16 +91,17 @@ void launch_backward(const Problem& p, const BackwardOutputs& outputs, cudaStrea
   run_either<Architecture, Element, BackwardEpilogue>(p, outputs);
 }
 
-void select_device(int) {}
+void select_device(int) {
+}
 
 void launch_combine(const Combination& rows, const Combination& columns, cudaStream_t) {
   for (int64_t i = 0; i < rows.length; ++i) rows.combine(i);
   for (int64_t j = 0; j < columns.length; ++j) columns.combine(j);
 }
 
-#define LLAVE_INSTANTIATE(architecture, element)                                            \
-  template int launch_forward<architecture, element>(const Problem&, const ForwardOutputs&, \
-                                                     cudaStream_t);                         \
+#define LLAVE_INSTANTIATE(architecture, element)                                               \
+  template int launch_forward<architecture, element>(const Problem&, const ForwardOutputs&,    \
+                                                     cudaStream_t);                            \
   template void launch_backward<architecture, element>(const Problem&, const BackwardOutputs&, \
                                                        cudaStream_t);
 LLAVE_INSTANTIATE(80, float)
