@@ -16,6 +16,7 @@ from llave_kernels import (
 )
 from llave_kernels.backends import strip_gemm, torch_strips
 from llave_kernels.reference import reference_logsumexp
+from tests.conftest import BACKENDS
 from tests.helpers import (
     assert_contract,
     dense_errors,
@@ -63,13 +64,12 @@ def test_every_rule_on_torch(hardness: str, symmetric: bool, kinds: set[str]) ->
 @pytest.mark.parametrize("hardness", ["in_batch", "hard_negatives", "all"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("kinds", [set(), *({k} for k in KINDS), set(KINDS)], ids="+".join)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "torch"], indirect=True)
 @pytest.mark.usefixtures("strip_rows")
 def test_every_rule_on_kernels(
     backend: str, hardness: str, symmetric: bool, kinds: set[str]
 ) -> None:
     """Several tiles each way on the compiled kernels; the interpreter's are smaller."""
-    if backend == "torch":
-        pytest.skip("test_every_rule_on_torch asks for more")
     n, m, d = (13, 31, 7) if backend == "triton" else (150, 300, 7)
     query, target = embeddings(n, m, d)
     rules = draw_rules(n, m, kinds) | {"hardness": hardness, "symmetric": symmetric}
