@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import llave_kernels
-from llave_kernels import _cuda as simulated
+from llave_kernels.backends.cuda import _cuda as simulated
 
 ROOT = Path(__file__).parents[1]
 BUILT = next(Path(llave_kernels.__file__).parent.glob("_cuda*.so"), None)
