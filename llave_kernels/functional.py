@@ -50,13 +50,13 @@ def contrastive_logsumexp(
     arguments are those of ``hardness_weighted_contrastive_loss``, which states them and what they
     raise.
     """
-    query, target = _autocast(query, target)
-    scale, rules = _resolve(
+    query, target = autocast(query, target)
+    scale, rules = resolve(
         query, target, logit_scale, alpha, hardness, symmetric, target_alpha, labels, owners,
         query_ids, target_ids, false_negative_margin,
     )  # fmt: skip
     name = dispatch.choose(backend, query, target, rules)
-    return _logsumexp(query, target, scale, rules, name)
+    return logsumexp(query, target, scale, rules, name)
 
 
 def hardness_weighted_contrastive_loss(
@@ -120,8 +120,8 @@ def hardness_weighted_contrastive_loss(
         RuntimeError: a named backend that cannot run on this machine; a second derivative.
     """
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
-    query, target = _autocast(query, target)
-    scale, rules = _resolve(
+    query, target = autocast(query, target)
+    scale, rules = resolve(
         query, target, logit_scale, alpha, hardness, symmetric, target_alpha, labels, owners,
         query_ids, target_ids, false_negative_margin,
     )  # fmt: skip
@@ -132,7 +132,7 @@ def hardness_weighted_contrastive_loss(
     if name == torch_strips.NAME and not symmetric and reduction != "none" and needs_gradient:
         total = ops.one_direction_loss(query, target, scale, *ops.rule_args(rules))[0]
         return total / len(query) if reduction == "mean" else total
-    logits = _logsumexp(query, target, scale, rules, name)
+    logits = logsumexp(query, target, scale, rules, name)
     loss = -logsigmoid(logits.positive - logits.query)
     if logits.target is not None:
         loss = (loss - logsigmoid(logits.positive - logits.target[rules.labels])) / 2
@@ -141,7 +141,7 @@ def hardness_weighted_contrastive_loss(
     return loss.mean() if reduction == "mean" else loss.sum()
 
 
-def _autocast(query: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def autocast(query: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Under autocast float32 embeddings take its dtype, as in a matrix product."""
     checks.tensor("query", query)
     checks.tensor("target", target)
@@ -154,7 +154,7 @@ def _autocast(query: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return query.to(dtype), target.to(dtype)
 
 
-def _resolve(
+def resolve(
     query: Tensor,
     target: Tensor,
     logit_scale: float | Tensor,
@@ -194,15 +194,16 @@ def _resolve(
         resolved_owners = checks.columns("owners", owners, m, m, device)
     checks.ids(query_ids, target_ids, n, m, device)
     rules = Rules(
-        resolved_labels, resolved_owners, query_ids, target_ids, float(alpha), float(target_alpha),
-        hardness, None if margin is None else float(margin), symmetric,
+        resolved_labels, resolved_owners, query_ids, target_ids, None, float(alpha),
+        float(target_alpha), hardness, None if margin is None else float(margin), symmetric,
     )  # fmt: skip
     return scale, rules
 
 
-def _logsumexp(
+def logsumexp(
     query: Tensor, target: Tensor, scale: Tensor, rules: Rules, backend: str
 ) -> ContrastiveLogits:
+    """``contrastive_logsumexp`` of what ``resolve`` returned, on the named backend."""
     positive, rows, columns, _ = ops.contrastive_logsumexp(
         query, target, scale, backend, *ops.rule_args(rules)
     )

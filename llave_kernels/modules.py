@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from llave_kernels import checks
+from llave_kernels.distributed import distributed_contrastive_loss
 from llave_kernels.functional import hardness_weighted_contrastive_loss
 from llave_kernels.rules import HARDNESS_MODES
 
@@ -22,6 +26,9 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         learnable: train the scale. The parameter is ``log_logit_scale``, a 0-d float32 logarithm
             as in CLIP, which keeps the scale positive.
         max_logit_scale: upper bound of a learnable scale (CLIP: 100).
+        gather_group: a process group, or ``"world"`` for all processes: the loss is
+            ``llave_kernels.distributed.distributed_contrastive_loss``, for gradients that are
+            averaged over the processes (DDP, FSDP). Default: this process alone.
 
     Example:
         >>> loss_fn = HardnessWeightedContrastiveLoss(logit_scale=50.0, alpha=9.0)
@@ -45,6 +52,7 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         backend: str = "auto",
         learnable: bool = False,
         max_logit_scale: float = 100.0,
+        gather_group: ProcessGroup | Literal["world"] | None = None,
     ) -> None:
         super().__init__()
         checks.positive("logit_scale", logit_scale)
@@ -57,6 +65,8 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         checks.flag("symmetric", symmetric)
         checks.flag("learnable", learnable)
         checks.positive("max_logit_scale", max_logit_scale)
+        if isinstance(gather_group, str):
+            checks.one_of("gather_group", gather_group, ("world",))
         if learnable and logit_scale > max_logit_scale:
             raise ValueError(
                 f"logit_scale={logit_scale} is above max_logit_scale={max_logit_scale}; raise that"
@@ -70,6 +80,7 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         self.false_negative_margin = false_negative_margin
         self.reduction = reduction
         self.backend = backend
+        self.gather_group = gather_group
         log_scale = nn.Parameter(torch.tensor(math.log(logit_scale))) if learnable else None
         self.register_parameter("log_logit_scale", log_scale)
 
@@ -91,7 +102,11 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         target_ids: Tensor | None = None,
     ) -> Tensor:
         """Loss of queries (N, D) and targets (M, D); 0-d, or (N,) with ``reduction="none"``."""
-        return hardness_weighted_contrastive_loss(
+        loss = hardness_weighted_contrastive_loss
+        if self.gather_group is not None:
+            group = None if isinstance(self.gather_group, str) else self.gather_group
+            loss = partial(distributed_contrastive_loss, group=group)
+        return loss(
             query,
             target,
             logit_scale=self.logit_scale,

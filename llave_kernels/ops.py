@@ -21,8 +21,18 @@ from llave_kernels.rules import Rules
 # One flat signature, because an operator's schema holds only tensors and scalars.
 # Order: the fields of ``Rules``.
 RuleArgs = tuple[
-    Tensor, Tensor | None, Tensor | None, Tensor | None, float, float, str, float | None, bool
+    Tensor,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    float,
+    float,
+    str,
+    float | None,
+    bool,
 ]
+TENSORS, RULES = 5, 10  # the leading tensors, and all
 
 
 def rule_args(rules: Rules) -> RuleArgs:
@@ -32,6 +42,7 @@ def rule_args(rules: Rules) -> RuleArgs:
         rules.owners,
         rules.query_ids,
         rules.target_ids,
+        rules.column_positive,
         rules.alpha,
         rules.target_alpha,
         rules.hardness,
@@ -50,6 +61,7 @@ def contrastive_logsumexp(
     owners: Tensor | None,
     query_ids: Tensor | None,
     target_ids: Tensor | None,
+    column_positive: Tensor | None,
     alpha: float,
     target_alpha: float,
     hardness: str,
@@ -58,7 +70,16 @@ def contrastive_logsumexp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Positive logits (N,), n (N,), n' (M,) or (0,), and what the backward of ``backend`` keeps."""
     rules = Rules(
-        labels, owners, query_ids, target_ids, alpha, target_alpha, hardness, margin, symmetric
+        labels,
+        owners,
+        query_ids,
+        target_ids,
+        column_positive,
+        alpha,
+        target_alpha,
+        hardness,
+        margin,
+        symmetric,
     )
     with _on(query):
         if backend == torch_strips.NAME:
@@ -96,6 +117,7 @@ def contrastive_logsumexp_backward(
     owners: Tensor | None,
     query_ids: Tensor | None,
     target_ids: Tensor | None,
+    column_positive: Tensor | None,
     alpha: float,
     target_alpha: float,
     hardness: str,
@@ -107,7 +129,16 @@ def contrastive_logsumexp_backward(
     The last is NaN unless ``scale_gradient``, where a backend saves work by leaving it out.
     """
     rules = Rules(
-        labels, owners, query_ids, target_ids, alpha, target_alpha, hardness, margin, symmetric
+        labels,
+        owners,
+        query_ids,
+        target_ids,
+        column_positive,
+        alpha,
+        target_alpha,
+        hardness,
+        margin,
+        symmetric,
     )
     upstream = d_positive, d_query_lse, d_target_lse
     with _on(query):
@@ -143,6 +174,7 @@ def one_direction_loss(
     owners: Tensor | None,
     query_ids: Tensor | None,
     target_ids: Tensor | None,
+    column_positive: Tensor | None,
     alpha: float,
     target_alpha: float,
     hardness: str,
@@ -151,7 +183,16 @@ def one_direction_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sum over the rows of the query direction's loss (), with its dQ, dT and d logit_scale."""
     rules = Rules(
-        labels, owners, query_ids, target_ids, alpha, target_alpha, hardness, margin, symmetric
+        labels,
+        owners,
+        query_ids,
+        target_ids,
+        column_positive,
+        alpha,
+        target_alpha,
+        hardness,
+        margin,
+        symmetric,
     )
     with _on(query):
         loss, dq, dt, d_scale = torch_strips.one_direction(query, target, logit_scale, rules)
@@ -186,8 +227,8 @@ def _refuse_double_backward(*_: Any) -> None:
 
 def _setup_logsumexp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, target, logit_scale, ctx.backend, *rules = inputs
-    ctx.save_for_backward(query, target, logit_scale, *output, *rules[:4])
-    ctx.scalars = rules[4:]
+    ctx.save_for_backward(query, target, logit_scale, *output, *rules[:TENSORS])
+    ctx.scalars = rules[TENSORS:]
     ctx.mark_non_differentiable(output[3])
     ctx.set_materialize_grads(False)  # zeros as large as what was kept
 
@@ -203,7 +244,7 @@ def _backward_logsumexp(
         *(query, target, scale, positive, query_lse, target_lse, kept, learnable, ctx.backend),
         *(*ids, *ctx.scalars),
     )
-    return dq, dt, d_scale if learnable else None, *[None] * 10
+    return dq, dt, d_scale if learnable else None, *[None] * (1 + RULES)
 
 
 contrastive_logsumexp_backward.register_autograd(_refuse_double_backward)
@@ -222,8 +263,8 @@ def _backward_one_direction(
     if torch.is_grad_enabled():
         _refuse_double_backward()
     if d_loss is None:
-        return (None,) * 12
-    return *(gradient * d_loss for gradient in ctx.saved_tensors), *[None] * 9
+        return (None,) * (3 + RULES)
+    return *(gradient * d_loss for gradient in ctx.saved_tensors), *[None] * RULES
 
 
 one_direction_loss.register_autograd(_backward_one_direction, setup_context=_setup_one_direction)

@@ -24,6 +24,9 @@ class Rules:
             column is its own owner (no mined negatives), which backends can treat faster.
         query_ids: (N,) int64 content ids, or None. Given together with ``target_ids``.
         target_ids: (M,) int64 content ids, or None.
+        column_positive: (M,) similarity of each column's positive pair, infinite where it has none,
+            where rows elsewhere hold some of these pairs; None: the rows at hand tell. Read with a
+            margin only.
         alpha: hardness strength of the query -> target direction.
         target_alpha: hardness strength of the target -> query direction.
         hardness: one of ``HARDNESS_MODES``.
@@ -35,6 +38,7 @@ class Rules:
     owners: Tensor | None
     query_ids: Tensor | None
     target_ids: Tensor | None
+    column_positive: Tensor | None
     alpha: float
     target_alpha: float
     hardness: str
@@ -56,6 +60,8 @@ class Rules:
         """
         assert self.margin is not None
         rows = positive + self.margin
+        if self.column_positive is not None:
+            return rows, self.column_positive + self.margin
         return rows, rows.new_full((m,), math.inf).index_put((self.labels,), rows)
 
 

@@ -59,7 +59,7 @@ def test_auto_takes_the_faster_gpu_backend_that_fits(monkeypatch: pytest.MonkeyP
 
     def chosen(n: int, dtype: torch.dtype) -> str:
         query = torch.empty(n, 8, device="meta", dtype=dtype)  # any device but the CPU
-        rules = Rules(torch.arange(n), None, None, None, 9.0, 9.0, "in_batch", None, True)
+        rules = Rules(torch.arange(n), None, None, None, None, 9.0, 9.0, "in_batch", None, True)
         return dispatch.choose("auto", query, query, rules)
 
     assert [chosen(n, torch.float16) for n in (63, 64, 65)] == ["triton", "cuda", "cuda"]

@@ -73,11 +73,13 @@ def gain(dtype: torch.dtype, scale: Tensor, *upstream: Tensor) -> Tensor | None:
 
 
 def positive_similarity(query: Tensor, target: Tensor, labels: Tensor) -> Tensor:
-    """(N,) float32 ``s_{i, l_i}``, by strips of rows."""
+    """(N,) ``s_{i, l_i}``, float32 or float64, by strips of rows and without a gradient."""
     n, d = query.shape
-    rows = strip_rows(n, d, torch.float32.itemsize)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    rows = strip_rows(n, d, dtype.itemsize)
+    query, target = query.detach(), target.detach()
     strips = [slice(start, start + rows) for start in range(0, n, rows)]
-    pairs = [torch.linalg.vecdot(query[s].float(), target[labels[s]].float()) for s in strips]
+    pairs = [torch.linalg.vecdot(query[s].to(dtype), target[labels[s]].to(dtype)) for s in strips]
     return torch.cat(pairs)
 
 

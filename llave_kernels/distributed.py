@@ -1,0 +1,242 @@
+"""The loss over the batch of all processes: targets gathered once, one block of rows each.
+
+Each process gathers every process's targets, with autograd, and computes its own rows of the N x M
+similarity matrix: its query direction is complete. Of the target direction it holds a part of every
+column's sum; each process receives the parts of its own columns, M floats in all. The usual way
+gathers both sides and computes two blocks: twice the products and twice the traffic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from llave_kernels import checks, dispatch, functional
+from llave_kernels.backends.strip_gemm import positive_similarity
+from llave_kernels.rules import Rules
+
+Group = dist.ProcessGroup | None
+
+
+class _Peer(NamedTuple):
+    """What each process tells the others before the first exchange of data."""
+
+    rows: int
+    columns: int
+    owners: bool  # whether not every column is its own owner
+    settings: dict[str, object]
+
+
+def distributed_contrastive_loss(
+    query: Tensor,
+    target: Tensor,
+    *,
+    group: Group = None,
+    logit_scale: float | Tensor = 50.0,
+    alpha: float = 9.0,
+    hardness: str = "in_batch",
+    symmetric: bool = True,
+    target_alpha: float | None = None,
+    labels: Tensor | None = None,
+    owners: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    target_ids: Tensor | None = None,
+    false_negative_margin: float | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """``hardness_weighted_contrastive_loss`` over the rows of all processes of a group.
+
+    With ``reduction="mean"`` under data parallelism that averages gradients (DDP, FSDP), every
+    parameter's gradient is that of the mean over the global batch in one process, and the average
+    of the returned values is that mean. Batches may differ in size between processes.
+
+    Args:
+        query: (N_local, D) this process's queries.
+        target: (M_local, D) this process's targets: its rows' positives and their mined negatives.
+        group: process group. Default: all processes.
+        labels, owners: (N_local,), (M_local,) columns of this process's own ``target``.
+        query_ids, target_ids: (N_local,), (M_local,) int64 ids, compared across processes.
+        reduction: ``"mean"``: the sum over this process's rows, times the number of processes, over
+            the global number of rows. ``"sum"``: the sum over this process's rows; averaged
+            gradients are then those of the global sum divided by the number of processes.
+            ``"none"``: (N_local,) this process's rows.
+        logit_scale, alpha, hardness, symmetric, target_alpha, false_negative_margin, backend: as in
+            ``hardness_weighted_contrastive_loss``, the same on every process.
+
+    Returns:
+        0-d tensor or (N_local,); float32, or float64 for float64 inputs.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised, or another process refused its
+            arguments.
+        TypeError, ValueError: as in ``hardness_weighted_contrastive_loss``; ValueError on every
+            process where they disagree in width, dtype or settings.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError(
+            "torch.distributed is not initialised: call torch.distributed.init_process_group, or "
+            "use hardness_weighted_contrastive_loss in a single process"
+        )
+    refusal: Exception | None = None
+    mine: _Peer | None = None
+    try:
+        checks.one_of("reduction", reduction, ("mean", "sum", "none"))
+        query, target = functional.autocast(query, target)
+        scale, rules = functional.resolve(
+            query, target, logit_scale, alpha, hardness, symmetric, target_alpha, labels, owners,
+            query_ids, target_ids, false_negative_margin,
+        )  # fmt: skip
+        name = dispatch.choose(backend, query, target, rules)
+        mine = _describe(query, target, rules)
+    except (TypeError, ValueError, RuntimeError) as problem:
+        refusal = problem  # raised below, when the others, who would wait, have been told
+    peers = _agree(mine, refusal, group)
+
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    columns = [peer.columns for peer in peers]
+    own_labels = rules.labels
+    rules = _global_rules(query, target, rules, peers, rank, group)
+    everything: Tensor = _GatherRows.apply(target, columns, group)
+    logits = functional.logsumexp(query, everything, scale, rules, name)
+    loss = -logsigmoid(logits.positive - logits.query)
+    if logits.target is not None:
+        own_columns: Tensor = _OwnColumns.apply(logits.target, columns, group)
+        loss = (loss - logsigmoid(logits.positive - own_columns[own_labels])) / 2
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() * (world / sum(peer.rows for peer in peers))
+
+
+def _describe(query: Tensor, target: Tensor, rules: Rules) -> _Peer:
+    settings = {
+        "the width of the embeddings": query.shape[1],
+        "their dtype": query.dtype,
+        "requires_grad of target": torch.is_grad_enabled() and target.requires_grad,
+        "presence of ids": rules.query_ids is not None,
+        "symmetric": rules.symmetric,
+        "hardness": rules.hardness,
+        "alpha": rules.alpha,
+        "target_alpha": rules.target_alpha,
+        "false_negative_margin": rules.margin,
+    }
+    return _Peer(len(query), len(target), rules.owners is not None, settings)
+
+
+def _agree(mine: _Peer | None, refusal: Exception | None, group: Group) -> list[_Peer]:
+    """Every process's description; an error on all of them where they differ or one refused."""
+    peers: list[_Peer | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(peers, mine, group)
+    if refusal is not None:
+        raise refusal
+    agreed = []
+    for rank, peer in enumerate(peers):
+        if peer is None or mine is None:
+            raise RuntimeError(f"rank {rank} refused its arguments; its own error says why")
+        for name, value in peer.settings.items():
+            if value != mine.settings[name]:
+                raise ValueError(
+                    f"{name} is {value} on rank {rank} and {mine.settings[name]} here; it must be "
+                    "the same on every process"
+                )
+        agreed.append(peer)
+    return agreed
+
+
+def _global_rules(
+    query: Tensor, target: Tensor, rules: Rules, peers: list[_Peer], rank: int, group: Group
+) -> Rules:
+    """This process's rules with columns counted over all processes."""
+    columns = [peer.columns for peer in peers]
+    offset = sum(columns[:rank])
+    owners = column_positive = None
+    if any(peer.owners for peer in peers):
+        own = rules.owners
+        if own is None:
+            own = torch.arange(len(target), device=target.device)
+        owners = _gather(own + offset, columns, group)
+    if rules.margin is not None and rules.symmetric:
+        similarity = positive_similarity(query, target, rules.labels)
+        own = similarity.new_full((len(target),), math.inf)
+        column_positive = _gather(own.index_put((rules.labels,), similarity), columns, group)
+    target_ids = rules.target_ids
+    return dataclasses.replace(
+        rules,
+        labels=rules.labels + offset,
+        owners=owners,
+        target_ids=None if target_ids is None else _gather(target_ids, columns, group),
+        column_positive=column_positive,
+    )
+
+
+def _gather(x: Tensor, sizes: list[int], group: Group) -> Tensor:
+    """Concatenation of the processes' tensors of ``sizes`` rows each, padded on the way."""
+    longest = max(sizes)
+    if len(x) == longest:
+        padded = x.contiguous()
+    else:
+        padded = x.new_zeros((longest, *x.shape[1:]))
+        padded[: len(x)] = x
+    everything = x.new_empty((longest * len(sizes), *x.shape[1:]))
+    dist.all_gather_into_tensor(everything, padded, group)
+    if min(sizes) == longest:
+        return everything
+    parts = zip(torch.split(everything, longest), sizes, strict=True)
+    return torch.cat([part[:size] for part, size in parts])
+
+
+class _GatherRows(torch.autograd.Function):
+    """``_gather``; in the backward each process receives the sum of its rows' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        return _gather(x, sizes, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        sizes, longest = ctx.sizes, max(ctx.sizes)
+        if min(sizes) != longest:
+            padded = gradient.new_zeros((len(sizes), longest, *gradient.shape[1:]))
+            for block, part in zip(padded, torch.split(gradient, sizes), strict=True):
+                block[: len(part)] = part
+            gradient = padded.flatten(0, 1)
+        own = gradient.new_empty((longest, *gradient.shape[1:]))
+        dist.reduce_scatter_tensor(own, gradient.contiguous(), group=ctx.group)
+        return own[: sizes[dist.get_rank(ctx.group)]], None, None
+
+
+class _OwnColumns(torch.autograd.Function):
+    """From the log-sum-exps of all columns over this process's rows (M,) to those of its own
+    columns over all rows (M_local,)."""
+
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, sizes: list[int], group: Group) -> Tensor:
+        world, own = len(sizes), sizes[dist.get_rank(group)]
+        parts = partial.new_empty(world * own)
+        dist.all_to_all_single(parts, partial.contiguous(), [own] * world, sizes, group)
+        parts = parts.view(world, own)
+        lse = torch.logsumexp(parts, 0)
+        # Of a column without a negative nothing is passed on.
+        share = torch.exp(parts - lse.masked_fill(lse == -math.inf, 0.0))
+        ctx.save_for_backward(share)
+        ctx.sizes, ctx.group = sizes, group
+        return lse
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (share,) = ctx.saved_tensors
+        world, own = share.shape
+        out = gradient.new_empty(sum(ctx.sizes))
+        dist.all_to_all_single(
+            out, (share * gradient).flatten(), ctx.sizes, [own] * world, ctx.group
+        )
+        return out, None, None

@@ -1,0 +1,1 @@
+"""One module per training library; each imports its host only when it is imported itself."""

@@ -1,0 +1,66 @@
+"""The authors' loss class, fused."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from llave_kernels.integrations.clip_gather import gathered_clip_loss
+
+
+class WeightedClipLoss(nn.Module):
+    """The loss of LLaVE's published training code: same arguments, same call.
+
+    Args:
+        local_loss, gather_with_grad, rank, world_size: how embeddings are gathered across
+            processes; ``clip_gather.gathered_clip_loss`` tells what each setting gives. The paper's
+            runs compute each process's own rows, with gradients.
+        cache_labels: no effect; there are no labels to build.
+        backend: as in ``llave_kernels.hardness_weighted_contrastive_loss``.
+
+    Example:
+        >>> loss_fn = WeightedClipLoss()
+        >>> query, target = (normalize(torch.randn(8, 16), dim=1) for _ in range(2))
+        >>> loss = loss_fn(query, target, logit_scale=50.0, alpha=9.0)
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.backend = backend
+
+    def forward(
+        self,
+        query: Tensor,
+        target: Tensor,
+        logit_scale: float | Tensor,
+        alpha: float = 0.5,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """Loss of paired rows (N, D), unit length; 0-d, or ``{"contrastive_loss": loss}``.
+
+        ``alpha`` defaults to 0.5 as in the published code; the paper's recipe passes 9.
+        """
+        loss = gathered_clip_loss(
+            query,
+            target,
+            logit_scale,
+            alpha,
+            local_loss=self.local_loss,
+            gather_with_grad=self.gather_with_grad,
+            world_size=self.world_size,
+            backend=self.backend,
+        )
+        return {"contrastive_loss": loss} if output_dict else loss

@@ -1,0 +1,76 @@
+"""OpenCLIP's contrastive loss, fused and hardness-weighted."""
+
+from __future__ import annotations
+
+import open_clip.loss
+from torch import Tensor
+
+from llave_kernels import checks
+from llave_kernels.integrations.clip_gather import gathered_clip_loss
+
+
+class ClipLoss(open_clip.loss.ClipLoss):  # type: ignore[misc]
+    """``open_clip.loss.ClipLoss`` without the N x N logits: same arguments, same call.
+
+    At ``alpha=0`` value and gradients are the host's, for every gather setting
+    (``clip_gather.gathered_clip_loss`` tells what each gives). ``local_loss=True,
+    gather_with_grad=True`` is the exact one and the cheapest: one block of rows and one side
+    gathered.
+
+    Args:
+        local_loss, gather_with_grad, cache_labels, rank, world_size: as in the host.
+            ``cache_labels`` has no effect: there are no labels to build.
+        use_horovod: refused.
+        alpha: hardness strength of both directions (LLaVE: 9). Default 0: CLIP's loss.
+        backend: as in ``llave_kernels.hardness_weighted_contrastive_loss``.
+
+    Example:
+        >>> loss_fn = ClipLoss(local_loss=True, gather_with_grad=True, alpha=9.0)
+        >>> image, text = (normalize(torch.randn(8, 16), dim=1) for _ in range(2))
+        >>> loss = loss_fn(image, text, logit_scale=torch.tensor(50.0))
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        alpha: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        if use_horovod:
+            raise ValueError("use_horovod=True is not supported; run under torch.distributed")
+        checks.strength("alpha", alpha)
+        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size)
+        self.alpha = alpha
+        self.backend = backend
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """Loss of paired rows (N, D), unit length; 0-d, or ``{"contrastive_loss": loss}``.
+
+        ``logit_bias``, the same for every logit, cancels in a softmax: it gets a gradient of 0.
+        """
+        loss = gathered_clip_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            self.alpha,
+            local_loss=self.local_loss,
+            gather_with_grad=self.gather_with_grad,
+            world_size=self.world_size,
+            backend=self.backend,
+        )
+        if isinstance(logit_bias, Tensor):
+            loss = loss + 0.0 * logit_bias.sum()
+        return {"contrastive_loss": loss} if output_dict else loss

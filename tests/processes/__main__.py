@@ -1,0 +1,5 @@
+import sys
+
+from tests.processes import main
+
+main(*sys.argv[1:])

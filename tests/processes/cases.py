@@ -1,0 +1,313 @@
+"""What the processes of tests/test_distributed.py compute.
+
+Every process draws the same global batch and takes its own rows."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from llave_kernels import HardnessWeightedContrastiveLoss
+from llave_kernels.distributed import distributed_contrastive_loss
+from tests.processes import DIED
+
+D_IN, D = 6, 5
+HARDNESS = ("in_batch", "hard_negatives", "all")
+KINDS = ((), ("labels",), ("ids",), ("margin",), ("target_alpha",), ("mined",))
+KINDS += (("labels", "ids", "margin", "target_alpha", "mined"),)
+
+
+def rows_of(world: int, *, uneven: bool) -> list[int]:
+    return [4 + 3 * (rank % 3) if uneven else 6 for rank in range(world)]
+
+
+class Batch:
+    """The global batch: raw rows, and per process the rules of its own rows."""
+
+    def __init__(self, world: int, kinds: tuple[str, ...], *, uneven: bool) -> None:
+        generator = torch.Generator().manual_seed(len(kinds) * 10 + uneven)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+        self.rows = rows_of(world, uneven=uneven)
+        self.columns = [n * 3 if "mined" in kinds else n for n in self.rows]
+        self.query = [draw(n, D_IN) for n in self.rows]
+        self.target = [draw(m, D_IN) for m in self.columns]
+        self.rules: list[dict[str, Any]] = []
+        for n, m in zip(self.rows, self.columns, strict=True):
+            rules: dict[str, Any] = {}
+            if "labels" in kinds:
+                rules["labels"] = torch.randperm(m, generator=generator)[:n]
+                owners = rules["labels"][torch.randint(n, (m,), generator=generator)]
+                rules["owners"] = owners.index_put((rules["labels"],), rules["labels"])
+            if "ids" in kinds:
+                rules["query_ids"] = torch.randint(8, (n,), generator=generator)
+                rules["target_ids"] = torch.randint(8, (m,), generator=generator)
+            self.rules.append(rules)
+        self.settings: dict[str, Any] = {}
+        if "margin" in kinds:
+            self.settings["false_negative_margin"] = 0.1
+        if "target_alpha" in kinds:
+            self.settings["target_alpha"] = 2.0
+
+    def whole(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """The same in one process: columns counted over all of them."""
+        starts = [0, *itertools.accumulate(self.columns)]
+        parts: dict[str, list[Tensor]] = {}
+        for start, n, m, rules in zip(starts, self.rows, self.columns, self.rules, strict=False):
+            full = {"labels": torch.arange(n), "owners": torch.arange(m) % n} | rules
+            for name, value in full.items():
+                shift = start if name in ("labels", "owners") else 0
+                parts.setdefault(name, []).append(value + shift)
+        rules = {name: torch.cat(values) for name, values in parts.items()}
+        return torch.cat(self.query), torch.cat(self.target), rules | self.settings
+
+
+def encoder() -> nn.Linear:
+    torch.manual_seed(3)
+    return nn.Linear(D_IN, D, dtype=torch.float64)
+
+
+def grid(world: int) -> Iterator[tuple[Any, ...]]:
+    for kinds, uneven, symmetric in itertools.product(KINDS, (False, True), (True, False)):
+        for hardness in HARDNESS if "mined" in kinds else HARDNESS[:1]:
+            yield kinds, uneven, symmetric, hardness
+
+
+def averaged(*tensors: Tensor) -> list[Tensor]:
+    for x in tensors:
+        dist.all_reduce(x)
+    return [x / dist.get_world_size() for x in tensors]
+
+
+def rules() -> dict[tuple[Any, ...], list[Tensor]]:
+    """Loss and gradients of the encoder and the scale, averaged as DDP does."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    results = {}
+    for case in grid(world):
+        kinds, uneven, symmetric, hardness = case
+        batch, model = Batch(world, kinds, uneven=uneven), encoder()
+        scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+        loss = distributed_contrastive_loss(
+            normalize(model(batch.query[rank]), dim=1),
+            normalize(model(batch.target[rank]), dim=1),
+            logit_scale=scale,
+            symmetric=symmetric,
+            hardness=hardness,
+            **batch.rules[rank],
+            **batch.settings,
+        )
+        loss.backward()
+        gradients = [model.weight.grad, model.bias.grad, scale.grad]
+        results[case] = averaged(loss.detach(), *(g for g in gradients if g is not None))
+    return results
+
+
+def wrapped() -> dict[str, list[Tensor]]:
+    """The module inside DDP and FSDP2: parameters after one step of SGD."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+    from torch.nn.parallel import DistributedDataParallel
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    batch = Batch(world, (), uneven=False)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = encoder()
+            self.loss = HardnessWeightedContrastiveLoss(
+                20.0, learnable=True, gather_group="world"
+            ).double()
+
+        def forward(self, query: Tensor, target: Tensor) -> Tensor:
+            pair = (normalize(self.encoder(x), dim=1) for x in (query, target))
+            return self.loss(*pair)
+
+    def fsdp(model: Model) -> Model:
+        mesh = init_device_mesh("cpu", (world,))
+        fully_shard(model.encoder, mesh=mesh)
+        return model
+
+    results = {}
+    for name, wrap in (("DDP", DistributedDataParallel), ("FSDP2", fsdp)):
+        model = wrap(Model())
+        inner = getattr(model, "module", model).encoder
+        optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
+        model(batch.query[rank], batch.target[rank]).backward()
+        optimizer.step()
+        results[name] = [
+            (p.full_tensor() if isinstance(p, DTensor) else p).detach() for p in inner.parameters()
+        ]
+    return results
+
+
+def open_clip_settings() -> list[tuple[str, list[Tensor], list[Tensor]]]:
+    """Value and gradients in this process, of the host's class and of ours."""
+    from open_clip.loss import ClipLoss as HostLoss
+
+    from llave_kernels.integrations.open_clip import ClipLoss
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    image, text = (normalize(torch.randn(world, 5, 8), dim=-1)[rank] for _ in range(2))
+    results = []
+    flags = itertools.product((True, False), repeat=4)
+    for local, with_grad, cache, output_dict in flags:
+        both = []
+        for kind in (HostLoss, ClipLoss):
+            inputs = [x.clone().requires_grad_() for x in (image, text)]
+            inputs += [torch.tensor(v, requires_grad=True) for v in (20.0, -3.0)]
+            module = kind(local, with_grad, cache, rank, world)
+            loss = module(*inputs, output_dict=output_dict)
+            loss = loss["contrastive_loss"] if output_dict else loss
+            loss.backward()
+            both.append([loss.detach(), *(x.grad for x in inputs)])
+        results.append((f"{local=} {with_grad=} {cache=} {output_dict=}", *both))
+    return results
+
+
+def weighted_settings() -> list[tuple[str, list[Tensor], list[Tensor]]]:
+    """The same of the authors' class, against their formula on OpenCLIP's gathered features."""
+    from open_clip.loss import gather_features
+    from torch.nn.functional import cross_entropy
+
+    from llave_kernels.integrations.llave import WeightedClipLoss
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(1)
+    pair = [normalize(torch.randn(world, 5, 8), dim=-1)[rank] for _ in range(2)]
+
+    def published(query: Tensor, target: Tensor, scale: Tensor, alpha: float) -> Tensor:
+        every = (query, target)
+        if world > 1:
+            every = gather_features(query, target, local, with_grad, rank, world)
+        rows = (query, target) if local else every
+        labels = torch.arange(len(rows[0])) + (rank * len(query) if local else 0)
+        total = torch.zeros(())
+        for own, other in ((rows[0], every[1]), (rows[1], every[0])):
+            cosine = own @ other.T
+            weight = alpha * cosine.detach()
+            weight[torch.arange(len(own)), labels] = 0.0
+            total = total + cross_entropy(scale * cosine + weight, labels) / 2
+        return total
+
+    results = []
+    for local, with_grad, alpha in itertools.product((True, False), (True, False), (0.0, 9.0)):
+        both = []
+        for loss_of in (published, WeightedClipLoss(local, with_grad, False, rank, world)):
+            inputs = [x.clone().requires_grad_() for x in pair]
+            scale = torch.tensor(50.0, requires_grad=True)
+            loss = loss_of(*inputs, scale, alpha)
+            loss.backward()
+            both.append([loss.detach(), *(x.grad for x in (*inputs, scale))])
+        results.append((f"{local=} {with_grad=} {alpha=}", *both))
+    return results
+
+
+def said(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def mistakes() -> dict[str, str]:
+    """What each process says when process 1 passes something of its own."""
+    odd = dist.get_rank() == 1
+    pair = [normalize(torch.randn(4, 5 + odd), dim=1) for _ in range(2)]
+    good = [x[:, :5] for x in pair]
+    loss = distributed_contrastive_loss
+    return {
+        "width": said(lambda: loss(*pair)),
+        "dtype": said(lambda: loss(*(x.double() if odd else x for x in good))),
+        "alpha": said(lambda: loss(*good, alpha=1.0 + odd)),
+        "margin": said(lambda: loss(*good, false_negative_margin=0.1 if odd else None)),
+        "ids": said(
+            lambda: (
+                loss(*good, **dict.fromkeys(("query_ids", "target_ids"), torch.arange(4)))
+                if odd
+                else loss(*good)
+            )
+        ),
+        "gradient": said(lambda: loss(good[0], good[1].requires_grad_(odd))),
+        "refused": said(lambda: loss(*good, alpha=-1.0 if odd else 1.0)),
+        "reduction": said(lambda: loss(*good, reduction="avg" if odd else "sum")),
+        "afterwards": said(lambda: loss(*(x.detach() for x in good))),
+    }
+
+
+def death() -> str:
+    """What the others say when process 1 dies between two steps."""
+    pair = [normalize(torch.randn(4, 5), dim=1) for _ in range(2)]
+    distributed_contrastive_loss(*pair)
+    if dist.get_rank() == 1:
+        os._exit(DIED)
+    return said(lambda: distributed_contrastive_loss(*pair))
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """Bytes of tensors this process sends to others in collectives."""
+    sent: list[int] = []
+    world = dist.get_world_size()
+    originals = {
+        name: getattr(dist, name)
+        for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")
+    }
+
+    def size_of(name: str, out: Tensor, given: Tensor) -> int:
+        whole = given.nbytes if name != "all_gather_into_tensor" else given.nbytes * world
+        return whole * (world - 1) // world
+
+    def counting(name: str) -> Any:
+        def call(out: Tensor, given: Tensor, *rest: Any, **named: Any) -> Any:
+            sent.append(size_of(name, out, given))
+            return originals[name](out, given, *rest, **named)
+
+        return call
+
+    for name in originals:
+        setattr(dist, name, counting(name))
+    try:
+        yield sent
+    finally:
+        for name, function in originals.items():
+            setattr(dist, name, function)
+
+
+def traffic() -> int:
+    query, target = (normalize(torch.randn(256, 128), dim=1).requires_grad_() for _ in range(2))
+    with counted() as sent:
+        distributed_contrastive_loss(query, target).backward()
+    return sum(sent)
+
+
+def peak_memory() -> list[float]:
+    """MB beyond the inputs, at two global batch sizes."""
+    from pathlib import Path
+
+    def status(field: str) -> float:
+        text = Path("/proc/self/status").read_text()
+        return int(text.split(field + ":")[1].split()[0]) * 1024 / 1e6
+
+    def step(n: int) -> float:
+        pair = [normalize(torch.randn(n, 64), dim=1).requires_grad_() for _ in range(2)]
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status("VmRSS")
+        distributed_contrastive_loss(*pair).backward()
+        return status("VmHWM") - before
+
+    step(512)
+    return [step(8192), step(16384)]

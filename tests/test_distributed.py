@@ -1,0 +1,130 @@
+"""The distributed loss in 1, 2 and 4 processes against one process with the global batch."""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from llave_kernels import HardnessWeightedContrastiveLoss
+from llave_kernels.distributed import distributed_contrastive_loss
+from llave_kernels.reference import reference_loss
+from tests.helpers import embeddings, relative_error
+from tests.processes import cases, run
+
+CASES = "tests.processes.cases"
+
+
+@lru_cache
+def results(function: str, world: int) -> list[Any]:
+    return run(CASES, function, world)
+
+
+def single_process(world: int, case: tuple[Any, ...]) -> list[Tensor]:
+    kinds, uneven, symmetric, hardness = case
+    query, target, rules = cases.Batch(world, kinds, uneven=uneven).whole()
+    model = cases.encoder()
+    scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+    pair = (normalize(model(x), dim=1) for x in (query, target))
+    loss = reference_loss(*pair, logit_scale=scale, symmetric=symmetric, hardness=hardness, **rules)
+    loss.backward()
+    return [loss.detach(), model.weight.grad, model.bias.grad, scale.grad]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_rule_equals_one_process(world: int) -> None:
+    by_rank = results("rules", world)
+    for case in cases.grid(world):
+        truth = single_process(world, case)
+        for found in by_rank:
+            for name, a, b in zip(
+                ("loss", "weight", "bias", "scale"), found[case], truth, strict=True
+            ):
+                assert relative_error(a, b) < 1e-9, (case, name)
+
+
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
+def test_a_step_inside_a_wrapper_is_that_of_one_process(wrapper: str) -> None:
+    batch = cases.Batch(2, (), uneven=False)
+    query, target, _ = batch.whole()
+    model = cases.encoder()
+    loss_fn = HardnessWeightedContrastiveLoss(20.0, learnable=True).double()
+    loss_fn(*(normalize(model(x), dim=1) for x in (query, target))).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    for found in results("wrapped", 2):
+        for a, b in zip(found[wrapper], model.parameters(), strict=True):
+            assert relative_error(a, b) < 1e-9
+
+
+@pytest.mark.parametrize("function", ["open_clip_settings", "weighted_settings"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_clip_classes_equal_their_host_in_every_process(function: str, world: int) -> None:
+    """The gradient of the scale once averaged: in one setting its parts lie elsewhere."""
+    pytest.importorskip("open_clip")
+    by_rank = results(function, world)
+    for position, (setting, host, _) in enumerate(by_rank[0]):
+        scales = torch.tensor([[x[3] for x in found[position][1:]] for found in by_rank])
+        assert relative_error(*scales.mean(0).flip(0)) < 1e-5, setting
+        for rank, found in enumerate(by_rank):
+            _, host, ours = found[position]
+            for i in (0, 1, 2, 4)[: len(host) - 1]:
+                close = relative_error(ours[i], host[i]) < 1e-5
+                assert close or float((ours[i] - host[i]).norm()) < 1e-7, (rank, setting, i)
+
+
+def test_a_process_that_differs_is_an_error_on_all() -> None:
+    first, second = results("mistakes", 2)
+    for name, message in (
+        ("width", "the width of the embeddings is 6 on rank 1 and 5 here"),
+        ("dtype", "their dtype is torch.float64 on rank 1 and torch.float32 here"),
+        ("alpha", "alpha is 2.0 on rank 1 and 1.0 here"),
+        ("margin", "false_negative_margin is 0.1 on rank 1 and None here"),
+        ("ids", "presence of ids is True on rank 1 and False here"),
+        ("gradient", "requires_grad of target is True on rank 1 and False here"),
+    ):
+        assert first[name] == f"ValueError: {message}; it must be the same on every process"
+        assert second[name].startswith("ValueError: ")
+    assert first["refused"] == (
+        "RuntimeError: rank 1 refused its arguments; its own error says why"
+    )
+    assert second["refused"].startswith("ValueError: alpha must be >= 0")
+    assert second["reduction"].startswith("ValueError: reduction must be one of")
+    assert first["afterwards"] == second["afterwards"] == "nothing"
+
+
+def test_a_process_that_dies_is_an_error_on_the_others() -> None:
+    start = time.monotonic()
+    found = run(CASES, "death", 3, timeout=60)
+    assert found[1] is None
+    for message in (found[0], found[2]):
+        assert message.startswith(("RuntimeError", "DistBackendError", "DistNetworkError")), message
+    assert time.monotonic() - start < 60
+
+
+def test_half_the_traffic_of_gathering_both_sides() -> None:
+    world, n, d = 4, 256, 128
+    both_sides = 2 * 2 * n * d * 4 * (world - 1)  # forward and backward, float32
+    for sent in results("traffic", world):
+        assert 0.5 <= sent / both_sides < 0.53
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_memory_is_linear_in_the_global_batch() -> None:
+    """A block of 8,192 x 16,384 float32 similarities would take 537 MB, one of twice the batch
+    four times as much."""
+    for small, large in results("peak_memory", 2):
+        assert small < 150
+        assert large < 2.5 * max(small, 30)
+
+
+def test_without_a_process_group_the_error_says_what_to_call() -> None:
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        distributed_contrastive_loss(*embeddings(4, 4, 3))
+    with pytest.raises(ValueError, match="gather_group must be one of world, got 'all'"):
+        HardnessWeightedContrastiveLoss(gather_group="all")
