@@ -14,8 +14,14 @@ INF = float("inf")
 
 
 def reference_logsumexp(
-    query: Tensor,
-    target: Tensor,
+    query: Tensor, target: Tensor, **rules: object
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """p (N,), n (N,) and n' (M,), which is None if not symmetric; ``rules`` as below."""
+    return similarity_logsumexp(query @ target.T, **rules)  # type: ignore[arg-type]
+
+
+def similarity_logsumexp(
+    s: Tensor,
     *,
     logit_scale: float | Tensor = 50.0,
     alpha: float = 9.0,
@@ -28,14 +34,13 @@ def reference_logsumexp(
     target_ids: Tensor | None = None,
     false_negative_margin: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """p (N,), n (N,) and n' (M,), which is None if not symmetric."""
-    n, m = len(query), len(target)
-    labels = torch.arange(n, device=query.device) if labels is None else labels
-    owners = torch.arange(m, device=query.device) % n if owners is None else owners
-    s = query @ target.T
+    """The same of similarities (N, M)."""
+    n, m = s.shape
+    labels = torch.arange(n, device=s.device) if labels is None else labels
+    owners = torch.arange(m, device=s.device) % n if owners is None else owners
     positive = s.gather(1, labels[:, None]).squeeze(1)
 
-    is_positive = labels[:, None] == torch.arange(m, device=query.device)
+    is_positive = labels[:, None] == torch.arange(m, device=s.device)
     own = labels[:, None] == owners
     weighted = {"in_batch": ~own, "hard_negatives": own, "all": torch.ones_like(own)}[hardness]
     valid = ~is_positive
@@ -59,14 +64,17 @@ def reference_logsumexp(
     return logit_scale * positive, rows, columns
 
 
-def reference_loss(
-    query: Tensor, target: Tensor, *, reduction: str = "mean", **rules: object
-) -> Tensor:
-    """The hardness-weighted contrastive loss; ``rules`` as in ``reference_logsumexp``."""
-    positive, rows, columns = reference_logsumexp(query, target, **rules)  # type: ignore[arg-type]
+def reference_loss(query: Tensor, target: Tensor, **rules: object) -> Tensor:
+    """The hardness-weighted contrastive loss; ``rules`` as in ``similarity_loss``."""
+    return similarity_loss(query @ target.T, **rules)  # type: ignore[arg-type]
+
+
+def similarity_loss(s: Tensor, *, reduction: str = "mean", **rules: object) -> Tensor:
+    """The same of similarities (N, M); ``rules`` as in ``similarity_logsumexp``."""
+    positive, rows, columns = similarity_logsumexp(s, **rules)  # type: ignore[arg-type]
     loss = -torch.nn.functional.logsigmoid(positive - rows)
     if columns is not None:
         labels = rules.get("labels")
-        own = columns[: len(query)] if labels is None else columns[labels]  # type: ignore[index]
+        own = columns[: len(s)] if labels is None else columns[labels]  # type: ignore[index]
         loss = (loss - torch.nn.functional.logsigmoid(positive - own)) / 2
     return {"mean": loss.mean(), "sum": loss.sum(), "none": loss}[reduction]

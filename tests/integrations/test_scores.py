@@ -1,0 +1,109 @@
+"""The loss of given similarities against the fused loss, the reference and cross-entropy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from llave_kernels import hardness_weighted_contrastive_loss
+from llave_kernels.integrations.scores import scores_loss
+from llave_kernels.reference import reference_loss
+from tests.helpers import draw_rules, embeddings, loss_and_gradients, relative_error
+
+
+def of_embeddings(query: Tensor, target: Tensor, **rules: Any) -> Tensor:
+    return scores_loss(query @ target.T, **rules)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("hardness", ["in_batch", "hard_negatives", "all"])
+@pytest.mark.parametrize("kinds", ["", "owners", "labels", "ids margin", "target_alpha margin"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_equals_the_loss_of_embeddings(
+    reduction: str, kinds: str, hardness: str, symmetric: bool
+) -> None:
+    query, target = embeddings(11, 29, 16)
+    rules = draw_rules(11, 29, set(kinds.split())) | {"hardness": hardness, "symmetric": symmetric}
+    arguments = rules | {"reduction": reduction, "alpha": 9.0}
+    found = loss_and_gradients(of_embeddings, query, target, 20.0, **arguments)
+    truth = loss_and_gradients(reference_loss, query.double(), target.double(), 20.0, **arguments)
+    fused = loss_and_gradients(hardness_weighted_contrastive_loss, query, target, 20.0, **arguments)
+    for ours, other, exact in zip(found, fused, truth, strict=True):
+        assert relative_error(ours, exact) < 1e-5
+        assert relative_error(ours, other) < 1e-5
+
+
+def value_and_gradient(loss_fn: Any, scores: Tensor) -> list[Tensor]:
+    scores = scores.detach().clone().requires_grad_()
+    loss = loss_fn(scores)
+    loss.backward()
+    return [loss.detach(), scores.grad]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_is_cross_entropy_without_the_weight(dtype: torch.dtype) -> None:
+    def plain(scores: Tensor) -> Tensor:
+        return cross_entropy(50 * scores, torch.arange(len(scores)))
+
+    query, target = embeddings(33, 65, 32)
+    scores = (query @ target.T).to(dtype)
+    truth = value_and_gradient(plain, scores.double())
+    theirs = value_and_gradient(plain, scores)
+    ours = value_and_gradient(
+        lambda s: scores_loss(s, logit_scale=50.0, alpha=0.0, symmetric=False), scores
+    )
+    assert ours[0].dtype == torch.float32
+    for a, b, c in zip(ours, theirs, truth, strict=True):
+        assert relative_error(a, c) <= max(1e-6, relative_error(b, c))
+
+
+def test_a_converged_batch_keeps_its_digits() -> None:
+    scores = 2 * torch.eye(8) - 1
+    for alpha in (0.0, 9.0):
+        ours, truth = (
+            value_and_gradient(lambda s: scores_loss(s, logit_scale=20.0, alpha=alpha), s)  # noqa: B023
+            for s in (scores, scores.double())
+        )
+        assert 0 < ours[0] < 1e-15
+        for a, b in zip(ours, truth, strict=True):
+            assert relative_error(a, b) < 1e-5
+
+
+def test_autocast_rounds_nothing() -> None:
+    scores = torch.randn(5, 7)
+    expected = scores_loss(scores, logit_scale=20.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(scores_loss(scores, logit_scale=20.0), expected)
+
+
+def test_a_row_without_negatives_is_zero() -> None:
+    loss, gradient = value_and_gradient(
+        lambda s: scores_loss(s, logit_scale=20.0), torch.randn(1, 1)
+    )
+    assert loss == 0
+    assert gradient == 0
+
+
+@pytest.mark.parametrize(
+    ("scores", "arguments", "error", "message"),
+    [
+        ([[1.0]], {}, TypeError, "scores must be a torch.Tensor, got list"),
+        (torch.randn(3), {}, ValueError, r"scores must have shape \(N, M\), got \(3,\)"),
+        (torch.randn(0, 3), {}, ValueError, "empty"),
+        (torch.ones(2, 3).long(), {}, TypeError, "must be float32"),
+        (torch.randn(3, 2), {}, ValueError, "pass labels where several queries share one"),
+        (torch.randn(3, 3), {"alpha": -1.0}, ValueError, "alpha must be >= 0"),
+        (torch.randn(3, 3), {"logit_scale": 0.0}, ValueError, "logit_scale must be positive"),
+        (torch.randn(3, 3), {"reduction": "max"}, ValueError, "reduction must be one of"),
+        (torch.randn(3, 3), {"labels": torch.tensor([0, 1, 3])}, ValueError, "labels must be"),
+    ],
+)
+def test_mistakes_are_named(
+    scores: Any, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        scores_loss(scores, **{"logit_scale": 20.0, **arguments})
