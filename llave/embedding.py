@@ -1,0 +1,380 @@
+"""A corpus turned into parquet shards of embeddings, by any number of processes, resumable.
+
+The corpus is cut into fixed ranges of rows, one file each. A file appears whole or not at all, so a
+killed run is continued by the same command, and every number of processes writes the same files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from sentence_transformers import SentenceTransformer
+from tqdm import tqdm
+
+from llave.corpus import Row, Source, load_inputs
+
+MANIFEST = "manifest.json"
+# Enough values of each weight to notice any training step, few enough for a model of any size.
+SAMPLED_VALUES = 1024
+
+
+@dataclass
+class EmbedReport:
+    """What one call of ``embed`` did: its own ranges only, not those of other processes."""
+
+    rows: int = 0
+    """Rows embedded."""
+    reused: int = 0
+    """Rows found done."""
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    """Rows left out for a broken image: ``{"row", "id", "error"}`` each."""
+    seconds: float = 0.0
+
+
+class Shard(NamedTuple):
+    """One parquet file's contents: ids, embeddings of shape (rows, D), and rows left out."""
+
+    ids: list[str]
+    vectors: np.ndarray
+    skipped: list[dict[str, Any]]
+
+
+class Range(NamedTuple):
+    """Rows ``first`` to ``stop - 1`` of the corpus."""
+
+    first: int
+    stop: int
+
+    @property
+    def file(self) -> str:
+        return f"part-{self.first:010d}-{self.stop - 1:010d}.parquet"
+
+
+def embed(
+    model: SentenceTransformer,
+    source: str | Path,
+    out: str | Path,
+    *,
+    batch_size: int = 32,
+    shard_rows: int = 4096,
+    normalize: bool = True,
+    dtype: Literal["float32", "float16"] = "float32",
+    prompt: str | None = None,
+    image_root: str | Path | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> EmbedReport:
+    """Write the embeddings of a corpus to ``out``: one parquet file per ``shard_rows`` rows.
+
+    Each file ``part-<first row>-<last row>.parquet`` has the columns ``id`` (string) and
+    ``embedding`` (fixed-size list). Calling again continues: readable files are kept, damaged and
+    missing ones computed. ``manifest.json`` records source, model and settings, and a call that
+    differs from it is refused. A file's bytes do not depend on the number of processes or on
+    restarts, given the same ``batch_size``, device and library versions.
+
+    Args:
+        model: on the device to use.
+        source: a ``.jsonl`` or ``.parquet`` file with the fields ``text`` and/or ``image`` (a path)
+            and optionally ``id`` (default: the row number); or a folder of images, taken
+            recursively, sorted, with the relative path as the id. That an image's content changed
+            is not noticed, other than by its size in a folder.
+        out: the folder, created if need be. It may be shared by processes on many machines.
+        batch_size: inputs per forward pass. 32 by default.
+        shard_rows: rows per file. 4096 by default.
+        normalize: whether embeddings are scaled to length 1. True by default.
+        dtype: of the stored embeddings, ``"float32"`` (default) or ``"float16"``.
+        prompt: the prompt given to ``model.encode``. By default the model's own.
+        image_root: what relative image paths are relative to. By default the source file's folder.
+        on_error: what an unreadable image does: ``"raise"`` (default), or ``"skip"``, which leaves
+            the row out and records it in the file's metadata. Files with skipped rows are computed
+            again by a call with ``"raise"``, for after the images are repaired.
+        rank: this process's number. By default the environment's ``RANK``, or 0.
+        world_size: the number of processes. By default the environment's ``WORLD_SIZE``, or 1.
+
+    Returns:
+        What this process did. Rank 0 also prints progress and throughput to stderr.
+
+    Raises:
+        TypeError: ``model`` is not a SentenceTransformer.
+        FileNotFoundError: there is no ``source``.
+        ValueError: a setting is out of range, the source has no rows, a malformed row or a repeated
+            id, an image cannot be read, an embedding is not finite, or ``out`` holds another run.
+    """
+    if rank is None:
+        rank = int(os.environ.get("RANK", "0"))
+    if world_size is None:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    _check(model, batch_size, shard_rows, dtype, on_error, rank, world_size)
+    root = None if image_root is None else Path(image_root)
+    rows = Source(Path(source), root, shard_rows)
+    manifest = {
+        "source": rows.fingerprint(),
+        "image_root": None if root is None else str(root),
+        "model": model_fingerprint(model),
+        "dimension": model.get_embedding_dimension(),
+        "shard_rows": shard_rows,
+        "normalised": normalize,
+        "dtype": dtype,
+        "prompt": prompt,
+    }
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    _enter_manifest(folder, manifest)
+
+    report = EmbedReport()
+    start = time.monotonic()
+    mine = ranges(manifest)[rank::world_size]
+    encode = partial(
+        model.encode,
+        prompt=prompt,
+        batch_size=batch_size,
+        normalize_embeddings=normalize,
+        show_progress_bar=False,
+    )
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(total=sum(r.stop - r.first for r in mine), unit="row", disable=rank != 0) as bar,
+    ):
+        for span in mine:
+            path = folder / span.file
+            shard = _finished(path, span, manifest, on_error)
+            if shard is None:
+                chunk = list(rows.rows(*span))
+                # Texts go in one call, which sorts them by length. Images would fill the memory.
+                step = batch_size if any(row.image for row in chunk) else len(chunk)
+                loaded = load_inputs(chunk, step, pool, model.modalities)
+                shard = _encode(loaded, encode, manifest, on_error)
+                note = {
+                    "manifest": _digest(manifest),
+                    "first": span.first,
+                    "skipped": shard.skipped,
+                }
+                _publish(path, partial(_write_shard, shard=shard, note=note))
+                report.rows += len(shard.ids)
+            else:
+                _sweep(path)
+                report.reused += len(shard.ids)
+            report.skipped += shard.skipped
+            bar.update(span.stop - span.first)
+    report.seconds = time.monotonic() - start
+    if rank == 0:
+        print(
+            f"rank 0 of {world_size}: {report.rows} rows in {report.seconds:.1f} s "
+            f"({report.rows / report.seconds:.1f} rows/s), {report.reused} found done, "
+            f"{len(report.skipped)} skipped",
+            file=sys.stderr,
+        )
+    return report
+
+
+def model_fingerprint(model: SentenceTransformer) -> str:
+    """A hash of a model's configuration and of a sample of each weight, the same on any device."""
+    digest = hashlib.blake2b(digest_size=16)
+    processor = getattr(model, "processor", None)
+    settings = {
+        "modules": [
+            [type(module).__name__, getattr(module, "get_config_dict", dict)()] for module in model
+        ],
+        "processor": [
+            getattr(processor, "to_dict", dict)(),
+            getattr(processor, "chat_template", None),
+        ],
+        "prompts": [model.prompts, model.default_prompt_name],
+        "lengths": [getattr(model, "max_seq_length", None), model.truncate_dim],
+    }
+    digest.update(json.dumps(settings, sort_keys=True, default=lambda x: type(x).__name__).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        flat = weight.detach().reshape(-1)
+        sample = flat[:: max(1, len(flat) // SAMPLED_VALUES)].cpu().contiguous()
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The settings of a folder of embeddings; ValueError where there are none."""
+    path = Path(folder) / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} is not a folder of embeddings: {path.name} cannot be read ({error}); embed "
+            "the corpus into a new folder"
+        ) from error
+    return manifest
+
+
+def ranges(manifest: dict[str, Any]) -> list[Range]:
+    """The ranges a corpus is cut into, of which each has one file."""
+    rows, step = manifest["source"]["rows"], manifest["shard_rows"]
+    return [Range(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+
+def read_shard(path: Path, span: Range, manifest: dict[str, Any]) -> Shard:
+    """One range's file; ValueError where it is damaged or comes from another run."""
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+        note = json.loads(table.schema.metadata[b"llave"])
+        ids = table["id"].to_pylist()
+        vectors = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        vectors = vectors.reshape(len(ids), manifest["dimension"])
+        if (note["manifest"], note["first"]) != (_digest(manifest), span.first):
+            raise ValueError("it comes from another run")
+        if len(ids) + len(note["skipped"]) != span.stop - span.first:
+            raise ValueError(f"it has {len(ids)} rows, {len(note['skipped'])} skipped")
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be used ({error}); run embed again to replace it"
+        ) from error
+    return Shard(ids, vectors, note["skipped"])
+
+
+def _check(
+    model: object,
+    batch_size: int,
+    shard_rows: int,
+    dtype: str,
+    on_error: str,
+    rank: int,
+    world_size: int,
+) -> None:
+    if not isinstance(model, SentenceTransformer):
+        raise TypeError(
+            f"model must be a SentenceTransformer, got {type(model).__name__}; load it first"
+        )
+    if model.get_embedding_dimension() is None:
+        raise ValueError(
+            "model does not know its embedding dimension; set model.truncate_dim to it"
+        )
+    for name, value in (("batch_size", batch_size), ("shard_rows", shard_rows)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if dtype not in ("float32", "float16"):
+        raise ValueError(f"dtype must be 'float32' or 'float16', got {dtype!r}")
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in 0..world_size - 1, got {rank} of {world_size}")
+
+
+def _enter_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    path = folder / MANIFEST
+    if not path.exists():
+        text = json.dumps(manifest, indent=2) + "\n"
+        _publish(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    else:
+        _sweep(path)
+    # Read back, for the case that another process was first.
+    there = read_manifest(folder)
+    differing = [
+        f"{name} is {there.get(name)!r} there and {value!r} here"
+        for name, value in manifest.items()
+        if there.get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"out={folder} holds the embeddings of another run: {'; '.join(differing)}. Choose "
+            "another folder, delete this one, or go back to its settings"
+        )
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.blake2b(
+        json.dumps(manifest, sort_keys=True).encode(), digest_size=16
+    ).hexdigest()
+
+
+def _finished(path: Path, span: Range, manifest: dict[str, Any], on_error: str) -> Shard | None:
+    if not path.exists():
+        return None
+    try:
+        shard = read_shard(path, span, manifest)
+    except ValueError:
+        return None
+    return None if shard.skipped and on_error == "raise" else shard
+
+
+def _encode(
+    chunks: Iterator[list[tuple[Row, Any]]],
+    encode: Callable[[list[Any]], np.ndarray],
+    manifest: dict[str, Any],
+    on_error: str,
+) -> Shard:
+    shard = Shard([], np.empty((0, manifest["dimension"]), manifest["dtype"]), [])
+    parts = [shard.vectors]
+    for chunk in chunks:
+        good: list[tuple[Row, Any]] = []
+        for row, value in chunk:
+            if not isinstance(value, Exception):
+                good.append((row, value))
+                continue
+            if on_error == "raise":
+                raise ValueError(
+                    f"row {row.number} (id {row.id!r}): the image {row.image} cannot be read "
+                    f"({value}); repair it, or leave such rows out with on_error='skip'"
+                ) from value
+            assert row.image is not None  # texts cannot be unreadable
+            error = f"{type(value).__name__} from {row.image.name}"
+            shard.skipped.append({"row": row.number, "id": row.id, "error": error})
+        if not good:
+            continue
+        vectors = encode([value for _, value in good]).astype(manifest["dtype"])
+        if vectors.shape[1] != manifest["dimension"]:
+            raise ValueError(
+                f"model gave embeddings of {vectors.shape[1]} values, but says it gives "
+                f"{manifest['dimension']}; correct its get_embedding_dimension()"
+            )
+        if not (finite := np.isfinite(vectors).all(axis=1)).all():
+            row = good[int(np.argmin(finite))][0]
+            raise ValueError(
+                f"row {row.number} (id {row.id!r}): the embedding is not finite in "
+                f"{manifest['dtype']}; check the model and its precision"
+            )
+        parts.append(vectors)
+        shard.ids.extend(row.id for row, _ in good)
+    return shard._replace(vectors=np.concatenate(parts))
+
+
+def _write_shard(path: Path, *, shard: Shard, note: dict[str, Any]) -> None:
+    vectors = pa.FixedSizeListArray.from_arrays(shard.vectors.reshape(-1), shard.vectors.shape[1])
+    table = pa.table(
+        {"id": pa.array(shard.ids, pa.string()), "embedding": vectors},
+        metadata={"llave": json.dumps(note)},
+    )
+    # Embeddings do not compress.
+    pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
+
+
+def _publish(path: Path, write: Callable[[Path], object]) -> None:
+    """Let a file appear whole: written beside, then renamed."""
+    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
+    write(temporary)
+    try:
+        temporary.replace(path)
+    except FileNotFoundError:
+        # Another process finished the same file first and swept ours.
+        if not path.exists():
+            raise
+    _sweep(path)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what dead processes left of a file that is done."""
+    for leftover in path.parent.glob(f"{path.name}.*.tmp"):
+        leftover.unlink(missing_ok=True)

@@ -1,0 +1,174 @@
+"""The nearest rows of a folder of embeddings, exactly, one shard in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from sentence_transformers import SentenceTransformer
+
+from llave.embedding import Shard, model_fingerprint, ranges, read_manifest, read_shard
+
+# Queries scored at a time, which bounds the scores in memory to this times a shard's rows.
+QUERY_BLOCK = 256
+
+
+class Hit(NamedTuple):
+    """One result: the row's id and its inner product with the query."""
+
+    id: str
+    score: float
+
+
+def search(
+    folder: str | Path,
+    queries: np.ndarray | Sequence[Any],
+    *,
+    model: SentenceTransformer | None = None,
+    k: int = 10,
+    backend: Literal["exact", "faiss"] = "exact",
+    prompt: str | None = None,
+    partial: bool = False,
+) -> list[list[Hit]]:
+    """The ``k`` rows of highest inner product with each query, best first.
+
+    Args:
+        folder: written by ``llave.embedding.embed``.
+        queries: embeddings of shape (queries, D), used as they are; or a list of inputs (texts,
+            images, dicts of both), which ``model`` embeds, normalised if the folder's are.
+        model: what the folder was embedded with; needed for inputs, else unused.
+        k: results per query. 10 by default; fewer where there are fewer rows.
+        backend: ``"exact"`` (default) reads one shard at a time; products are summed in float64 and
+            rounded to float32, so that equal rows score the same wherever they stand, and ties are
+            in order of id. ``"faiss"`` holds the whole corpus in memory, in an ``IndexFlatIP``, and
+            computes in float32; which of the rows tied at the end are returned is up to faiss.
+        prompt: the prompt the inputs are embedded with. By default the model's own.
+        partial: search a folder of which files are missing. By default that is refused.
+
+    Returns:
+        For each query a list of ``Hit(id, score)``.
+
+    Raises:
+        ImportError: ``backend="faiss"`` without faiss.
+        ValueError: ``folder`` has no embeddings, damaged files or missing ones; ``queries`` have
+            another dimension, are not finite or came without ``model``; ``model`` is not the one of
+            the folder; ``k`` or ``backend`` is out of range.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if backend not in ("exact", "faiss"):
+        raise ValueError(f"backend must be 'exact' or 'faiss', got {backend!r}")
+    manifest = read_manifest(folder)
+    shards = _shards(Path(folder), manifest, partial)
+    vectors = _vectors(queries, model, prompt, manifest)
+    return _exact(shards, vectors, k) if backend == "exact" else _faiss(shards, vectors, k)
+
+
+def _shards(folder: Path, manifest: dict[str, Any], partial: bool) -> Iterator[Shard]:
+    spans = ranges(manifest)
+    there = [span for span in spans if (folder / span.file).exists()]
+    if len(there) < len(spans) and not partial:
+        missing = min(set(spans) - set(there))
+        raise ValueError(
+            f"folder {folder} lacks {len(spans) - len(there)} of {len(spans)} files, the first "
+            f"{missing.file}; run embed again to complete it, or search what there is with "
+            "partial=True"
+        )
+    return (read_shard(folder / span.file, span, manifest) for span in there)
+
+
+def _vectors(
+    queries: np.ndarray | Sequence[Any],
+    model: SentenceTransformer | None,
+    prompt: str | None,
+    manifest: dict[str, Any],
+) -> np.ndarray:
+    if isinstance(queries, np.ndarray):
+        vectors = queries
+    else:
+        if isinstance(queries, str | dict):
+            raise ValueError(f"queries must be a list of inputs, got {queries!r:.80}; use [...]")
+        if model is None:
+            raise ValueError(
+                "queries are inputs, so model is needed; pass it, or a numpy array of embeddings"
+            )
+        if (here := model_fingerprint(model)) != manifest["model"]:
+            raise ValueError(
+                f"model has the fingerprint {here}, but the folder was embedded with "
+                f"{manifest['model']}; pass that model, or a numpy array of embeddings"
+            )
+        vectors = model.encode(
+            list(queries),
+            prompt=prompt,
+            normalize_embeddings=manifest["normalised"],
+            show_progress_bar=False,
+        )
+    if vectors.ndim != 2 or vectors.shape[1] != manifest["dimension"]:
+        raise ValueError(
+            f"queries must have shape (queries, {manifest['dimension']}), as the folder's "
+            f"embeddings, got {vectors.shape}"
+        )
+    if not np.isfinite(vectors).all():
+        raise ValueError("queries must be finite, got inf or NaN")
+    return vectors
+
+
+def _order(hit: Hit) -> tuple[float, str]:
+    return -hit.score, hit.id
+
+
+def _exact(shards: Iterator[Shard], queries: np.ndarray, k: int) -> list[list[Hit]]:
+    queries = queries.astype(np.float64)
+    best: list[list[Hit]] = [[] for _ in queries]
+    worst = np.full(len(queries), -np.inf, np.float32)  # a score that k rows have reached
+    for shard in shards:
+        count = len(shard.ids)
+        if not count:
+            continue
+        vectors = shard.vectors.astype(np.float64).T
+        for first in range(0, len(queries), QUERY_BLOCK):
+            block = slice(first, first + QUERY_BLOCK)
+            scores = (queries[block] @ vectors).astype(np.float32)
+            least = worst[block]
+            if count > k:
+                least = np.maximum(least, np.partition(scores, count - k, axis=1)[:, count - k])
+            # Ties with the k-th are kept, for the ids to decide.
+            candidates = scores >= least[:, None]
+            for number in np.flatnonzero(candidates.any(axis=1)):
+                row, hits = scores[number], best[first + number]
+                hits += (
+                    Hit(shard.ids[i], float(row[i])) for i in np.flatnonzero(candidates[number])
+                )
+                hits.sort(key=_order)
+                del hits[k:]
+                if len(hits) == k:
+                    worst[first + number] = hits[-1].score
+    return best
+
+
+def _faiss(shards: Iterator[Shard], queries: np.ndarray, k: int) -> list[list[Hit]]:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(
+            "backend='faiss' needs faiss: pip install faiss-cpu, or use backend='exact'"
+        ) from error
+    index = faiss.IndexFlatIP(queries.shape[1])
+    names: list[pa.Array] = []  # as Arrow strings, which take a fraction of the memory
+    for shard in shards:
+        index.add(shard.vectors.astype(np.float32))
+        names.append(pa.array(shard.ids, pa.string()))
+    ids = pa.chunked_array(names, pa.string())
+    if not (k := min(k, len(ids))):
+        return [[] for _ in queries]
+    scores, rows = index.search(np.ascontiguousarray(queries, np.float32), k)
+    return [
+        sorted(
+            (Hit(ids[int(row)].as_py(), float(score)) for row, score in zip(*found, strict=True)),
+            key=_order,
+        )
+        for found in zip(rows, scores, strict=True)
+    ]
