@@ -1,0 +1,107 @@
+"""The paper's loss in sentence-transformers' loss contract, plain and gradient-cached."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from llave_kernels import hardness_weighted_contrastive_loss
+from llave_kernels.distributed import distributed_contrastive_loss
+from llave_kernels.integrations.sentence_transformers import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
+
+
+class LLaVELoss(MultipleNegativesRankingLoss):
+    """The symmetric hardness-weighted loss over the batch of all processes (eq. 4-6).
+
+    ``SentenceTransformerTrainer``'s ``loss``. Columns are anchor, positive and any number of
+    negatives. A ``label`` column of shape (N, columns - 1), if the dataset has one, holds the
+    content ids of positive and negatives: a negative whose id is that of the row's positive is the
+    same content and is left out.
+
+    Under torch.distributed the loss is that of the global batch, whatever trainer averages the
+    gradients.
+
+    Args:
+        model: a SentenceTransformer; embeddings are normalised here.
+        scale: 1 / temperature (paper: 50).
+        alpha: hardness strength in both directions (paper: 9; 0 is InfoNCE).
+        false_negative_margin, backend: as in ``llave_kernels.hardness_weighted_contrastive_loss``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        scale: float = 50.0,
+        alpha: float = 9.0,
+        *,
+        false_negative_margin: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            model,
+            scale,
+            directions=("query_to_doc", "doc_to_query"),
+            partition_mode="per_direction",
+            hardness_mode="in_batch_negatives",
+            hardness_strength=alpha,
+            target_hardness_strength=alpha,
+            false_negative_margin=false_negative_margin,
+            backend=backend,
+        )
+
+    def compute_loss_from_embeddings(
+        self, embeddings: list[Tensor], labels: Tensor | None = None
+    ) -> Tensor:
+        """Loss of anchors, positives and negatives, each (N, D), with ids (N, columns - 1); 0-d."""
+        query, *targets = (normalize(x, dim=-1) for x in embeddings)
+        ids: dict[str, Tensor] = {}
+        if labels is not None and labels.dim() == 2:
+            if labels.shape[1] != len(targets):
+                raise ValueError(
+                    f"label has shape {tuple(labels.shape)}, expected one content id for each of "
+                    f"the {len(targets)} positive and negative columns"
+                )
+            labels = labels.to(query.device, torch.int64)
+            ids = {"query_ids": labels[:, 0].contiguous(), "target_ids": labels.T.flatten()}
+        distributed = dist.is_available() and dist.is_initialized()
+        loss = distributed_contrastive_loss if distributed else hardness_weighted_contrastive_loss
+        return loss(
+            query,
+            torch.cat(targets),
+            logit_scale=self.scale,
+            alpha=self.hardness_strength,
+            false_negative_margin=self.false_negative_margin,
+            backend=self.backend,
+            **ids,
+        )
+
+
+class CachedLLaVELoss(CachedMultipleNegativesRankingLoss):
+    """``LLaVELoss`` with gradient caching: a batch of any size in the memory of a mini-batch.
+
+    Args:
+        mini_batch_size: samples embedded at a time.
+        model, scale, alpha, false_negative_margin, backend: as in ``LLaVELoss``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        scale: float = 50.0,
+        alpha: float = 9.0,
+        *,
+        mini_batch_size: int = 4,
+        false_negative_margin: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(model, scale, mini_batch_size=mini_batch_size)
+        self.loss = LLaVELoss(
+            model, scale, alpha, false_negative_margin=false_negative_margin, backend=backend
+        )

@@ -1,0 +1,77 @@
+"""The trainer's losses: values, ids, caching."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("sentence_transformers")
+
+from sentence_transformers import SentenceTransformer
+
+from llave.losses import CachedLLaVELoss, LLaVELoss
+from llave_kernels.reference import reference_loss
+from tests.helpers import relative_error
+
+
+class Embedder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(64, 8)
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return features | {"sentence_embedding": self.table(features["input_ids"]).mean(1)}
+
+
+@pytest.fixture
+def model() -> SentenceTransformer:
+    torch.manual_seed(0)
+    return SentenceTransformer(modules=[Embedder()], device="cpu")
+
+
+def columns(count: int, n: int = 10) -> list[dict[str, Tensor]]:
+    return [
+        {"input_ids": torch.randint(64, (n, 4)), "attention_mask": torch.ones(n, 4).long()}
+        for _ in range(count)
+    ]
+
+
+def gradients(model: SentenceTransformer, loss: Tensor) -> Tensor:
+    model.zero_grad()
+    loss.backward()
+    return model[0].table.weight.grad.clone()
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_both_losses_are_the_papers(model: SentenceTransformer, count: int, with_ids: bool) -> None:
+    features, n = columns(count), 10
+    labels = torch.randint(6, (n, count - 1)) if with_ids else None
+    ids = {}
+    if labels is not None:
+        ids = {"query_ids": labels[:, 0], "target_ids": labels.T.flatten()}
+    vectors = [nn.functional.normalize(model(f)["sentence_embedding"], dim=1) for f in features]
+    truth = reference_loss(vectors[0], torch.cat(vectors[1:]), alpha=9.0, logit_scale=50.0, **ids)
+    expected = gradients(model, truth)
+    for loss_fn in (LLaVELoss(model), CachedLLaVELoss(model, mini_batch_size=3)):
+        loss = loss_fn([dict(f) for f in features], labels)
+        assert relative_error(loss, truth) < 1e-5
+        assert relative_error(gradients(model, loss), expected) < 1e-4
+
+
+def test_settings_reach_the_loss(model: SentenceTransformer) -> None:
+    features = columns(2)
+    values = {
+        float(kind(model, scale=20.0, alpha=alpha)([dict(f) for f in features], None).detach())
+        for kind in (LLaVELoss, CachedLLaVELoss)
+        for alpha in (0.0, 5.0)
+    }
+    rounded = {round(value, 4) for value in values}
+    assert len(rounded) == 2
+    assert LLaVELoss(model).get_config_dict()["hardness_strength"] == 9.0
+
+
+def test_ids_of_another_shape_are_refused(model: SentenceTransformer) -> None:
+    with pytest.raises(ValueError, match=r"label has shape \(10, 3\), expected one content id"):
+        LLaVELoss(model)(columns(2), torch.zeros(10, 3))
