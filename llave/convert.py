@@ -1,0 +1,329 @@
+"""The authors' LLaVE checkpoints (``llava_qwen`` layout) as sentence-transformers folders."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import (
+    AutoModel,
+    LlavaOnevisionConfig,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
+    Qwen2Config,
+    Qwen2Tokenizer,
+    SiglipVisionConfig,
+)
+
+from llave.modeling import build, chat_template, inputs, load
+
+logger = logging.getLogger(__name__)
+
+# SigLIP so400m as the authors use it: the last of its 27 layers and its pooling head dropped.
+VISION_LAYERS = 26
+VISION_HEADS = 16
+
+_VISION = "model.vision_tower.vision_tower.vision_model."
+_PREFIXES = (  # (in the authors' checkpoint, in transformers' LLaVA-OneVision)
+    (_VISION, "vision_tower."),
+    ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
+    ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
+    ("model.image_newline", "image_newline"),
+    ("model.embed_tokens.", "language_model.embed_tokens."),
+    ("model.layers.", "language_model.layers."),
+    ("model.norm.", "language_model.norm."),
+)
+_DROPPED = ("lm_head.", f"{_VISION}encoder.layers.{VISION_LAYERS}.", f"{_VISION}head.")
+_WORDS = "model.embed_tokens.weight"
+_TEXT_KEYS = (
+    "attention_dropout",
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "max_window_layers",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_scaling",
+    "rope_theta",
+    "sliding_window",
+    "use_sliding_window",
+)
+
+
+def convert(
+    src: str | os.PathLike[str], dst: str | os.PathLike[str], *, allow_pickle: bool = False
+) -> list[str]:
+    """Turn an authors' checkpoint into a folder for ``SentenceTransformer(dst)``.
+
+    The tokenizer is the checkpoint's with ``<image>`` and ``<video>`` added, the image processor
+    SigLIP's (mean and deviation 0.5), the image grids are those of ``image_grid_pinpoints`` in its
+    ``config.json``, the dtype is kept. One shard at a time is in memory, then the whole model once.
+    The disk needs room for the checkpoint twice: everything is written beside ``dst``, which
+    appears when it is complete.
+
+    Args:
+        src: a folder with ``config.json``, the tokenizer's files and the weights, e.g. a download
+            of ``zhibinlan/LLaVE-0.5B``: ``model.safetensors`` or shards with their index.
+        dst: the folder to make; it must not exist.
+        allow_pickle: read ``pytorch_model.bin`` files, default False. They are Python pickles;
+            torch reads them in its restricted mode, but take them only from someone you trust.
+
+    Returns:
+        The names of the tensors left out: the language-model head, and what the checkpoint carries
+        of SigLIP behind the layer that is used.
+
+    Raises:
+        ValueError: ``src`` is no such checkpoint, its weights are pickled, tensors are missing,
+            unknown or of the wrong shape (all of them are listed), or ``dst`` exists.
+    """
+    src, dst = Path(src), Path(dst)
+    if dst.exists():
+        raise ValueError(f"dst={str(dst)!r} exists; give a new folder")
+    settings = _settings(src)
+    shards = _shards(src, allow_pickle)
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtype = None
+    for shard in shards:
+        with _opened(shard) as (names, read):
+            for name in names:
+                tensor = read(name, "meta")
+                shapes[name] = tuple(tensor.shape)
+                # Widening is exact, so a checkpoint of several types keeps every value.
+                dtype = torch.promote_types(dtype or tensor.dtype, tensor.dtype)
+    left_out = sorted(name for name in shapes if name.startswith(_DROPPED))
+    renamed = {name: _rename(name) for name in shapes if name not in set(left_out)}
+
+    tokenizer = Qwen2Tokenizer.from_pretrained(src)
+    tokenizer.add_tokens(["<image>", "<video>"], special_tokens=True)
+    config = _config(settings, shapes, tokenizer)
+    config.dtype = dtype
+    words = config.text_config.vocab_size
+    shapes[_WORDS] = (words, *shapes[_WORDS][1:])
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    # Some versions of transformers have a level "vision_model" in the tower, some do not.
+    targets = {name.replace("vision_model.", ""): name for name in model.state_dict()}
+    wanted = {short: tuple(model.state_dict()[name].shape) for short, name in targets.items()}
+    _compare(src, shapes, renamed, wanted)
+
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{dst.name}.", dir=dst.parent) as folder:
+        backbone = Path(folder, "backbone")
+        backbone.mkdir()
+        config.save_pretrained(backbone)
+        _processor(config, tokenizer).save_pretrained(backbone)
+        index = {}
+        for number, shard in enumerate(shards, 1):
+            part = {}
+            with _opened(shard) as (names, read):
+                for name in sorted(renamed.keys() & set(names)):
+                    tensor = read(name, "cpu")
+                    if name == _WORDS:
+                        # Zero rows where <image> and <video> have none: no result depends on them.
+                        tensor = torch.nn.functional.pad(tensor, (0, 0, 0, words - len(tensor)))
+                    part[targets[renamed[name]]] = tensor.contiguous()
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            save_file(part, backbone / file, metadata={"format": "pt"})
+            index.update(dict.fromkeys(part, file))
+        text = json.dumps({"metadata": {}, "weight_map": index})
+        (backbone / "model.safetensors.index.json").write_text(text)
+        made = build(backbone, pinpoints=settings["image_grid_pinpoints"], device="cpu")
+        made.save(str(Path(folder, "model")), create_model_card=False)
+        os.replace(Path(folder, "model"), dst)
+    for name in left_out:
+        logger.info("left out: %s", name)
+    return left_out
+
+
+def check(path: str | os.PathLike[str], image: Any) -> dict[str, float]:
+    """Print the similarity scores that the published model cards show for their example image.
+
+    Args:
+        path: a converted model, or a hub name.
+        image: the card's ``figures/example.jpg``, or another: a path, a PIL image or an array.
+
+    Returns:
+        The cosine of the image with a question and each of two texts. The cards have, for a cat and
+        a dog / a cat and a tiger: 0.5B .4802 / .3413, 2B .5132 / .3809, 7B .6240 / .4543, in half
+        precision.
+    """
+    model = load(path)
+    question = "Represent the given image with the following question: What is in the image"
+    # The cards put a space behind the image where training had a newline.
+    card = {"chat_template": {"chat_template": chat_template(separator=" ")}}
+    query = model.encode([inputs(question, image)], processing_kwargs=card, convert_to_tensor=True)
+    texts = ["A cat and a dog", "A cat and a tiger"]
+    found = model.similarity(query, model.encode(texts, convert_to_tensor=True))[0].tolist()
+    scores = dict(zip(texts, found, strict=True))
+    for text, score in scores.items():
+        print(f"{text} = {score:.4f}")
+    return scores
+
+
+def _settings(src: Path) -> dict[str, Any]:
+    """The authors' ``config.json``, checked for what the conversion relies on."""
+    file = src / "config.json"
+    if not file.is_file():
+        raise ValueError(f"src={str(src)!r} has no config.json; give the checkpoint's folder")
+    settings = json.loads(file.read_text())
+    architecture = settings.get("architectures", [None])[0]
+    if architecture != "LlavaQwenForCausalLM" and settings.get("model_type") != "llava_qwen":
+        raise ValueError(
+            f"src={str(src)!r} has architecture {architecture!r}, not LlavaQwenForCausalLM; a "
+            "model in transformers' own layout needs no conversion: use llave.build"
+        )
+    grids = settings.get("image_grid_pinpoints")
+    if not isinstance(grids, list) or not all(isinstance(grid, list) for grid in grids):
+        raise ValueError(
+            f"image_grid_pinpoints={grids!r} in {file} must be a list of pairs; write it out, "
+            "e.g. [[384, 384], [384, 768], [768, 384], [768, 768]]"
+        )
+    needs = {"mm_projector_type": "mlp2x_gelu", "image_aspect_ratio": "anyres_max_9"}
+    for key, value in needs.items():
+        if settings.get(key, value) != value:
+            raise ValueError(f"{key}={settings[key]!r} in {file}; only {value!r} is known here")
+    return settings
+
+
+def _shards(src: Path, allow_pickle: bool) -> list[Path]:
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        index = src / f"{stem}.index.json"
+        if index.is_file():
+            files = [src / name for name in sorted(set(_weight_map(index).values()))]
+        else:
+            files = [src / stem] if (src / stem).is_file() else []
+        if not files:
+            continue
+        absent = [file.name for file in files if not file.is_file()]
+        if absent:
+            raise ValueError(f"src={str(src)!r} lacks {absent}, named in {index.name}")
+        if stem.endswith(".bin") and not allow_pickle:
+            raise ValueError(
+                f"src={str(src)!r} has pickled weights only; allow_pickle=True reads them, "
+                "if you trust where they come from"
+            )
+        return files
+    raise ValueError(f"src={str(src)!r} has no model.safetensors, nor shards with their index")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    return json.loads(index.read_text())["weight_map"]
+
+
+@contextmanager
+def _opened(shard: Path) -> Iterator[tuple[list[str], Callable[[str, str], torch.Tensor]]]:
+    """A shard's names and a function that reads one tensor of it onto a device, "meta" or "cpu"."""
+    if shard.suffix == ".bin":
+        held = torch.load(shard, map_location="cpu", mmap=True, weights_only=True)
+        yield list(held), lambda name, device: held[name].to(device)
+    else:
+        with safe_open(shard, "pt") as file:
+
+            def read(name: str, device: str) -> torch.Tensor:
+                if device == "cpu":
+                    return file.get_tensor(name)
+                # An empty slice has the type, and reads nothing.
+                part = file.get_slice(name)
+                shape = part.get_shape()
+                return torch.empty(shape, dtype=part[:0].dtype, device="meta")
+
+            yield list(file.keys()), read
+
+
+def _rename(name: str) -> str:
+    for theirs, ours in _PREFIXES:
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def _compare(
+    src: Path,
+    shapes: dict[str, tuple[int, ...]],
+    renamed: dict[str, str],
+    wanted: dict[str, tuple[int, ...]],
+) -> None:
+    unknown = sorted(name for name, short in renamed.items() if short not in wanted)
+    missing = sorted(wanted.keys() - set(renamed.values()))
+    wrong = [
+        f"{name} {shapes[name]}, not {wanted[short]}"
+        for name, short in sorted(renamed.items())
+        if short in wanted and shapes[name] != wanted[short]
+    ]
+    found = {"unknown": unknown, "missing": missing, "of the wrong shape": wrong}
+    lines = [f"{what}: {', '.join(names)}" for what, names in found.items() if names]
+    if lines:
+        raise ValueError(
+            f"src={str(src)!r} does not hold the tensors of its config.json\n" + "\n".join(lines)
+        )
+
+
+def _config(
+    settings: dict[str, Any], shapes: dict[str, tuple[int, ...]], tokenizer: Qwen2Tokenizer
+) -> LlavaOnevisionConfig:
+    """transformers' config, from the authors' and, for the vision tower, the tensors' shapes."""
+    sources = {
+        "patches": f"{_VISION}embeddings.patch_embedding.weight",
+        "positions": f"{_VISION}embeddings.position_embedding.weight",
+        "mlp": f"{_VISION}encoder.layers.0.mlp.fc1.weight",
+        "words": _WORDS,
+    }
+    absent = [name for name in sources.values() if name not in shapes]
+    if absent:
+        raise ValueError(f"the checkpoint's tensors are incomplete\nmissing: {', '.join(absent)}")
+    size = {key: shapes[name] for key, name in sources.items()}
+    tile = min(side for grid in settings["image_grid_pinpoints"] for side in grid)
+    patch = size["patches"][-1]
+    if (tile // patch) ** 2 != size["positions"][0]:
+        raise ValueError(
+            f"image_grid_pinpoints={settings['image_grid_pinpoints']} start from {tile} pixels, "
+            f"but the vision tower has {size['positions'][0]} patches of {patch} pixels"
+        )
+    return LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(
+            hidden_size=size["patches"][0],
+            intermediate_size=size["mlp"][0],
+            num_hidden_layers=VISION_LAYERS,
+            num_attention_heads=VISION_HEADS,
+            image_size=tile,
+            patch_size=patch,
+            vision_use_head=False,
+        ),
+        text_config=Qwen2Config(
+            vocab_size=max(size["words"][0], len(tokenizer)),
+            **{key: settings[key] for key in _TEXT_KEYS if settings.get(key) is not None},
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=settings["image_grid_pinpoints"],
+    )
+
+
+def _processor(config: LlavaOnevisionConfig, tokenizer: Qwen2Tokenizer) -> LlavaOnevisionProcessor:
+    vision = config.vision_config
+    pixels = {
+        "size": {"height": vision.image_size, "width": vision.image_size},
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    return LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessor(**pixels),
+        tokenizer=tokenizer,
+        video_processor=LlavaOnevisionVideoProcessor(**pixels),
+        num_image_tokens=(vision.image_size // vision.patch_size) ** 2,
+        vision_feature_select_strategy="full",
+    )

@@ -1,0 +1,263 @@
+"""Checkpoints in the authors' layout, made here from random weights, against transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("sentence_transformers")
+pytest.importorskip("torchvision")
+
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Transformer
+
+import llave
+from llave import convert
+from tests.llave import tiny
+from tests.llave.test_modeling import picture
+
+GRIDS = [[24, 24], [24, 48], [48, 24], [48, 48]]
+TOWER = "model.vision_tower.vision_tower.vision_model."
+
+
+def theirs(name: str) -> str:
+    """The authors' name of a tensor of LlavaOnevisionForConditionalGeneration."""
+    for ours, other in (
+        ("model.vision_tower.vision_model.", TOWER),
+        ("model.vision_tower.", TOWER),
+        ("model.multi_modal_projector.linear_1.", "model.mm_projector.0."),
+        ("model.multi_modal_projector.linear_2.", "model.mm_projector.2."),
+        ("model.language_model.", "model."),
+    ):
+        if name.startswith(ours):
+            return name.replace(ours, other)
+    return name
+
+
+def write_checkpoint(
+    folder: Path, network, *, rows: int | None = None, dtype=torch.float32
+) -> dict[str, torch.Tensor]:
+    """The tensors in the authors' layout; with them the config and tokenizer go to ``folder``."""
+    text = network.config.text_config.to_dict()
+    keys = set(convert._TEXT_KEYS) & text.keys()
+    settings = {key: text[key] for key in keys} | {
+        "architectures": ["LlavaQwenForCausalLM"],
+        "model_type": "llava_qwen",
+        "rope_theta": 10000.0,
+        "mm_hidden_size": tiny.WIDTH,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_tower": "google/siglip-so400m-patch14-384",
+        "image_aspect_ratio": "anyres_max_9",
+        "image_grid_pinpoints": GRIDS,
+        "vocab_size": text["vocab_size"],
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    tiny.tokenizer().save_pretrained(folder)
+    state = {theirs(name): tensor.to(dtype) for name, tensor in network.state_dict().items()}
+    if network.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    if rows is not None:
+        state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"][:rows].clone()
+    return state
+
+
+def write_separate_tokenizer_files(folder: Path) -> None:
+    """Qwen2's files before tokenizer.json: vocabulary, merges and the added tokens' numbers."""
+    made = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(made["model"]["vocab"]))
+    merges = [" ".join(pair) for pair in made["model"]["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    added = {str(token.pop("id")): token for token in made["added_tokens"]}
+    numbers = {token["content"]: int(number) for number, token in added.items()}
+    (folder / "added_tokens.json").write_text(json.dumps(numbers))
+    settings = {
+        "added_tokens_decoder": added,
+        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
+        "chat_template": "{{ messages }}",
+        "eos_token": "<|im_end|>",
+        "model_max_length": 32768,
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "Qwen2Tokenizer",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_shards(folder: Path, state: dict[str, torch.Tensor], count: int) -> None:
+    names = sorted(state)
+    parts = [names[i::count] for i in range(count)]
+    if count == 1:
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    where = {}
+    for number, part in enumerate(parts, 1):
+        file = f"model-{number:05d}-of-{count:05d}.safetensors"
+        save_file({name: state[name] for name in part}, folder / file)
+        where.update(dict.fromkeys(part, file))
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def tower_of_27(state: dict[str, torch.Tensor]) -> list[str]:
+    """SigLIP's last layer and head put back, as in a checkpoint saved before they are dropped."""
+    last = f"{TOWER}encoder.layers.{convert.VISION_LAYERS - 1}."
+    more = {
+        name.replace(f".{convert.VISION_LAYERS - 1}.", f".{convert.VISION_LAYERS}."): tensor.clone()
+        for name, tensor in state.items()
+        if name.startswith(last)
+    }
+    more[f"{TOWER}head.probe"] = torch.zeros(1, 1, tiny.WIDTH)
+    state.update(more)
+    return list(more)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return tiny.llava_onevision(
+        vision_layers=convert.VISION_LAYERS, vision_heads=convert.VISION_HEADS
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(backbone):
+    return llave.build(backbone, device="cpu")
+
+
+ITEMS = [
+    "A cat and a dog",
+    picture(24, 24),
+    picture(96, 20),
+    {"text": "What is in the image", "image": picture(60, 50)},
+]
+
+
+@pytest.mark.parametrize(("shards", "tie"), [(1, False), (3, True)])
+def test_a_converted_model_gives_the_same_embeddings(tmp_path, shards, tie):
+    network, processor = tiny.llava_onevision(
+        vision_layers=convert.VISION_LAYERS, vision_heads=convert.VISION_HEADS, tie=tie
+    )
+    src, dst = tmp_path / "src", tmp_path / "deep" / "dst"
+    src.mkdir()
+    state = write_checkpoint(src, network)
+    extra = tower_of_27(state) if shards == 3 else []
+    if shards == 3:
+        write_separate_tokenizer_files(src)
+    write_shards(src, state, shards)
+    left_out = convert.convert(src, dst)
+    assert left_out == sorted(extra + ([] if tie else ["lm_head.weight"]))
+    assert [entry.name for entry in dst.parent.iterdir()] == ["dst"]
+    found = SentenceTransformer(str(dst), device="cpu")
+    expected = llave.build((network, processor), device="cpu")
+    np.testing.assert_allclose(found.encode(ITEMS), expected.encode(ITEMS), atol=1e-5)
+    assert found[0].config.image_grid_pinpoints == GRIDS
+    # The reference is itself compared with transformers alone in test_modeling; once more here,
+    # from the checkpoint's words and weights.
+    features = found.preprocess([ITEMS[3]])
+    network.config.image_grid_pinpoints = GRIDS
+    pixels = {key: features[key] for key in ("pixel_values", "image_sizes", "batch_num_images")}
+    with torch.no_grad():
+        states = network.model(input_ids=features["input_ids"], **pixels).last_hidden_state
+    last = torch.nn.functional.normalize(states[0, -1], dim=0).numpy()
+    np.testing.assert_allclose(found.encode([ITEMS[3]])[0], last, atol=1e-5)
+
+
+def test_an_embedding_without_room_for_the_image_token_is_extended(backbone, reference, tmp_path):
+    rows = len(tiny.tokenizer())
+    state = write_checkpoint(tmp_path, backbone[0], rows=rows)
+    write_shards(tmp_path, state, 1)
+    convert.convert(tmp_path, tmp_path / "dst")
+    found = llave.load(tmp_path / "dst", device="cpu")
+    assert found[0].config.text_config.vocab_size == rows + 2
+    np.testing.assert_allclose(found.encode(ITEMS), reference.encode(ITEMS), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_dtype_is_kept(backbone, tmp_path, dtype):
+    state = write_checkpoint(tmp_path, backbone[0], dtype=dtype)
+    write_shards(tmp_path, state, 2)
+    convert.convert(tmp_path, tmp_path / "dst")
+    stored = load_file(tmp_path / "dst" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    assert llave.load(tmp_path / "dst", device="cpu")[0].model.dtype == dtype
+
+
+def test_pickled_weights_are_read_only_on_request(backbone, reference, tmp_path):
+    state = write_checkpoint(tmp_path, backbone[0])
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="allow_pickle=True"):
+        convert.convert(tmp_path, tmp_path / "dst")
+    convert.convert(tmp_path, tmp_path / "dst", allow_pickle=True)
+    found = llave.load(tmp_path / "dst", device="cpu")
+    np.testing.assert_allclose(found.encode(ITEMS), reference.encode(ITEMS), atol=1e-5)
+
+
+def test_wrong_tensors_are_listed_and_nothing_is_left_behind(backbone, tmp_path):
+    src = tmp_path / "src"
+    src.mkdir()
+    state = write_checkpoint(src, backbone[0])
+    del state["model.norm.weight"], state["model.layers.1.mlp.up_proj.weight"]
+    state["model.surprise"] = torch.zeros(2)
+    state["model.image_newline"] = torch.zeros(5)
+    write_shards(src, state, 1)
+    with pytest.raises(ValueError, match="does not hold") as error:
+        convert.convert(src, tmp_path / "dst")
+    said = str(error.value)
+    assert "unknown: model.surprise" in said
+    assert "language_model.layers.1.mlp.up_proj.weight, language_model.norm.weight" in said
+    assert "model.image_newline (5,), not (32,)" in said
+    assert [entry.name for entry in tmp_path.iterdir()] == ["src"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["Other"], "model_type": "other"}, "needs no conversion"),
+        ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "list of pairs"),
+        ({"image_grid_pinpoints": [[48, 48]]}, "16 patches of 6 pixels"),
+        ({"mm_projector_type": "linear"}, "mm_projector_type='linear'"),
+        ({"image_aspect_ratio": "pad"}, "image_aspect_ratio='pad'"),
+    ],
+)
+def test_other_configurations_are_refused(backbone, tmp_path, change, message):
+    write_shards(tmp_path, write_checkpoint(tmp_path, backbone[0]), 1)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | change))
+    with pytest.raises(ValueError, match=message):
+        convert.convert(tmp_path, tmp_path / "dst")
+
+
+def test_incomplete_folders_are_refused(backbone, tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        convert.convert(tmp_path, tmp_path / "dst")
+    state = write_checkpoint(tmp_path, backbone[0])
+    with pytest.raises(ValueError, match=r"no model\.safetensors"):
+        convert.convert(tmp_path, tmp_path / "dst")
+    write_shards(tmp_path, state, 2)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lacks .*model-00002"):
+        convert.convert(tmp_path, tmp_path / "dst")
+    with pytest.raises(ValueError, match="exists"):
+        convert.convert(tmp_path, tmp_path)
+
+
+def test_check_prints_the_cards_scores(reference, tmp_path, capsys, monkeypatch):
+    reference.save(str(tmp_path / "model"), create_model_card=False)
+    seen = []
+    preprocess = Transformer.preprocess
+
+    def recording(self, *args, **kwargs):
+        features = preprocess(self, *args, **kwargs)
+        seen.append(self.tokenizer.decode(features["input_ids"][0]))
+        return features
+
+    monkeypatch.setattr(Transformer, "preprocess", recording)
+    scores = convert.check(tmp_path / "model", picture())
+    question = "Represent the given image with the following question: What is in the image"
+    assert f"<image> {question}<|im_end|>" in seen[0]
+    assert list(scores) == ["A cat and a dog", "A cat and a tiger"]
+    assert f"A cat and a dog = {scores['A cat and a dog']:.4f}" in capsys.readouterr().out
