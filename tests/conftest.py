@@ -5,6 +5,7 @@ from collections.abc import Iterator
 # Read when torch is imported. A compiled graph remembered from an earlier version of the operators
 # would call them as they were then.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub for anything
 
 import pytest
 import torch

@@ -1,0 +1,5 @@
+import sys
+
+from llave.cli import main
+
+sys.exit(main())

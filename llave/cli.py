@@ -1,0 +1,170 @@
+"""The ``llave`` command: train, evaluate, convert, embed, search."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+Arguments = argparse.Namespace
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; a user's mistake is one line on stderr and exit status 2."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        arguments.run(arguments, rest)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"llave {arguments.command}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="llave", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, summary: str, *examples: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog="examples:\n" + "\n".join(f"  {e}" for e in examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(run=run)
+        return made
+
+    train = command(
+        "train",
+        _train,
+        "Train an embedding model by a recipe; a run that was cut off goes on from its checkpoint.",
+        "llave train tiny",
+        "llave train my.yaml --loss.alpha 5 --trainer.learning_rate 2e-5",
+        "torchrun --nproc_per_node 8 -m llave train llave-0.5b --data.images MMEB-train-images",
+    )
+    train.add_argument("recipe", help="a YAML file, or the name of one that comes with llave")
+
+    evaluate = command(
+        "evaluate",
+        _evaluate,
+        "MMEB precision@1 per task and meta-task, beside the paper's rows.",
+        "llave evaluate llave-0.5b --tasks all --data MMEB-eval --images MMEB-eval-images",
+        "llave evaluate tiny/model --tasks text_to_image --data emoji/eval --images emoji/images",
+    )
+    evaluate.add_argument("model", help="a model folder or hub name")
+    evaluate.add_argument("--tasks", nargs="+", required=True, help="task names, or all")
+    evaluate.add_argument("--data", required=True, help="folder of evaluation files, or hub name")
+    evaluate.add_argument("--images", required=True, help="folder the image paths are relative to")
+    evaluate.add_argument("--out", default="results", help="folder for the results (results)")
+    evaluate.add_argument("--batch-size", type=int, default=16)
+
+    convert = command(
+        "convert",
+        _convert,
+        "Turn a released LLaVE checkpoint into a folder for SentenceTransformer.",
+        "llave convert LLaVE-0.5B llave-0.5b --check example.jpg",
+    )
+    convert.add_argument("source", help="folder of the checkpoint (config, tokenizer, weights)")
+    convert.add_argument("destination", help="folder to make; must not exist")
+    convert.add_argument("--check", metavar="IMAGE", help="print the model card's scores for it")
+    convert.add_argument("--allow-pickle", action="store_true", help="read .bin weights too")
+
+    embed = command(
+        "embed",
+        _embed,
+        "Embed a corpus into parquet shards; may be killed and started again.",
+        "llave embed llave-0.5b photos/ --out photos.embeddings",
+        "torchrun --nproc_per_node 8 -m llave embed llave-0.5b corpus.jsonl --out embeddings",
+    )
+    embed.add_argument("model", help="a model folder or hub name")
+    embed.add_argument("input", help="JSONL or parquet of id, text, image; or a folder of images")
+    embed.add_argument("--out", required=True, help="folder of the shards")
+    embed.add_argument("--batch-size", type=int, default=32)
+    embed.add_argument("--shard-rows", type=int, default=4096)
+    embed.add_argument("--dtype", choices=("float32", "float16"), default="float32")
+    embed.add_argument("--image-root", help="folder the image paths are relative to")
+    embed.add_argument("--on-error", choices=("raise", "skip"), default="raise")
+
+    search = command(
+        "search",
+        _search,
+        "The rows of an embedded corpus nearest to a query, one JSON line each.",
+        "llave search photos.embeddings 'a dog on a beach' --model llave-0.5b -k 5",
+        "llave search photos.embeddings --image dog.jpg --model llave-0.5b",
+    )
+    search.add_argument("folder", help="written by llave embed")
+    search.add_argument("query", nargs="?", help="a text")
+    search.add_argument("--image", help="an image, alone or beside the text")
+    search.add_argument("--model", required=True, help="what the corpus was embedded with")
+    search.add_argument("-k", type=int, default=10)
+    search.add_argument("--backend", choices=("exact", "faiss"), default="exact")
+    search.add_argument("--partial", action="store_true", help="search an unfinished corpus")
+    return parser
+
+
+def _train(arguments: Arguments, overrides: list[str]) -> None:
+    from llave.training import read_recipe, train
+
+    train(read_recipe(arguments.recipe, overrides))
+
+
+def _evaluate(arguments: Arguments, _: list[str]) -> None:
+    from llave.evaluation import evaluate, format_table
+    from llave.modeling import load
+
+    results = evaluate(
+        load(arguments.model),
+        arguments.tasks,
+        data=arguments.data,
+        images=arguments.images,
+        out=arguments.out,
+        batch_size=arguments.batch_size,
+    )
+    print(format_table(results))
+
+
+def _convert(arguments: Arguments, _: list[str]) -> None:
+    from llave.convert import check, convert
+
+    convert(arguments.source, arguments.destination, allow_pickle=arguments.allow_pickle)
+    if arguments.check:
+        check(arguments.destination, arguments.check)
+
+
+def _embed(arguments: Arguments, _: list[str]) -> None:
+    from llave.embedding import embed
+    from llave.modeling import load
+
+    embed(
+        load(arguments.model),
+        arguments.input,
+        arguments.out,
+        batch_size=arguments.batch_size,
+        shard_rows=arguments.shard_rows,
+        dtype=arguments.dtype,
+        image_root=arguments.image_root,
+        on_error=arguments.on_error,
+    )
+
+
+def _search(arguments: Arguments, _: list[str]) -> None:
+    from llave.modeling import inputs, load
+    from llave.search import search
+
+    query = inputs(text=arguments.query, images=arguments.image)
+    (hits,) = search(
+        arguments.folder,
+        [query],
+        model=load(arguments.model),
+        k=arguments.k,
+        backend=arguments.backend,
+        partial=arguments.partial,
+    )
+    for hit in hits:
+        print(json.dumps(hit._asdict()))

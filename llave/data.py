@@ -1,0 +1,241 @@
+"""MMEB's training and evaluation formats (arXiv 2410.05160), from local folders or the hub.
+
+Training rows have ``qry, qry_image_path, pos_text, pos_image_path, neg_text, neg_image_path``,
+evaluation rows ``qry_text, qry_img_path, tgt_text, tgt_img_path`` with lists of candidates, the
+first the right one; newer sets add ``qry_inst`` and ``tgt_inst``. Missing values are empty strings,
+paths are relative to an image folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from datasets import Dataset, load_dataset
+from PIL import Image
+
+SIDES = (("qry", "qry_image_path"), ("pos_text", "pos_image_path"), ("neg_text", "neg_image_path"))
+COLUMNS = ("anchor", "positive", "negative")
+SUFFIXES = (".parquet", ".jsonl", ".json")
+OnError = Literal["raise", "skip"]
+
+
+class Images:
+    """Images below one folder, by relative path. Paths that lead out of it are refused."""
+
+    def __init__(self, root: str | Path | None) -> None:
+        self.root = None if root is None else Path(root)
+
+    def path(self, name: str) -> Path:
+        """The file of a path as it stands in the data.
+
+        Raises:
+            ValueError: there is no image folder, or the path leaves it.
+            FileNotFoundError: no such file.
+        """
+        if self.root is None:
+            raise ValueError(f"image {name!r} needs an image folder; pass images=")
+        root = self.root.resolve()
+        found = (root / name).resolve()
+        if not found.is_relative_to(root):
+            raise ValueError(f"image path {name!r} leaves the image folder {self.root}")
+        if not found.is_file():
+            raise FileNotFoundError(f"image {name!r} is not in {self.root}")
+        return found
+
+    def open(self, name: str) -> Image.Image:
+        """The image in RGB. ValueError where it cannot be read."""
+        path = self.path(name)
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except OSError as error:
+            raise ValueError(f"image {name!r} in {self.root} cannot be read: {error}") from error
+
+
+def make_input(text: str, image: str, images: Images) -> str | dict[str, Any]:
+    """What ``model.encode`` takes: the text, or a dict with the opened image.
+
+    ``<|image_1|>`` stays in the text: the model's chat template takes it out.
+    """
+    if not image:
+        return text
+    made: dict[str, Any] = {"image": images.open(image)}
+    return made | {"text": text} if text else made
+
+
+def content_id(text: str, image: str) -> int:
+    """63 bits that depend on a text and an image's path alone, in every process and run."""
+    digest = hashlib.blake2b(json.dumps([text, image]).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def load_training(
+    source: str | Path,
+    *,
+    images: str | Path | None = None,
+    subsets: list[str] | None = None,
+    cap: int | None = 50_000,
+    seed: int = 0,
+    on_error: OnError = "raise",
+) -> dict[str, Dataset]:
+    """Training subsets by name, as ``SentenceTransformerTrainer`` takes them.
+
+    Columns are anchor, positive, negative where the subset has one, and ``label``: the content ids
+    of positive and negative, by which ``LLaVELoss`` leaves duplicates out. Images are opened when
+    a batch is made.
+
+    Args:
+        source: a folder with a ``NAME.parquet``, ``.jsonl`` or ``.json``, or a folder NAME of such
+            files, per subset; or a hub dataset with a configuration per subset.
+        images: folder the image paths are relative to.
+        subsets: names; default all in the folder (of a hub dataset they must be given).
+        cap: rows of a subset at most, chosen by ``seed``; None: all. The paper has 50,000.
+        on_error: ``"raise"`` stops at an image that is missing, unreadable or outside the folder,
+            naming subset, row and path; ``"skip"`` looks at every image first and leaves such rows
+            out, with one line that counts them. A path outside the folder is always an error.
+
+    Raises:
+        ValueError: no subsets, unknown names, missing columns, a bad image path.
+    """
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error must be raise or skip, got {on_error!r}")
+    pictures = Images(images)
+    loaded = {}
+    for name, rows in _subsets(source, subsets):
+        missing = {column for side in SIDES[:2] for column in side} - set(rows.column_names)
+        if missing:
+            raise ValueError(
+                f"subset {name} of {source} lacks the columns {', '.join(sorted(missing))}"
+            )
+        if cap is not None and len(rows) > cap:
+            rows = rows.shuffle(seed=seed).select(range(cap))
+        if on_error == "skip":
+            rows = _without_broken(name, rows, pictures)
+        sides = SIDES[: 3 if _has_negatives(rows) else 2]
+        labels = [
+            [content_id(row.get(text) or "", row.get(image) or "") for text, image in sides[1:]]
+            for row in rows.select_columns([c for side in sides for c in side])
+        ]
+        rows = rows.add_column("label", labels).add_column("row", list(range(len(rows))))
+        rows.set_transform(partial(_batch, name=name, sides=sides, images=pictures))
+        loaded[name] = rows
+    return loaded
+
+
+def texts_of(subset: Dataset) -> Iterator[str]:
+    """Every query and positive text of a loaded subset, without opening images."""
+    plain = subset.with_format(None)
+    for column in ("qry", "pos_text"):
+        yield from (text for text in plain[column] if text)
+
+
+class Candidates(NamedTuple):
+    """An evaluation row: (text, image path) of the query and of each candidate, the first right."""
+
+    query: tuple[str, str]
+    targets: list[tuple[str, str]]
+
+
+def load_evaluation(source: str | Path, task: str) -> list[Candidates]:
+    """The rows of one evaluation task.
+
+    Raises:
+        ValueError: no such task, missing columns, or a row without candidates.
+    """
+    ((_, rows),) = _subsets(source, [task])
+    columns = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
+    if missing := set(columns) - set(rows.column_names):
+        raise ValueError(f"task {task} of {source} lacks the columns {', '.join(sorted(missing))}")
+    made = []
+    for number, row in enumerate(rows):
+        texts, paths = row["tgt_text"], row["tgt_img_path"]
+        if not texts or len(texts) != len(paths):
+            raise ValueError(
+                f"row {number} of task {task} has {len(texts or [])} candidate texts and "
+                f"{len(paths or [])} candidate images; expected as many of both, at least one"
+            )
+        query = _instructed(row.get("qry_inst"), row["qry_text"]), row["qry_img_path"] or ""
+        targets = [
+            (_instructed(row.get("tgt_inst"), text), path or "")
+            for text, path in zip(texts, paths, strict=True)
+        ]
+        made.append(Candidates(query, targets))
+    return made
+
+
+def _instructed(instruction: str | None, text: str | None) -> str:
+    return " ".join(part for part in (instruction, text) if part)
+
+
+def _subsets(source: str | Path, names: list[str] | None) -> Iterator[tuple[str, Dataset]]:
+    folder = Path(source)
+    if not folder.is_dir():
+        if names is None:
+            raise ValueError(f"{source} is no folder; a hub dataset needs its subsets named")
+        for name in names:
+            yield name, load_dataset(str(source), name, split="train")
+        return
+    found = {
+        path.stem if path.is_file() else path.name: path
+        for path in sorted(folder.iterdir())
+        if path.is_dir() or path.suffix in SUFFIXES
+    }
+    if not found:
+        raise ValueError(f"{source} holds no {', '.join(SUFFIXES)} files")
+    for name in names if names is not None else found:
+        if name not in found:
+            raise ValueError(f"{name} is not in {source}; there are {', '.join(found)}")
+        path = found[name]
+        files = [path] if path.is_file() else [p for p in path.iterdir() if p.suffix in SUFFIXES]
+        kind = "parquet" if files[0].suffix == ".parquet" else "json"
+        yield name, load_dataset(kind, data_files=sorted(map(str, files)), split="train")
+
+
+def _has_negatives(rows: Dataset) -> bool:
+    if not {"neg_text", "neg_image_path"} <= set(rows.column_names):
+        return False
+    pairs = zip(rows["neg_text"], rows["neg_image_path"], strict=True)
+    return len(rows) > 0 and all(text or image for text, image in pairs)
+
+
+def _without_broken(name: str, rows: Dataset, images: Images) -> Dataset:
+    paths = [image for _, image in SIDES if image in rows.column_names]
+    kept = []
+    for number, row in enumerate(rows.select_columns(paths)):
+        try:
+            for path in row.values():
+                if path:
+                    images.open(path)
+            kept.append(number)
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            if "leaves the image folder" in str(error):
+                raise
+    if len(kept) < len(rows):
+        print(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows left out for broken images")
+    return rows.select(kept)
+
+
+def _batch(
+    batch: dict[str, list[Any]],
+    *,
+    name: str,
+    sides: tuple[tuple[str, str], ...],
+    images: Images,
+) -> dict[str, list[Any]]:
+    """Inputs of a batch; what the trainer asks for by column, in the order it reads them."""
+    made: dict[str, list[Any]] = {}
+    for column, (text, image) in zip(COLUMNS, sides, strict=False):
+        made[column] = []
+        for row, said, shown in zip(batch["row"], batch[text], batch[image], strict=True):
+            try:
+                made[column].append(make_input(said or "", shown or "", images))
+            except (ValueError, OSError) as error:
+                raise ValueError(f"subset {name}, row {row}: {error}") from error
+    return made | {"label": batch["label"]}

@@ -1,0 +1,45 @@
+"""The 36 evaluation sets of MMEB (arXiv 2410.05160) and the scores that LLaVE's paper prints."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Task(NamedTuple):
+    """A set's meta-task, and whether its training set is among the 20 of the training mix."""
+
+    meta: str
+    in_distribution: bool
+
+
+_SETS = {
+    "Classification": (
+        "ImageNet-1K N24News HatefulMemes VOC2007 SUN397",
+        "Place365 ImageNet-A ImageNet-R ObjectNet Country211",
+    ),
+    "VQA": (
+        "OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W",
+        "ScienceQA GQA TextVQA VizWiz",
+    ),
+    "Retrieval": (
+        "VisDial CIRR VisualNews_t2i VisualNews_i2t MSCOCO_t2i MSCOCO_i2t NIGHTS WebQA",
+        "FashionIQ Wiki-SS-NQ OVEN EDIS",
+    ),
+    "Grounding": ("MSCOCO", "RefCOCO RefCOCO-Matching Visual7W-Pointing"),
+}
+TASKS: dict[str, Task] = {
+    name: Task(meta, inside)
+    for meta, (known, unknown) in _SETS.items()
+    for names, inside in ((known, True), (unknown, False))
+    for name in names.split()
+}
+METAS = tuple(_SETS)
+# Precision@1 per meta-task, in distribution, out of distribution, overall.
+PUBLISHED: dict[str, tuple[float, ...]] = {
+    "VLM2Vec 0.5B": (54.6, 44.7, 56.8, 76.5, 59.8, 49.1, 55.0),
+    "VLM2Vec 2B": (61.1, 57.3, 62.1, 85.5, 67.2, 58.1, 63.1),
+    "VLM2Vec 7B": (63.5, 61.1, 64.5, 87.3, 69.7, 61.0, 65.8),
+    "LLaVE-0.5B": (57.4, 50.3, 59.8, 82.9, 64.7, 52.0, 59.1),
+    "LLaVE-2B": (62.1, 60.2, 65.2, 84.9, 69.4, 59.8, 65.2),
+    "LLaVE-7B": (65.7, 65.4, 70.9, 91.9, 75.0, 64.4, 70.3),
+}
