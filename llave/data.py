@@ -17,11 +17,16 @@ from typing import Any, Literal, NamedTuple
 
 from datasets import Dataset, load_dataset
 from PIL import Image
+from sentence_transformers.base.modality import infer_modality
 
 SIDES = (("qry", "qry_image_path"), ("pos_text", "pos_image_path"), ("neg_text", "neg_image_path"))
 COLUMNS = ("anchor", "positive", "negative")
 SUFFIXES = (".parquet", ".jsonl", ".json")
 OnError = Literal["raise", "skip"]
+
+
+class BrokenImageError(ValueError):
+    """An image file that cannot be read."""
 
 
 class Images:
@@ -48,13 +53,14 @@ class Images:
         return found
 
     def open(self, name: str) -> Image.Image:
-        """The image in RGB. ValueError where it cannot be read."""
+        """The image in RGB. BrokenImageError where it cannot be read."""
         path = self.path(name)
         try:
             with Image.open(path) as image:
                 return image.convert("RGB")
-        except OSError as error:
-            raise ValueError(f"image {name!r} in {self.root} cannot be read: {error}") from error
+        except Exception as error:  # decoders raise errors of many types
+            message = f"image {name!r} in {self.root} cannot be read: {error}"
+            raise BrokenImageError(message) from error
 
 
 def make_input(text: str, image: str, images: Images) -> str | dict[str, Any]:
@@ -63,7 +69,8 @@ def make_input(text: str, image: str, images: Images) -> str | dict[str, Any]:
     ``<|image_1|>`` stays in the text: the model's chat template takes it out.
     """
     if not image:
-        return text
+        # A text that looks like an address of an image would be fetched and embedded as one.
+        return text if infer_modality(text) == "text" else {"text": text}
     made: dict[str, Any] = {"image": images.open(image)}
     return made | {"text": text} if text else made
 
@@ -78,9 +85,11 @@ def load_training(
     source: str | Path,
     *,
     images: str | Path | None = None,
+    split: str = "train",
     subsets: list[str] | None = None,
     cap: int | None = 50_000,
     seed: int = 0,
+    negatives: bool = True,
     on_error: OnError = "raise",
 ) -> dict[str, Dataset]:
     """Training subsets by name, as ``SentenceTransformerTrainer`` takes them.
@@ -93,8 +102,11 @@ def load_training(
         source: a folder with a ``NAME.parquet``, ``.jsonl`` or ``.json``, or a folder NAME of such
             files, per subset; or a hub dataset with a configuration per subset.
         images: folder the image paths are relative to.
+        split: of a hub dataset; a folder has none.
         subsets: names; default all in the folder (of a hub dataset they must be given).
         cap: rows of a subset at most, chosen by ``seed``; None: all. The paper has 50,000.
+        negatives: whether to give mined negatives, of subsets that have one for every row. Without,
+            all subsets have the same columns and can be mixed in a batch.
         on_error: ``"raise"`` stops at an image that is missing, unreadable or outside the folder,
             naming subset, row and path; ``"skip"`` looks at every image first and leaves such rows
             out, with one line that counts them. A path outside the folder is always an error.
@@ -106,23 +118,24 @@ def load_training(
         raise ValueError(f"on_error must be raise or skip, got {on_error!r}")
     pictures = Images(images)
     loaded = {}
-    for name, rows in _subsets(source, subsets):
+    for name, rows in _subsets(source, subsets, split):
         missing = {column for side in SIDES[:2] for column in side} - set(rows.column_names)
         if missing:
             raise ValueError(
                 f"subset {name} of {source} lacks the columns {', '.join(sorted(missing))}"
             )
+        rows = rows.add_column("row", list(range(len(rows))))  # as the source counts them
         if cap is not None and len(rows) > cap:
             rows = rows.shuffle(seed=seed).select(range(cap))
         if on_error == "skip":
             rows = _without_broken(name, rows, pictures)
-        sides = SIDES[: 3 if _has_negatives(rows) else 2]
+        sides = SIDES[: 3 if negatives and _has_negatives(rows) else 2]
         labels = [
             [content_id(row.get(text) or "", row.get(image) or "") for text, image in sides[1:]]
             for row in rows.select_columns([c for side in sides for c in side])
         ]
-        rows = rows.add_column("label", labels).add_column("row", list(range(len(rows))))
-        rows.set_transform(partial(_batch, name=name, sides=sides, images=pictures))
+        rows = rows.add_column("label", labels).add_column("subset", [name] * len(rows))
+        rows.set_transform(partial(_batch, sides=sides, images=pictures))
         loaded[name] = rows
     return loaded
 
@@ -147,17 +160,17 @@ def load_evaluation(source: str | Path, task: str) -> list[Candidates]:
     Raises:
         ValueError: no such task, missing columns, or a row without candidates.
     """
-    ((_, rows),) = _subsets(source, [task])
+    ((_, rows),) = _subsets(source, [task], "test")
     columns = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
     if missing := set(columns) - set(rows.column_names):
         raise ValueError(f"task {task} of {source} lacks the columns {', '.join(sorted(missing))}")
     made = []
     for number, row in enumerate(rows):
-        texts, paths = row["tgt_text"], row["tgt_img_path"]
+        texts, paths = row["tgt_text"] or [], row["tgt_img_path"] or []
         if not texts or len(texts) != len(paths):
             raise ValueError(
-                f"row {number} of task {task} has {len(texts or [])} candidate texts and "
-                f"{len(paths or [])} candidate images; expected as many of both, at least one"
+                f"row {number} of task {task} has {len(texts)} candidate texts and "
+                f"{len(paths)} candidate images; expected as many of both, at least one"
             )
         query = _instructed(row.get("qry_inst"), row["qry_text"]), row["qry_img_path"] or ""
         targets = [
@@ -172,13 +185,15 @@ def _instructed(instruction: str | None, text: str | None) -> str:
     return " ".join(part for part in (instruction, text) if part)
 
 
-def _subsets(source: str | Path, names: list[str] | None) -> Iterator[tuple[str, Dataset]]:
+def _subsets(
+    source: str | Path, names: list[str] | None, split: str
+) -> Iterator[tuple[str, Dataset]]:
     folder = Path(source)
     if not folder.is_dir():
         if names is None:
             raise ValueError(f"{source} is no folder; a hub dataset needs its subsets named")
         for name in names:
-            yield name, load_dataset(str(source), name, split="train")
+            yield name, load_dataset(str(source), name, split=split)
         return
     found = {
         path.stem if path.is_file() else path.name: path
@@ -206,17 +221,15 @@ def _has_negatives(rows: Dataset) -> bool:
 def _without_broken(name: str, rows: Dataset, images: Images) -> Dataset:
     paths = [image for _, image in SIDES if image in rows.column_names]
     kept = []
-    for number, row in enumerate(rows.select_columns(paths)):
+    for number, row in enumerate(rows.select_columns([*paths, "row"])):
         try:
-            for path in row.values():
-                if path:
-                    images.open(path)
+            for path in filter(None, (row[column] for column in paths)):
+                images.open(path)
             kept.append(number)
-        except FileNotFoundError:
+        except (FileNotFoundError, BrokenImageError):
             continue
         except ValueError as error:
-            if "leaves the image folder" in str(error):
-                raise
+            raise ValueError(f"subset {name}, row {row['row']}: {error}") from error
     if len(kept) < len(rows):
         print(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows left out for broken images")
     return rows.select(kept)
@@ -225,7 +238,6 @@ def _without_broken(name: str, rows: Dataset, images: Images) -> Dataset:
 def _batch(
     batch: dict[str, list[Any]],
     *,
-    name: str,
     sides: tuple[tuple[str, str], ...],
     images: Images,
 ) -> dict[str, list[Any]]:
@@ -233,9 +245,10 @@ def _batch(
     made: dict[str, list[Any]] = {}
     for column, (text, image) in zip(COLUMNS, sides, strict=False):
         made[column] = []
-        for row, said, shown in zip(batch["row"], batch[text], batch[image], strict=True):
+        columns = (batch[name] for name in ("subset", "row", text, image))
+        for subset, row, said, shown in zip(*columns, strict=True):
             try:
                 made[column].append(make_input(said or "", shown or "", images))
             except (ValueError, OSError) as error:
-                raise ValueError(f"subset {name}, row {row}: {error}") from error
+                raise ValueError(f"subset {subset}, row {row}: {error}") from error
     return made | {"label": batch["label"]}

@@ -13,6 +13,7 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 
 from llave.data import Candidates, Images, load_evaluation, make_input
+from llave.embedding import model_fingerprint
 from llave.mmeb import METAS, PUBLISHED, TASKS
 
 
@@ -48,23 +49,27 @@ def evaluate(
         tasks: names of files in ``data``, or ``["all"]``, MMEB's 36.
         data: folder with an evaluation file per task, or a hub dataset.
         images: folder the image paths are relative to.
-        out: folder for one ``TASK.json`` each, written as they come. A task whose file is there is
-            not run again.
+        out: folder of this model's results, one ``TASK.json`` each, written as they come. A task
+            whose file is there is not run again.
         batch_size: inputs encoded at a time.
 
     Raises:
-        ValueError: no such task, no candidates in a row, an image path that leaves ``images`` or an
+        ValueError: ``out`` holds another model's results, no such task, no candidates in a row, an image path that leaves ``images`` or an
             image that cannot be read; the message names the task.
     """
     if isinstance(tasks, str):
         raise ValueError(f"tasks must be a list of names, got {tasks!r}; use [{tasks!r}]")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
+    fingerprint = model_fingerprint(model)
     results = []
     for task in TASKS if list(tasks) == ["all"] else tasks:
         file = folder / f"{task}.json"
         if file.exists():
-            results.append(Result(**json.loads(file.read_text())))
+            done = json.loads(file.read_text())
+            if done.pop("model") != fingerprint:
+                raise ValueError(f"{file} holds the score of another model; choose another out")
+            results.append(Result(**done))
             continue
         try:
             rows = load_evaluation(data, task)
@@ -72,7 +77,7 @@ def evaluate(
         except (ValueError, OSError) as error:
             raise ValueError(f"task {task}: {error}") from error
         beside = file.with_suffix(f".{os.getpid()}.part")
-        beside.write_text(json.dumps(result._asdict(), indent=1))
+        beside.write_text(json.dumps({"model": fingerprint} | result._asdict(), indent=1))
         os.replace(beside, file)
         results.append(result)
     return results
@@ -105,7 +110,9 @@ def score(
     right = ties = 0
     for row in rows:
         query = vectors[places[row.query]]
-        scores = vectors[[places[target] for target in row.targets]] @ query
+        candidates = vectors[[places[target] for target in row.targets]].astype(np.float64)
+        # Summed in float64, then rounded: in float32 equal candidates can differ in the last bit.
+        scores = (candidates @ query.astype(np.float64)).astype(np.float32)
         best_wrong = scores[1:].max(initial=-np.inf)
         right += bool(scores[0] > best_wrong)
         ties += bool(scores[0] == best_wrong)
@@ -153,7 +160,8 @@ def recall_at(queries: Any, targets: Any, ks: Sequence[int] = (1, 5, 10)) -> dic
     Args:
         queries, targets: (N, D) embeddings. Ties count against the right target.
     """
-    scores = np.asarray(queries, np.float32) @ np.asarray(targets, np.float32).T
+    scores = np.asarray(queries, np.float64) @ np.asarray(targets, np.float64).T
+    scores = scores.astype(np.float32)  # so that equal targets tie, as in score()
     right = scores.diagonal()[:, None]
     above = (scores >= right).sum(1) - 1  # all but itself
     return {k: float(100 * (above < k).mean()) for k in ks}

@@ -24,25 +24,28 @@ from transformers import (
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
 
 
-def tokenizer(texts: Iterable[str], vocabulary: int) -> Qwen2Tokenizer:
+def tokenizer(
+    texts: Iterable[str], vocabulary: int, special: tuple[str, ...] = SPECIAL
+) -> Qwen2Tokenizer:
     """Qwen2's normalising and splitting with a byte-level BPE of these texts.
 
     Args:
         texts: what the merges are learned from.
-        vocabulary: entries at most, ChatML's and the image tokens among them; 256 bytes are needed.
+        vocabulary: entries at most, the special ones among them; 256 bytes are needed.
+        special: ChatML's and the image tokens.
     """
     qwen = Qwen2Tokenizer().backend_tokenizer
     small = Tokenizer(models.BPE())
     small.normalizer, small.pre_tokenizer = qwen.normalizer, qwen.pre_tokenizer
     trainer = BpeTrainer(
-        vocab_size=vocabulary - len(SPECIAL),
+        vocab_size=vocabulary - len(special),
         initial_alphabet=ByteLevel.alphabet(),
         show_progress=False,
     )
     small.train_from_iterator(texts, trainer)
     bpe = json.loads(small.to_str())["model"]
     made = Qwen2Tokenizer(vocab=bpe["vocab"], merges=[tuple(pair) for pair in bpe["merges"]])
-    made.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
+    made.add_special_tokens({"additional_special_tokens": list(special)})
     return made
 
 

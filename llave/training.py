@@ -42,10 +42,13 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "data": {
         "train": None,  # folder of MMEB training files, or hub name
         "images": None,
-        "subsets": None,
+        "split": "train",  # of a hub dataset
+        "subsets": None,  # default all of a folder
         "cap": 50_000,
         "batch_size": 256,  # of all processes together
-        "homogeneous": True,  # every batch from one subset
+        # Every batch from one subset; otherwise subsets are mixed, and mined negatives, which not
+        # all of them have, are left out.
+        "homogeneous": True,
         "held_out": 0,  # pairs of each subset kept for the similarity overlap
         "on_error": "raise",
     },
@@ -128,8 +131,10 @@ def train(recipe: Recipe) -> SentenceTransformer:
     subsets = load_training(
         data["train"],
         images=data["images"],
+        split=data["split"],
         subsets=data["subsets"],
         cap=data["cap"],
+        negatives=data["homogeneous"],
         on_error=data["on_error"],
     )
     model = _model(
@@ -192,10 +197,11 @@ def fit(
 
 def joined(subsets: dict[str, Dataset]) -> Dataset:
     """One dataset of all subsets, for batches that mix them; they must have the same columns."""
-    columns = {name: subset.column_names for name, subset in subsets.items()}
-    if len({tuple(sorted(names)) for names in columns.values()}) > 1:
+    columns = {name: sorted(subset[0]) for name, subset in subsets.items()}
+    if len({tuple(names) for names in columns.values()}) > 1:
         raise ValueError(
-            f"data.homogeneous=false mixes subsets in a batch; their columns differ: {columns}"
+            "subsets mixed in a batch must give the same columns; load them without negatives. "
+            f"They give {columns}"
         )
     first, *_ = subsets.values()
     whole = concatenate_datasets(list(subsets.values()))

@@ -1,140 +1,351 @@
-"""MMEB's formats from folders."""
+"""MMEB's formats: what the trainer and the evaluation get of rows, images and their mistakes."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-for needed in ("datasets", "PIL"):
+for needed in ("sentence_transformers", "datasets", "PIL", "pyarrow"):
     pytest.importorskip(needed)
 
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
+from datasets import Dataset, DatasetDict  # noqa: E402
 from PIL import Image  # noqa: E402
+from sentence_transformers.base.data_collator import BaseDataCollator  # noqa: E402
 
 from llave import data  # noqa: E402
-from llave.data import content_id, load_training, texts_of  # noqa: E402
+from llave.data import content_id, load_evaluation, load_training, make_input  # noqa: E402
+from llave.training import joined  # noqa: E402
 
-FIELDS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
+ROOT = Path(__file__).parents[2]
+COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
+MARK = "<|image_1|>\n"
+Row = tuple[str, ...]
+
+
+class Folders:
+    """A folder of subsets beside a folder of images."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.source, self.images = root, root / "train", root / "images"
+        self.source.mkdir()
+        self.images.mkdir()
+        for n in range(6):
+            Image.new("RGB", (4, 4), (40 * n, 0, 0)).save(self.images / f"{n}.png")
+
+    def write(self, name: str, rows: list[Row], suffix: str = ".jsonl") -> None:
+        records = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+        path = self.source / (name + suffix)
+        path.parent.mkdir(exist_ok=True)
+        if suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist(records), path)
+        elif suffix == ".json":
+            path.write_text(json.dumps(records))
+        else:
+            path.write_text("\n".join(map(json.dumps, records)))
+
+    def load(self, name: str = "a", **arguments: Any) -> Dataset:
+        return load_training(self.source, images=self.images, **arguments)[name]
 
 
 @pytest.fixture
-def images(tmp_path: Path) -> Path:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for i, mode in enumerate(("RGB", "RGBA", "P", "L")):
-        Image.new(mode, (6, 6), i).save(folder / f"{i}.png")
-    return folder
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    return Folders(tmp_path)
 
 
-def write(folder: Path, name: str, rows: list[tuple[str, ...]], *, parquet: bool = True) -> Path:
-    folder.mkdir(exist_ok=True)
-    columns = {f: [row[i] for row in rows] for i, f in enumerate(FIELDS[: len(rows[0])])}
-    if parquet:
-        pq.write_table(pa.table(columns), folder / f"{name}.parquet")
-    else:
-        lines = [json.dumps({k: v[i] for k, v in columns.items()}) for i in range(len(rows))]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
-    return folder
+def pairs(count: int, first: int = 0) -> list[Row]:
+    """Image query, text target, no negative."""
+    span = range(first, first + count)
+    return [(f"{MARK}q{n}", f"{n % 6}.png", f"p{n}", "", "", "") for n in span]
 
 
-def test_columns_inputs_and_ids(tmp_path: Path, images: Path) -> None:
-    folder = write(
-        tmp_path / "train",
-        "with",
-        [("<|image_1|>\nwhat", "0.png", "a dog", "", "", "1.png"), ("b", "", "a dog", "", "c", "")],
-    )
-    write(
-        folder,
-        "without",
-        [("x", "", "", "2.png"), ("y", "", "<|image_1|>\nz", "3.png")],
-        parquet=False,
-    )
-    loaded = load_training(folder, images=images)
-    assert list(loaded) == ["with", "without"]
-    batch = loaded["with"][:]
-    assert list(batch) == ["anchor", "positive", "negative", "label"]
-    assert batch["anchor"][0]["text"] == "<|image_1|>\nwhat"
-    assert batch["anchor"][0]["image"].mode == "RGB"
-    assert batch["anchor"][1] == "b"
-    assert batch["negative"][0].keys() == {"image"}
-    # The same content has the same id, another content another.
-    assert batch["label"][0][0] == batch["label"][1][0] == content_id("a dog", "")
-    assert batch["label"][0][1] != batch["label"][1][1]
-    assert 0 <= batch["label"][0][0] < 2**63
-    other = loaded["without"][:]
-    assert list(other) == ["anchor", "positive", "label"]
-    assert all(x["image"].mode == "RGB" for x in other["positive"])
-    assert sorted(texts_of(loaded["with"])) == ["<|image_1|>\nwhat", "a dog", "a dog", "b"]
+def queries(subset: Dataset) -> list[str]:
+    return list(subset.with_format(None)["qry"])
 
 
-def test_the_cap_is_a_seeded_choice(tmp_path: Path) -> None:
-    folder = write(tmp_path / "train", "s", [(f"q{i}", "", f"p{i}", "") for i in range(50)])
-    first, again, other = (
-        load_training(folder, cap=10, seed=seed)["s"][:]["anchor"] for seed in (1, 1, 2)
-    )
-    assert first == again != other
-    assert len(first) == 10
-    assert len(load_training(folder, cap=None)["s"]) == 50
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".json"])
+@pytest.mark.parametrize("name", ["a", "a/part-0"])
+def test_files_and_folders_of_files(folders: Folders, name: str, suffix: str) -> None:
+    folders.write(name, pairs(3), suffix)
+    subset = folders.load()
+    assert len(subset) == 3
+    row = subset[1]
+    assert list(row) == ["anchor", "positive", "label"]
+    assert row["anchor"]["text"] == f"{MARK}q1"
+    assert row["anchor"]["image"].getpixel((0, 0)) == (40, 0, 0)
+    assert row["positive"] == "p1"
+    assert row["label"] == [content_id("p1", "")]
 
 
-def test_images_are_opened_when_asked_for(
-    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_an_input_is(folders: Folders) -> None:
+    images = data.Images(folders.images)
+    assert make_input("words", "", images) == "words"
+    assert set(make_input("words", "1.png", images)) == {"text", "image"}
+    assert set(make_input("", "1.png", images)) == {"image"}
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "L", "LA", "1", "CMYK"])
+def test_images_become_rgb(folders: Folders, mode: str) -> None:
+    suffix = "tiff" if mode == "CMYK" else "png"
+    Image.new(mode, (4, 4)).save(folders.images / f"other.{suffix}")
+    opened = data.Images(folders.images).open(f"other.{suffix}")
+    assert (opened.mode, opened.size) == ("RGB", (4, 4))
+
+
+def test_images_are_opened_when_a_row_is_read(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = write(tmp_path / "train", "s", [("q", "0.png", "p", "")] * 20)
     opened: list[str] = []
-    really = data.Images.open
-    monkeypatch.setattr(data.Images, "open", lambda s, n: opened.append(n) or really(s, n))
-    subset = load_training(folder, images=images)["s"]
-    list(texts_of(subset))
+    really = Image.open
+    monkeypatch.setattr(
+        "llave.data.Image.open", lambda path: opened.append(Path(path).name) or really(path)
+    )
+    folders.write("a", pairs(6))
+    subset = folders.load(cap=5)
+    list(data.texts_of(subset))
     assert opened == []
-    subset[:3]
-    assert len(opened) == 3
+    subset[0]
+    assert len(opened) == 1
+    subset[1:4]
+    assert len(opened) == 4
 
 
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        ("none.png", "subset s, row 1: image 'none.png' is not in"),
-        ("broken.png", "subset s, row 1: image 'broken.png' in .* cannot be read"),
-        ("../out.png", "subset s, row 1: image path '../out.png' leaves the image folder"),
-    ],
-)
-def test_a_broken_image_names_its_row_or_is_left_out(
-    tmp_path: Path, images: Path, path: str, message: str, capsys: pytest.CaptureFixture[str]
+def test_negatives_are_a_column_where_rows_have_them(folders: Folders) -> None:
+    folders.write("a", [("q", "", "p", "", "n", ""), ("q", "", "p", "", MARK, "2.png")])
+    row = folders.load()[1]
+    assert list(row) == ["anchor", "positive", "negative", "label"]
+    assert row["negative"]["image"].getpixel((0, 0)) == (80, 0, 0)
+    assert row["label"] == [content_id("p", ""), content_id(MARK, "2.png")]
+    folders.write("b", pairs(2))
+    assert "negative" not in folders.load("b")[0]
+
+
+def test_cap_is_a_seeded_choice(folders: Folders) -> None:
+    folders.write("a", pairs(40))
+    everything = {f"{MARK}q{n}" for n in range(40)}
+    chosen = queries(folders.load(cap=10, seed=3))
+    assert len(set(chosen)) == 10
+    assert set(chosen) < everything
+    assert queries(folders.load(cap=10, seed=3)) == chosen
+    assert queries(folders.load(cap=10, seed=4)) != chosen
+    assert queries(folders.load(cap=None)) == [f"{MARK}q{n}" for n in range(40)]
+    assert len(folders.load(cap=40)) == 40
+
+
+def test_content_ids_are_the_same_in_every_process() -> None:
+    made = content_id("a cat", "cats/1.png")
+    assert made == 7170918908276303128
+    code = "from llave.data import content_id; print(content_id('a cat', 'cats/1.png'))"
+    environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) == made
+
+
+def test_content_ids_tell_contents_apart() -> None:
+    contents = [("a", ""), ("", "a"), ("a", "b"), ("ab", ""), ("b", "a"), ("é", ""), ("", "")]
+    ids = [content_id(*content) for content in contents]
+    assert len(set(ids)) == len(ids)
+    assert all(0 <= number < 2**63 for number in ids)
+
+
+BROKEN = [
+    ("gone.png", "image 'gone.png' is not in"),
+    ("text.png", "image 'text.png' in .* cannot be read"),
+    ("cut.png", "image 'cut.png' in .* cannot be read"),
+]
+OUTSIDE = ["../secret.png", "ABSOLUTE", "link.png", "linked/secret.png"]
+
+
+def with_image(folders: Folders, name: str) -> None:
+    """Row 4 of six has that image."""
+    (folders.images / "text.png").write_bytes(b"no image")
+    whole = (folders.images / "1.png").read_bytes()
+    (folders.images / "cut.png").write_bytes(whole[: len(whole) // 2])
+    secret = folders.root / "secret.png"
+    secret.write_bytes(whole)
+    (folders.images / "link.png").symlink_to(secret)
+    (folders.images / "linked").symlink_to(folders.root)
+    rows = pairs(6)
+    rows[4] = ("q4", str(secret) if name == "ABSOLUTE" else name, "p4", "", "", "")
+    folders.write("a", rows)
+
+
+@pytest.mark.parametrize(("name", "message"), BROKEN)
+def test_broken_images_are_named_or_left_out(
+    folders: Folders, name: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (images / "broken.png").write_bytes(b"nothing")
-    (tmp_path / "out.png").write_bytes((images / "0.png").read_bytes())
-    rows = [("q", "0.png", "p", ""), ("q", path, "p", ""), ("r", "1.png", "p", "")]
-    folder = write(tmp_path / "train", "s", rows)
-    with pytest.raises(ValueError, match=message):
-        load_training(folder, images=images)["s"][:]
-    if path.startswith(".."):
-        with pytest.raises(ValueError, match="leaves the image folder"):
-            load_training(folder, images=images, on_error="skip")
-        return
-    kept = load_training(folder, images=images, on_error="skip")["s"]
-    assert len(kept) == 2
-    assert "s: 1 of 3 rows left out for broken images" in capsys.readouterr().out
+    with_image(folders, name)
+    with pytest.raises(ValueError, match=f"subset a, row 4: {message}"):
+        folders.load()[:]
+    kept = folders.load(on_error="skip")
+    assert queries(kept) == [f"{MARK}q{n}" for n in (0, 1, 2, 3, 5)]
+    assert len(kept[:]["anchor"]) == 5
+    assert "a: 1 of 6 rows left out for broken images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_paths_that_leave_the_folder_are_always_errors(folders: Folders, name: str) -> None:
+    with_image(folders, name)
+    with pytest.raises(ValueError, match=r"subset a, row 4: image path .* leaves the image folder"):
+        folders.load()[:]
+    with pytest.raises(ValueError, match="leaves the image folder"):
+        folders.load(on_error="skip")
+
+
+def test_links_inside_the_folder_are_followed(folders: Folders) -> None:
+    (folders.images / "again.png").symlink_to(folders.images / "1.png")
+    assert data.Images(folders.images).open("again.png").getpixel((0, 0)) == (40, 0, 0)
+
+
+def test_a_broken_image_has_its_row_number_of_before_the_cap(folders: Folders) -> None:
+    rows = pairs(40)
+    rows[17] = ("q", "gone.png", "p", "", "", "")
+    folders.write("a", rows)
+    seed = next(s for s in range(99) if "q" in queries(folders.load(cap=30, seed=s)))
+    with pytest.raises(ValueError, match=r"subset a, row 17: image 'gone.png'"):
+        folders.load(cap=30, seed=seed)[:]
+
+
+def test_skipping_still_needs_an_image_folder(folders: Folders) -> None:
+    folders.write("a", pairs(3))
+    with pytest.raises(ValueError, match="needs an image folder; pass images="):
+        load_training(folders.source, on_error="skip")
+
+
+def test_an_oversized_image_is_a_broken_one(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (64, 64)).save(folders.images / "big.png")
+    folders.write("a", [("q", "big.png", "p", "", "", "")])
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"subset a, row 0: image 'big.png'"):
+        folders.load()[:]
+
+
+def test_a_text_that_looks_like_an_address_stays_a_text(folders: Folders) -> None:
+    address = "http://example.org/a.jpg"
+    assert make_input(address, "", data.Images(folders.images)) == {"text": address}
+
+
+def collated(dataset: Dataset, rows: list[int]) -> dict[str, Any]:
+    """A batch of the trainer's collator; the preprocessing leaves the inputs as they are."""
+    collator = BaseDataCollator(preprocess_fn=lambda inputs, **_: {"inputs": inputs})
+    return collator([dataset[row] for row in rows])
+
+
+def test_the_collator_takes_the_columns(folders: Folders) -> None:
+    folders.write("a", [(f"{MARK}q", "1.png", "p", "", "n", "") for _ in range(3)])
+    batch = collated(folders.load(), [0, 2])
+    assert {"anchor_inputs", "positive_inputs", "negative_inputs", "label"} <= set(batch)
+    assert batch["positive_inputs"] == ["p", "p"]
+    assert batch["label"].tolist() == [[content_id("p", ""), content_id("n", "")]] * 2
+
+
+def test_subsets_are_apart_or_joined(folders: Folders) -> None:
+    for name, first in (("a", 0), ("b", 100)):
+        folders.write(name, pairs(4, first))
+    subsets = load_training(folders.source, images=folders.images)
+    assert list(DatasetDict(subsets)) == ["a", "b"]
+    mixed = joined(subsets)
+    assert collated(mixed, [0, 7])["positive_inputs"] == ["p0", "p103"]
+
+
+def test_subsets_with_and_without_negatives_are_joined_without(folders: Folders) -> None:
+    folders.write("a", [("q", "", "p", "", "n", "")] * 3)
+    folders.write("b", [("q", "", "p", "", "", "")] * 3)
+    with pytest.raises(ValueError, match="must give the same columns; load them without negatives"):
+        joined(load_training(folders.source, images=folders.images))
+    plain = load_training(folders.source, images=folders.images, negatives=False)
+    batch = collated(joined(plain), [0, 5])
+    assert "negative_inputs" not in batch
+
+
+def test_a_joined_dataset_names_the_subset_of_a_broken_image(folders: Folders) -> None:
+    folders.write("a", pairs(2))
+    folders.write("b", [*pairs(1), ("q", "gone.png", "p", "", "", "")])
+    mixed = joined(load_training(folders.source, images=folders.images))
+    with pytest.raises(ValueError, match="subset b, row 1"):
+        mixed[3]
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("arguments", "message"),
     [
-        ({"subsets": ["t"]}, "t is not in .*; there are s"),
+        ({"subsets": ["c"]}, "c is not in .*; there are a"),
         ({"on_error": "ignore"}, "on_error must be raise or skip, got 'ignore'"),
-        ({"images": None}, "image '0.png' needs an image folder"),
     ],
 )
-def test_mistakes(tmp_path: Path, images: Path, settings: dict[str, Any], message: str) -> None:
-    folder = write(tmp_path / "train", "s", [("q", "0.png", "p", "")])
+def test_bad_arguments_are_named(folders: Folders, arguments: Any, message: str) -> None:
+    folders.write("a", pairs(1))
     with pytest.raises(ValueError, match=message):
-        load_training(folder, **({"images": images} | settings))["s"][:]
-    with pytest.raises(ValueError, match="lacks the columns pos_image_path, pos_text"):
-        load_training(write(tmp_path / "short", "s", [("q", "0.png")]))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty holds no \.parquet, \.jsonl, \.json files"):
-        load_training(tmp_path / "empty")
+        folders.load(**arguments)
+
+
+def test_bad_sources_are_named(folders: Folders) -> None:
+    with pytest.raises(ValueError, match=r"holds no \.parquet, \.jsonl, \.json files"):
+        folders.load()
+    with pytest.raises(ValueError, match="no folder; a hub dataset needs its subsets named"):
+        load_training("someone/something")
+    (folders.source / "a.jsonl").write_text('{"qry": "q", "pos_text": "p"}')
+    with pytest.raises(ValueError, match="lacks the columns pos_image_path, qry_image_path"):
+        folders.load()
+
+
+def test_a_hub_dataset_has_a_configuration_per_subset(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def hub(name: str, configuration: str, **_: Any) -> Dataset:
+        asked.append((name, configuration))
+        return Dataset.from_list([dict.fromkeys(COLUMNS, "x")])
+
+    monkeypatch.setattr("llave.data.load_dataset", hub)
+    assert list(load_training("someone/MMEB-train", subsets=["N24News", "GQA"])) == [
+        "N24News",
+        "GQA",
+    ]
+    assert asked == [("someone/MMEB-train", "N24News"), ("someone/MMEB-train", "GQA")]
+
+
+def evaluation(folders: Folders, **columns: Any) -> list[data.Candidates]:
+    row = {"qry_text": "q", "qry_img_path": "", "tgt_text": ["a", "b"], "tgt_img_path": ["", ""]}
+    (folders.source / "t.jsonl").write_text(json.dumps(row | columns))
+    return load_evaluation(folders.source, "t")
+
+
+def test_evaluation_rows(folders: Folders) -> None:
+    assert evaluation(folders) == [(("q", ""), [("a", ""), ("b", "")])]
+    assert evaluation(folders, qry_inst=f"{MARK}Find it.", tgt_inst="Represent:") == [
+        ((f"{MARK}Find it. q", ""), [("Represent: a", ""), ("Represent: b", "")])
+    ]
+    assert evaluation(folders, qry_img_path="1.png", tgt_text=["", ""])[0].query == ("q", "1.png")
+
+
+def test_evaluation_rows_without_candidates_are_named(folders: Folders) -> None:
+    with pytest.raises(ValueError, match="row 0 of task t has 0 candidate texts and 0 candidate"):
+        evaluation(folders, tgt_text=[], tgt_img_path=[])
+    with pytest.raises(ValueError, match="row 0 of task t has 1 candidate texts and 2 candidate"):
+        evaluation(folders, tgt_text=["a"])
+
+
+def test_evaluation_sets_of_the_hub_are_a_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    splits: list[str] = []
+
+    def hub(name: str, configuration: str, *, split: str) -> Dataset:
+        splits.append(split)
+        return Dataset.from_dict(
+            {"qry_text": ["q"], "qry_img_path": [""], "tgt_text": [["a"]], "tgt_img_path": [[""]]}
+        )
+
+    monkeypatch.setattr("llave.data.load_dataset", hub)
+    load_evaluation("someone/MMEB-eval", "GQA")
+    assert splits == ["test"]

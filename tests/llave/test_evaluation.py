@@ -14,6 +14,7 @@ for needed in ("sentence_transformers", "datasets", "PIL"):
 
 from PIL import Image  # noqa: E402
 
+from llave import evaluation  # noqa: E402
 from llave.evaluation import Result, evaluate, format_table, recall_at, summarise  # noqa: E402
 from llave.mmeb import METAS, PUBLISHED, TASKS  # noqa: E402
 
@@ -36,6 +37,11 @@ class ByColour:
             else:
                 vectors.append(np.array(COLOURS[item.split()[0]], np.float32))
         return np.array([v / np.linalg.norm(v) for v in vectors])
+
+
+@pytest.fixture(autouse=True)
+def _fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "model_fingerprint", lambda model: type(model).__name__)
 
 
 @pytest.fixture
@@ -75,6 +81,12 @@ def test_known_answers_ties_and_one_encoding_each(
     assert again == results
     assert model.encoded == 7
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["colours.json"]
+
+    class Another(ByColour):
+        pass
+
+    with pytest.raises(ValueError, match=r"colours\.json holds the score of another model"):
+        evaluate(Another(), ["colours"], data=data, images=images, out=tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import torch
 import transformers
-from tokenizers import Tokenizer, models
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
 from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
@@ -19,6 +14,8 @@ from transformers import (
     Qwen2Tokenizer,
     SiglipVisionConfig,
 )
+
+from llave import scratch
 
 TILE = 24  # pixels: 4 x 4 patches of 6, 16 tokens
 PATCH = 6
@@ -37,15 +34,8 @@ def tokenizer(*extra: str) -> Qwen2Tokenizer:
     Args:
         extra: special tokens after ChatML's.
     """
-    qwen = Qwen2Tokenizer().backend_tokenizer
-    small = Tokenizer(models.BPE())
-    small.normalizer, small.pre_tokenizer = qwen.normalizer, qwen.pre_tokenizer
-    trainer = BpeTrainer(vocab_size=340, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
-    small.train_from_iterator([WORDS] * 4, trainer)
-    bpe = json.loads(small.to_str())["model"]
-    made = Qwen2Tokenizer(vocab=bpe["vocab"], merges=[tuple(pair) for pair in bpe["merges"]])
-    made.add_special_tokens({"additional_special_tokens": [*CHATML, *extra]})
-    return made
+    special = (*CHATML, *extra)
+    return scratch.tokenizer([WORDS] * 4, 340 + len(special), special)
 
 
 def llava_onevision(
