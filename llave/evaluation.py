@@ -54,8 +54,8 @@ def evaluate(
         batch_size: inputs encoded at a time.
 
     Raises:
-        ValueError: ``out`` holds another model's results, no such task, no candidates in a row, an image path that leaves ``images`` or an
-            image that cannot be read; the message names the task.
+        ValueError: ``out`` holds another model's results, no such task, no candidates in a row, an
+            image path that leaves ``images`` or an image that cannot be read.
     """
     if isinstance(tasks, str):
         raise ValueError(f"tasks must be a list of names, got {tasks!r}; use [{tasks!r}]")
