@@ -176,10 +176,11 @@ def fit(
         }
         subsets = {name: part["train"] for name, part in parts.items()}
         held_out = {name: part["test"] for name, part in parts.items()}
-    if loss.pop("mini_batch_size") is None:
-        loss_fn: torch.nn.Module = LLaVELoss(model, **loss)
+    size = loss.pop("mini_batch_size")
+    loss_fn: torch.nn.Module
+    if size is None:
+        loss_fn = LLaVELoss(model, **loss)
     else:
-        size = recipe["loss"]["mini_batch_size"]
         loss_fn = CachedLLaVELoss(model, mini_batch_size=size, **loss)
     trainer = SentenceTransformerTrainer(
         model=model,
