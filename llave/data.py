@@ -3,7 +3,8 @@
 Training rows have ``qry, qry_image_path, pos_text, pos_image_path, neg_text, neg_image_path``,
 evaluation rows ``qry_text, qry_img_path, tgt_text, tgt_img_path`` with lists of candidates, the
 first the right one; newer sets add ``qry_inst`` and ``tgt_inst``. Missing values are empty strings,
-paths are relative to an image folder.
+paths are relative to an image folder. Where a path is that of a video or of a folder of frames, it
+is a video of at most 32 frames (``llave.video.load_frames``).
 """
 
 from __future__ import annotations
@@ -19,24 +20,28 @@ from datasets import Dataset, load_dataset
 from PIL import Image
 from sentence_transformers.base.modality import infer_modality
 
+from llave.video import load_frames
+
 SIDES = (("qry", "qry_image_path"), ("pos_text", "pos_image_path"), ("neg_text", "neg_image_path"))
 COLUMNS = ("anchor", "positive", "negative")
 SUFFIXES = (".parquet", ".jsonl", ".json")
+VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm")
+FIND_VIDEO = "Find me an video that matches the given caption: "  # "an" is the authors'
 OnError = Literal["raise", "skip"]
 
 
 class BrokenImageError(ValueError):
-    """An image file that cannot be read."""
+    """An image or video file that cannot be read."""
 
 
 class Images:
-    """Images below one folder, by relative path. Paths that lead out of it are refused."""
+    """Images and videos below one folder, by relative path. Paths that lead out are refused."""
 
     def __init__(self, root: str | Path | None) -> None:
         self.root = None if root is None else Path(root)
 
     def path(self, name: str) -> Path:
-        """The file of a path as it stands in the data.
+        """The file or folder of frames of a path as it stands in the data.
 
         Raises:
             ValueError: there is no image folder, or the path leaves it.
@@ -48,7 +53,7 @@ class Images:
         found = (root / name).resolve()
         if not found.is_relative_to(root):
             raise ValueError(f"image path {name!r} leaves the image folder {self.root}")
-        if not found.is_file():
+        if not found.exists() or found == root:
             raise FileNotFoundError(f"image {name!r} is not in {self.root}")
         return found
 
@@ -62,23 +67,37 @@ class Images:
             message = f"image {name!r} in {self.root} cannot be read: {error}"
             raise BrokenImageError(message) from error
 
+    def load(self, name: str) -> dict[str, Any]:
+        """The part of an input that shows it: ``image``, or ``video``, a list of frames."""
+        path = self.path(name)
+        if path.suffix.lower() not in VIDEO_SUFFIXES and not path.is_dir():
+            return {"image": self.open(name)}
+        try:
+            return {"video": load_frames(path)}
+        except ValueError as error:
+            message = f"video {name!r} in {self.root} cannot be read: {error}"
+            raise BrokenImageError(message) from error
+
 
 def make_input(text: str, image: str, images: Images) -> str | dict[str, Any]:
-    """What ``model.encode`` takes: the text, or a dict with the opened image.
+    """What ``model.encode`` takes: the text, or a dict with the opened image or video.
 
     ``<|image_1|>`` stays in the text: the model's chat template takes it out.
     """
     if not image:
         # A text that looks like an address of an image would be fetched and embedded as one.
         return text if infer_modality(text) == "text" else {"text": text}
-    made: dict[str, Any] = {"image": images.open(image)}
+    made = images.load(image)
     return made | {"text": text} if text else made
 
 
-def content_id(text: str, image: str) -> int:
-    """63 bits that depend on a text and an image's path alone, in every process and run."""
-    digest = hashlib.blake2b(json.dumps([text, image]).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+def content_id(item: str | dict[str, Any]) -> int:
+    """63 bits of what an input says and shows, its text and pixels, in every process and run."""
+    parts = {"text": item} if isinstance(item, str) else item
+    digest = hashlib.blake2b(json.dumps(parts.get("text", "")).encode(), digest_size=8)
+    for picture in [parts["image"]] if "image" in parts else parts.get("video", ()):
+        digest.update(b"%d %d " % picture.size + picture.tobytes())
+    return int.from_bytes(digest.digest(), "big") >> 1
 
 
 def load_training(
@@ -95,8 +114,9 @@ def load_training(
     """Training subsets by name, as ``SentenceTransformerTrainer`` takes them.
 
     Columns are anchor, positive, negative where the subset has one, and ``label``: the content ids
-    of positive and negative, by which ``LLaVELoss`` leaves duplicates out. Images are opened when
-    a batch is made.
+    of positive and negative, by which ``LLaVELoss`` leaves duplicates out. A row without a negative
+    in a subset that has some repeats its positive there, which the loss leaves out likewise. Images
+    are opened when a batch is made. (LLaVA-OneVision takes only videos of one length in a batch.)
 
     Args:
         source: a folder with a ``NAME.parquet``, ``.jsonl`` or ``.json``, or a folder NAME of such
@@ -105,8 +125,8 @@ def load_training(
         split: of a hub dataset; a folder has none.
         subsets: names; default all in the folder (of a hub dataset they must be given).
         cap: rows of a subset at most, chosen by ``seed``; None: all. The paper has 50,000.
-        negatives: whether to give mined negatives, of subsets that have one for every row. Without,
-            all subsets have the same columns and can be mixed in a batch.
+        negatives: whether to give mined negatives, of subsets that have any. Without, all subsets
+            have the same columns and can be mixed in a batch.
         on_error: ``"raise"`` stops at an image that is missing, unreadable or outside the folder,
             naming subset, row and path; ``"skip"`` looks at every image first and leaves such rows
             out, with one line that counts them. A path outside the folder is always an error.
@@ -130,11 +150,7 @@ def load_training(
         if on_error == "skip":
             rows = _without_broken(name, rows, pictures)
         sides = SIDES[: 3 if negatives and _has_negatives(rows) else 2]
-        labels = [
-            [content_id(row.get(text) or "", row.get(image) or "") for text, image in sides[1:]]
-            for row in rows.select_columns([c for side in sides for c in side])
-        ]
-        rows = rows.add_column("label", labels).add_column("subset", [name] * len(rows))
+        rows = rows.add_column("subset", [name] * len(rows))
         rows.set_transform(partial(_batch, sides=sides, images=pictures))
         loaded[name] = rows
     return loaded
@@ -148,22 +164,31 @@ def texts_of(subset: Dataset) -> Iterator[str]:
 
 
 class Candidates(NamedTuple):
-    """An evaluation row: (text, image path) of the query and of each candidate, the first right."""
+    """An evaluation row: (text, path) of the query and of each candidate, and which is right."""
 
     query: tuple[str, str]
     targets: list[tuple[str, str]]
+    right: int = 0
 
 
 def load_evaluation(source: str | Path, task: str) -> list[Candidates]:
-    """The rows of one evaluation task.
+    """The rows of one evaluation task, in MMEB's format or as text-video retrieval.
+
+    Retrieval has a row per caption, with the columns ``caption`` and ``video``, a path; the
+    candidates of every caption are all videos. The instructions are the paper's.
 
     Raises:
         ValueError: no such task, missing columns, or a row without candidates.
     """
     ((_, rows),) = _subsets(source, [task], "test")
+    if {"caption", "video"} <= set(rows.column_names):
+        return _retrieval(rows)
     columns = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
     if missing := set(columns) - set(rows.column_names):
-        raise ValueError(f"task {task} of {source} lacks the columns {', '.join(sorted(missing))}")
+        raise ValueError(
+            f"task {task} of {source} lacks the columns {', '.join(sorted(missing))}; text-video "
+            "retrieval has caption and video"
+        )
     made = []
     for number, row in enumerate(rows):
         texts, paths = row["tgt_text"] or [], row["tgt_img_path"] or []
@@ -179,6 +204,15 @@ def load_evaluation(source: str | Path, task: str) -> list[Candidates]:
         ]
         made.append(Candidates(query, targets))
     return made
+
+
+def _retrieval(rows: Dataset) -> list[Candidates]:
+    places = {video: place for place, video in enumerate(dict.fromkeys(rows["video"]))}
+    videos = [("Represent the given video.", video) for video in places]
+    return [
+        Candidates((FIND_VIDEO + caption, ""), videos, places[video])
+        for caption, video in zip(rows["caption"], rows["video"], strict=True)
+    ]
 
 
 def _instructed(instruction: str | None, text: str | None) -> str:
@@ -215,7 +249,7 @@ def _has_negatives(rows: Dataset) -> bool:
     if not {"neg_text", "neg_image_path"} <= set(rows.column_names):
         return False
     pairs = zip(rows["neg_text"], rows["neg_image_path"], strict=True)
-    return len(rows) > 0 and all(text or image for text, image in pairs)
+    return any(text or image for text, image in pairs)
 
 
 def _without_broken(name: str, rows: Dataset, images: Images) -> Dataset:
@@ -224,7 +258,7 @@ def _without_broken(name: str, rows: Dataset, images: Images) -> Dataset:
     for number, row in enumerate(rows.select_columns([*paths, "row"])):
         try:
             for path in filter(None, (row[column] for column in paths)):
-                images.open(path)
+                images.load(path)
             kept.append(number)
         except (FileNotFoundError, BrokenImageError):
             continue
@@ -251,4 +285,8 @@ def _batch(
                 made[column].append(make_input(said or "", shown or "", images))
             except (ValueError, OSError) as error:
                 raise ValueError(f"subset {subset}, row {row}: {error}") from error
-    return made | {"label": batch["label"]}
+    if "negative" in made:
+        pairs = zip(made["negative"], made["positive"], strict=True)
+        made["negative"] = [negative or positive for negative, positive in pairs]
+    targets = zip(*(made[column] for column in COLUMNS[1 : len(sides)]), strict=True)
+    return made | {"label": [[content_id(item) for item in row] for row in targets]}

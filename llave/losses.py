@@ -22,8 +22,8 @@ class LLaVELoss(MultipleNegativesRankingLoss):
 
     ``SentenceTransformerTrainer``'s ``loss``. Columns are anchor, positive and any number of
     negatives. A ``label`` column of shape (N, columns - 1), if the dataset has one, holds the
-    content ids of positive and negatives: a negative whose id is that of the row's positive is the
-    same content and is left out.
+    content ids of positive and negatives: what has the id of a row's positive is not its negative.
+    A mined negative with the id of its own row's positive stands for none and counts nowhere.
 
     Under torch.distributed the loss is that of the global batch, whatever trainer averages the
     gradients.
@@ -61,15 +61,22 @@ class LLaVELoss(MultipleNegativesRankingLoss):
     ) -> Tensor:
         """Loss of anchors, positives and negatives, each (N, D), with ids (N, columns - 1); 0-d."""
         query, *targets = (normalize(x, dim=-1) for x in embeddings)
-        ids: dict[str, Tensor] = {}
+        pairs: dict[str, Tensor] = {}
         if labels is not None and labels.dim() == 2:
             if labels.shape[1] != len(targets):
                 raise ValueError(
                     f"label has shape {tuple(labels.shape)}, expected one content id for each of "
                     f"the {len(targets)} positive and negative columns"
                 )
-            labels = labels.to(query.device, torch.int64)
-            ids = {"query_ids": labels[:, 0].contiguous(), "target_ids": labels.T.flatten()}
+            ids = labels.to(query.device, torch.int64).T
+            rows = torch.arange(len(query), device=query.device)
+            there = [torch.ones_like(rows, dtype=torch.bool), *(ids[1:] != ids[0])]
+            targets = [x[keep] for x, keep in zip(targets, there, strict=True)]
+            pairs = {
+                "query_ids": ids[0].contiguous(),
+                "target_ids": ids[torch.stack(there)],
+                "owners": rows.expand_as(ids)[torch.stack(there)],
+            }
         distributed = dist.is_available() and dist.is_initialized()
         loss = distributed_contrastive_loss if distributed else hardness_weighted_contrastive_loss
         return loss(
@@ -79,7 +86,7 @@ class LLaVELoss(MultipleNegativesRankingLoss):
             alpha=self.hardness_strength,
             false_negative_margin=self.false_negative_margin,
             backend=self.backend,
-            **ids,
+            **pairs,
         )
 
 

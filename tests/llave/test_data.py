@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def test_files_and_folders_of_files(folders: Folders, name: str, suffix: str) ->
     assert row["anchor"]["text"] == f"{MARK}q1"
     assert row["anchor"]["image"].getpixel((0, 0)) == (40, 0, 0)
     assert row["positive"] == "p1"
-    assert row["label"] == [content_id("p1", "")]
+    assert row["label"] == [content_id("p1")]
 
 
 def test_what_an_input_is(folders: Folders) -> None:
@@ -123,9 +124,34 @@ def test_negatives_are_a_column_where_rows_have_them(folders: Folders) -> None:
     row = folders.load()[1]
     assert list(row) == ["anchor", "positive", "negative", "label"]
     assert row["negative"]["image"].getpixel((0, 0)) == (80, 0, 0)
-    assert row["label"] == [content_id("p", ""), content_id(MARK, "2.png")]
+    assert row["label"] == [content_id("p"), content_id(row["negative"])]
     folders.write("b", pairs(2))
     assert "negative" not in folders.load("b")[0]
+
+
+def test_paths_of_videos_and_of_folders_of_frames_are_videos(folders: Folders) -> None:
+    (folders.images / "clip").mkdir()
+    for n in range(40):
+        Image.new("RGB", (4, 4), (n, 0, 0)).save(folders.images / "clip" / f"{n}.png")
+    (folders.images / "broken.mp4").write_bytes(b"no video")
+    folders.write("a", [("q", "", MARK, name, "", "") for name in ("clip", "broken.mp4")])
+    row = folders.load()[0]
+    reds = [frame.getpixel((0, 0))[0] for frame in row["positive"]["video"]]
+    assert (len(reds), reds[0], reds[-1]) == (32, 0, 39)
+    assert row["label"] == [content_id(row["positive"])]
+    fewer = row["positive"] | {"video": row["positive"]["video"][:-1]}
+    assert content_id(fewer) != content_id(row["positive"])
+    if find_spec("av"):
+        with pytest.raises(ValueError, match=r"row 1: video 'broken\.mp4' in .* cannot be read"):
+            folders.load()[1]
+        assert len(folders.load(on_error="skip")) == 1
+
+
+def test_a_row_without_the_negative_that_others_have_repeats_its_positive(folders: Folders) -> None:
+    folders.write("a", [("q", "", "", "1.png", "", ""), ("q", "", "p", "", "n", "")])
+    rows = folders.load()[:]
+    assert rows["negative"] == [rows["positive"][0], "n"]
+    assert [len(set(ids)) for ids in rows["label"]] == [1, 2]
 
 
 def test_cap_is_a_seeded_choice(folders: Folders) -> None:
@@ -141,9 +167,11 @@ def test_cap_is_a_seeded_choice(folders: Folders) -> None:
 
 
 def test_content_ids_are_the_same_in_every_process() -> None:
-    made = content_id("a cat", "cats/1.png")
-    assert made == 7170918908276303128
-    code = "from llave.data import content_id; print(content_id('a cat', 'cats/1.png'))"
+    code = (
+        "from PIL import Image; from llave.data import content_id\n"
+        "print(content_id({'text': 'a cat', 'image': Image.new('RGB', (3, 2), 'teal')}))"
+    )
+    made = content_id({"text": "a cat", "image": Image.new("RGB", (3, 2), "teal")})
     environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
@@ -152,10 +180,21 @@ def test_content_ids_are_the_same_in_every_process() -> None:
 
 
 def test_content_ids_tell_contents_apart() -> None:
-    contents = [("a", ""), ("", "a"), ("a", "b"), ("ab", ""), ("b", "a"), ("é", ""), ("", "")]
-    ids = [content_id(*content) for content in contents]
+    shapes = (((4, 2), "red"), ((2, 4), "red"), ((4, 2), "blue"))
+    images = [Image.new("RGB", size, colour) for size, colour in shapes]
+    contents = ["a", "ab", "é", "", *({"image": image} for image in images)]
+    contents += [{"image": images[0], "text": text} for text in ("a", "b")]
+    ids = [content_id(content) for content in contents]
     assert len(set(ids)) == len(ids)
     assert all(0 <= number < 2**63 for number in ids)
+    assert content_id("a") == content_id({"text": "a"})
+
+
+def test_the_same_picture_in_two_files_is_one_content(folders: Folders) -> None:
+    Image.open(folders.images / "1.png").save(folders.images / "again.bmp")
+    folders.write("a", [("q", "", MARK, name, "", "") for name in ("1.png", "again.bmp", "2.png")])
+    same, again, other = folders.load()[:]["label"]
+    assert same == again != other
 
 
 BROKEN = [
@@ -248,7 +287,7 @@ def test_the_collator_takes_the_columns(folders: Folders) -> None:
     batch = collated(folders.load(), [0, 2])
     assert {"anchor_inputs", "positive_inputs", "negative_inputs", "label"} <= set(batch)
     assert batch["positive_inputs"] == ["p", "p"]
-    assert batch["label"].tolist() == [[content_id("p", ""), content_id("n", "")]] * 2
+    assert batch["label"].tolist() == [[content_id("p"), content_id("n")]] * 2
 
 
 def test_subsets_are_apart_or_joined(folders: Folders) -> None:
@@ -323,9 +362,9 @@ def evaluation(folders: Folders, **columns: Any) -> list[data.Candidates]:
 
 
 def test_evaluation_rows(folders: Folders) -> None:
-    assert evaluation(folders) == [(("q", ""), [("a", ""), ("b", "")])]
+    assert evaluation(folders) == [(("q", ""), [("a", ""), ("b", "")], 0)]
     assert evaluation(folders, qry_inst=f"{MARK}Find it.", tgt_inst="Represent:") == [
-        ((f"{MARK}Find it. q", ""), [("Represent: a", ""), ("Represent: b", "")])
+        ((f"{MARK}Find it. q", ""), [("Represent: a", ""), ("Represent: b", "")], 0)
     ]
     assert evaluation(folders, qry_img_path="1.png", tgt_text=["", ""])[0].query == ("q", "1.png")
 

@@ -47,12 +47,17 @@ def gradients(model: SentenceTransformer, loss: Tensor) -> Tensor:
 @pytest.mark.parametrize("with_ids", [True, False])
 def test_both_losses_are_the_papers(model: SentenceTransformer, count: int, with_ids: bool) -> None:
     features, n = columns(count), 10
-    labels = torch.randint(6, (n, count - 1)) if with_ids else None
-    ids = {}
-    if labels is not None:
-        ids = {"query_ids": labels[:, 0], "target_ids": labels.T.flatten()}
     vectors = [nn.functional.normalize(model(f)["sentence_embedding"], dim=1) for f in features]
-    truth = reference_loss(vectors[0], torch.cat(vectors[1:]), alpha=9.0, logit_scale=50.0, **ids)
+    target, labels, ids = torch.cat(vectors[1:]), None, {}
+    if with_ids:
+        labels = torch.randint(6, (n, count - 1))
+        labels[3, 1:] = labels[3, 0]  # a row without negatives
+        column, row = torch.cartesian_prod(torch.arange(count - 1), torch.arange(n)).unbind(1)
+        there = (column == 0) | (labels[row, column] != labels[row, 0])
+        ids = {"query_ids": labels[:, 0], "target_ids": labels[row, column][there]}
+        ids["owners"] = row[there]
+        target = target[there]
+    truth = reference_loss(vectors[0], target, alpha=9.0, logit_scale=50.0, **ids)
     expected = gradients(model, truth)
     for loss_fn in (LLaVELoss(model), CachedLLaVELoss(model, mini_batch_size=3)):
         loss = loss_fn([dict(f) for f in features], labels)
