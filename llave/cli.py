@@ -53,16 +53,22 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command(
         "evaluate",
         _evaluate,
-        "MMEB precision@1 per task and meta-task, beside the paper's rows.",
+        "MMEB precision@1 and text-video recall per task, beside the paper's rows.",
         "llave evaluate llave-0.5b --tasks all --data MMEB-eval --images MMEB-eval-images",
         "llave evaluate tiny/model --tasks text_to_image --data emoji/eval --images emoji/images",
+        "llave evaluate llave-7b --tasks MSR-VTT --data . --images videos --max-seq-length 8192",
     )
     evaluate.add_argument("model", help="a model folder or hub name")
     evaluate.add_argument("--tasks", nargs="+", required=True, help="task names, or all")
     evaluate.add_argument("--data", required=True, help="folder of evaluation files, or hub name")
-    evaluate.add_argument("--images", required=True, help="folder the image paths are relative to")
+    evaluate.add_argument(
+        "--images", required=True, help="folder the image and video paths are relative to"
+    )
     evaluate.add_argument("--out", default="results", help="folder for the results (results)")
     evaluate.add_argument("--batch-size", type=int, default=16)
+    evaluate.add_argument(
+        "--max-seq-length", type=int, help="instead of the model's; 32 frames take 6,273 tokens"
+    )
 
     convert = command(
         "convert",
@@ -118,8 +124,11 @@ def _evaluate(arguments: Arguments, _: list[str]) -> None:
     from llave.evaluation import evaluate, format_table
     from llave.modeling import load
 
+    model = load(arguments.model)
+    if arguments.max_seq_length is not None:
+        model.max_seq_length = arguments.max_seq_length
     results = evaluate(
-        load(arguments.model),
+        model,
         arguments.tasks,
         data=arguments.data,
         images=arguments.images,

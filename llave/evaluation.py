@@ -1,4 +1,4 @@
-"""MMEB precision@1 per task, and the table beside the paper's; text-video retrieval recall."""
+"""MMEB precision@1 and text-video retrieval recall per task, and tables beside the paper's."""
 
 from __future__ import annotations
 
@@ -7,30 +7,42 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from sentence_transformers import SentenceTransformer
 
 from llave.data import Candidates, Images, load_evaluation, make_input
 from llave.embedding import model_fingerprint
-from llave.mmeb import METAS, PUBLISHED, TASKS
+from llave.mmeb import METAS, PUBLISHED, PUBLISHED_VIDEO, TASKS
+from llave.modeling import encode
+from llave_kernels import similarity_statistics
 
 
 class Result(NamedTuple):
-    """One task's score.
+    """One task's score. Shares are in percent; a tie counts against the right candidate.
 
     Attributes:
         task: its name.
         rows: how many rows were scored.
-        precision: of them the share, in percent, whose right candidate scores above all others.
-        ties: rows whose right candidate ties for the first place: counted as wrong.
+        precision: share of rows whose right candidate scores above all others; R@1 of retrieval.
+        recall_5, recall_10: share whose right candidate is among the best 5, the best 10.
+        ties: rows whose right candidate ties for the first place.
+        overlap: of the similarity histograms of positives and negatives (paper, Figure 1), 0 to 1.
+        positives, negatives: those histograms, counts in 100 equal bins over [-1, 1]: queries with
+            their own right candidate, and with those of other rows.
     """
 
     task: str
     rows: int
     precision: float
+    recall_5: float
+    recall_10: float
     ties: int
+    overlap: float
+    positives: list[int]
+    negatives: list[int]
 
 
 def evaluate(
@@ -42,13 +54,13 @@ def evaluate(
     out: str | Path,
     batch_size: int = 16,
 ) -> list[Result]:
-    """Precision@1 of each task. Each distinct (text, image path) of a task is encoded once.
+    """Scores of each task. Each distinct (text, path) of a task is encoded once.
 
     Args:
         model: any SentenceTransformer that takes the tasks' inputs.
         tasks: names of files in ``data``, or ``["all"]``, MMEB's 36.
-        data: folder with an evaluation file per task, or a hub dataset.
-        images: folder the image paths are relative to.
+        data: folder with an evaluation file per task, or a hub dataset (``load_evaluation``).
+        images: folder the image and video paths are relative to.
         out: folder of this model's results, one ``TASK.json`` each, written as they come. A task
             whose file is there is not run again.
         batch_size: inputs encoded at a time.
@@ -90,7 +102,7 @@ def score(
     images: Images,
     batch_size: int,
 ) -> Result:
-    """Precision@1 of rows of candidates, the first the right one."""
+    """Scores of rows of candidates."""
     places: dict[tuple[str, str], int] = {}
     for row in rows:
         for item in (row.query, *row.targets):
@@ -98,7 +110,8 @@ def score(
     distinct = list(places)
     vectors = np.concatenate(
         [
-            model.encode(
+            encode(
+                model,
                 [make_input(text, image, images) for text, image in distinct[at : at + batch_size]],
                 batch_size=batch_size,
                 normalize_embeddings=True,
@@ -107,61 +120,75 @@ def score(
             for at in range(0, len(distinct), batch_size)
         ]
     ).astype(np.float32)
-    right = ties = 0
-    for row in rows:
-        query = vectors[places[row.query]]
-        candidates = vectors[[places[target] for target in row.targets]].astype(np.float64)
+    # Rows that share their candidates, as in retrieval, are scored together.
+    groups: dict[int, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(id(row.targets), []).append(number)
+    above, tied = np.empty((2, len(rows)), int)
+    for numbers in groups.values():
+        queries = vectors[[places[rows[n].query] for n in numbers]].astype(np.float64)
+        targets = vectors[[places[item] for item in rows[numbers[0]].targets]].astype(np.float64)
         # Summed in float64, then rounded: in float32 equal candidates can differ in the last bit.
-        scores = (candidates @ query.astype(np.float64)).astype(np.float32)
-        best_wrong = scores[1:].max(initial=-np.inf)
-        right += bool(scores[0] > best_wrong)
-        ties += bool(scores[0] == best_wrong)
-    return Result(task, len(rows), 100 * right / len(rows), ties)
+        scores = (queries @ targets.T).astype(np.float32)
+        right = scores[np.arange(len(numbers)), [rows[n].right for n in numbers]][:, None]
+        above[numbers] = (scores > right).sum(1)
+        tied[numbers] = (scores == right).sum(1) - 1  # itself
+    query, target = (
+        torch.tensor([places[item] for item in items])
+        for items in zip(*((row.query, row.targets[row.right]) for row in rows), strict=True)
+    )
+    embeddings = torch.from_numpy(vectors)
+    similarities = similarity_statistics(
+        embeddings[query], embeddings[target], query_ids=target, target_ids=target
+    )
+    first, fifth, tenth = (float(100 * (above + tied < k).mean()) for k in (1, 5, 10))
+    return Result(
+        task,
+        len(rows),
+        first,
+        fifth,
+        tenth,
+        int(((above == 0) & (tied > 0)).sum()),
+        float(similarities.overlap),
+        similarities.positive.tolist(),
+        similarities.negative.tolist(),
+    )
 
 
 def summarise(results: Sequence[Result]) -> dict[str, float]:
-    """Means over tasks: per meta-task, in and out of distribution, overall; NaN where none ran."""
-    scores = {r.task: r.precision for r in results}
+    """Means over MMEB's tasks: per meta-task, in and out of distribution, all; NaN where none."""
+    scores = {r.task: r.precision for r in results if r.task in TASKS}
 
     def over(chosen: list[str]) -> float:
         return mean(scores[name] for name in chosen) if chosen else float("nan")
 
-    known = [name for name in scores if name in TASKS]
     return {
-        **{meta: over([n for n in known if TASKS[n].meta == meta]) for meta in METAS},
-        "IND": over([n for n in known if TASKS[n].in_distribution]),
-        "OOD": over([n for n in known if not TASKS[n].in_distribution]),
+        **{meta: over([n for n in scores if TASKS[n].meta == meta]) for meta in METAS},
+        "IND": over([n for n in scores if TASKS[n].in_distribution]),
+        "OOD": over([n for n in scores if not TASKS[n].in_distribution]),
         "all": over(list(scores)),
     }
 
 
 def format_table(results: Sequence[Result]) -> str:
     """The tasks' scores, and MMEB's means beside the published ones, as Markdown."""
-    lines = ["| task | rows | precision@1 | ties |", "|---|---|---|---|"]
-    lines += [f"| {r.task} | {r.rows} | {r.precision:.1f} | {r.ties} |" for r in results]
+    lines = [
+        "| task | rows | precision@1 | R@5 | R@10 | ties | overlap |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        shares = r.precision, r.recall_5, r.recall_10
+        lines.append(_row(r.task, r.rows, *shares, r.ties, f"{r.overlap:.3f}"))
+        if r.task in PUBLISHED_VIDEO:
+            lines.append(_row("LLaVE-7B, published", "", *PUBLISHED_VIDEO[r.task], "", ""))
     means = summarise(results)
-    lines += ["", f"| model | {' | '.join(means)} |", "|---" * (len(means) + 1) + "|"]
-    lines.append("| this one | " + " | ".join(_number(v) for v in means.values()) + " |")
-    if any(r.task in TASKS for r in results):
-        lines += [
-            f"| {name} | " + " | ".join(_number(v) for v in row) + " |"
-            for name, row in PUBLISHED.items()
-        ]
+    if not np.isnan(means["all"]):
+        lines += ["", _row("model", *means), "|---" * (len(means) + 1) + "|"]
+        lines.append(_row("this one", *means.values()))
+        lines += [_row(name, *row) for name, row in PUBLISHED.items()]
     return "\n".join(lines)
 
 
-def _number(value: float) -> str:
-    return "-" if np.isnan(value) else f"{value:.1f}"
-
-
-def recall_at(queries: Any, targets: Any, ks: Sequence[int] = (1, 5, 10)) -> dict[int, float]:
-    """Recall in percent of retrieving target i for query i among all targets (text-video: R@k).
-
-    Args:
-        queries, targets: (N, D) embeddings. Ties count against the right target.
-    """
-    scores = np.asarray(queries, np.float64) @ np.asarray(targets, np.float64).T
-    scores = scores.astype(np.float32)  # so that equal targets tie, as in score()
-    right = scores.diagonal()[:, None]
-    above = (scores >= right).sum(1) - 1  # all but itself
-    return {k: float(100 * (above < k).mean()) for k in ks}
+def _row(*cells: str | int | float) -> str:
+    shown = (f"{c:.1f}".replace("nan", "-") if isinstance(c, float) else str(c) for c in cells)
+    return f"| {' | '.join(shown)} |"

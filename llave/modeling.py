@@ -14,30 +14,28 @@ package is not installed. What is particular to LLaVE is data inside that folder
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tokenizers.processors import TemplateProcessing
 from transformers import PretrainedConfig
-from transformers.image_utils import load_image
+
+from llave.video import load_frames, to_rgb
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 CLOSING_TURN = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
 
-# Per model type: what stands for an image and for a video in the text.
+# Per model type: the image and the video token, and how each stands in the text.
 _MARKERS = {
-    "llava_onevision": ("<image>", "<video>"),
-    "qwen2_vl": (
-        "<|vision_start|><|image_pad|><|vision_end|>",
-        "<|vision_start|><|video_pad|><|vision_end|>",
-    ),
+    "llava_onevision": ("<image>", "<video>", "{}"),
+    "qwen2_vl": ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>{}<|vision_end|>"),
 }
 _MARKERS["qwen2_5_vl"] = _MARKERS["qwen2_vl"]
 
@@ -60,15 +58,22 @@ _TEMPLATE = """
 {%- endif -%}
 {%- endfor -%}
 {%- endfor -%}
-{%- for i in range(1, ns.images + 1) -%}
+{%- for kind, marker in [('an image', 'IMAGE_TOKEN'), ('a video', 'VIDEO_TOKEN')] -%}
+{%- if marker in ns.prompt ~ ns.text -%}
+{{- raise_exception('the text contains the marker ' ~ marker ~ ', which stands for ' ~ kind
+    ~ ' itself: take it out') -}}
+{%- endif -%}
+{%- endfor -%}
+{%- for i in range(1, ns.images + ns.videos + 1) -%}
 {%- set name = '<|image_' ~ i ~ '|>' -%}
 {%- if name in ns.text -%}
 {%- set ns.text = ns.text.replace(name, '') | trim -%}
 {%- endif -%}
 {%- endfor -%}
-{%- if '<|image_' in ns.text -%}
+{%- if '<|image_' in ns.prompt ~ ns.text -%}
 {{- raise_exception('the text has an image placeholder <|image_N|> but the input has '
-    ~ ns.images ~ ' image(s): pass the image or take the placeholder out') -}}
+    ~ ns.images ~ ' image(s) and ' ~ ns.videos ~ ' video(s): pass them or take the placeholder out')
+-}}
 {%- endif -%}
 {%- if not (ns.prompt ~ ns.text) | trim -%}
 {%- if ns.videos -%}
@@ -103,9 +108,17 @@ def chat_template(model_type: str = "llava_onevision", *, separator: str = "\\n"
             f"model_type={model_type!r} is not one of {sorted(_MARKERS)}; an authors' checkpoint "
             "(llava_qwen) goes through llave.convert first"
         )
-    image, video = _MARKERS[model_type]
-    template = _TEMPLATE.strip().replace("'IMAGE'", f"'{image}'").replace("'VIDEO'", f"'{video}'")
-    return template.replace("'SEPARATOR'", f"'{separator}'")
+    image, video, around = _MARKERS[model_type]
+    template = _TEMPLATE.strip()
+    for name, value in {
+        "IMAGE_TOKEN": image,
+        "VIDEO_TOKEN": video,
+        "IMAGE": around.format(image),
+        "VIDEO": around.format(video),
+        "SEPARATOR": separator,
+    }.items():
+        template = template.replace(f"'{name}'", f"'{value}'")
+    return template
 
 
 def build(
@@ -173,6 +186,8 @@ def build(
             f"pinpoints={pinpoints!r} does not apply to a {model_type} backbone, which takes "
             "images in their own resolution; leave it out"
         )
+    # Some processors sample: from frames without times they drop some, or fail.
+    transformer.processor.video_processor.do_sample_frames = False
     _set_closing_turn(transformer.tokenizer, max_seq_length)
     width = transformer.get_embedding_dimension()
     modules = [transformer, Pooling(width, pooling_mode="lasttoken"), Normalize()]
@@ -195,6 +210,9 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> SentenceTransformer:
     if Path(path).is_dir() and not (Path(path) / "modules.json").is_file():
         raise ValueError(f"path={path!r} has no modules.json: it is no embedding model; {remedy}")
     model = SentenceTransformer(path, **kwargs)
+    # A tokenizer saved after use remembers how it truncated, over any ``max_seq_length`` set later.
+    for setting in ("max_length", "stride", "truncation_strategy"):
+        getattr(model.tokenizer, "init_kwargs", {}).pop(setting, None)
     modes = [module.pooling_mode for module in model if isinstance(module, Pooling)]
     if modes not in (["lasttoken"], [("lasttoken",)]):
         raise ValueError(f"path={path!r} has pooling {modes}, not the last token's; {remedy}")
@@ -209,21 +227,28 @@ def inputs(
     """One input for ``model.encode([...])`` from what ``encode`` does not take as it is.
 
     ``encode`` itself takes a text, an image, and dicts of ``text``, ``image`` (one or a list) and
-    ``video``. This helper adds grey arrays, ``pathlib`` paths, and one conversion to RGB for every
-    kind of image: the alpha channel dropped, as the authors do. (Given a PIL image with an alpha
-    channel, ``encode`` lays it on white.)
+    ``video``. This helper adds grey arrays, ``pathlib`` paths, the paper's sampling of a video, and
+    one conversion to RGB for every kind of image: the alpha channel dropped, as the authors do.
+    (Given a PIL image with an alpha channel, ``encode`` lays it on white.)
 
     Args:
-        text: the user's text. ``<|image_1|>``, ``<|image_2|>``, ... are taken out: the images go
-            first. Without a text an image gets "Represent the given image.".
+        text: the user's text. ``<|image_1|>``, ``<|image_2|>``, ..., which count images and videos
+            together, are taken out: images, then videos go first. The backbone's own markers, such
+            as ``<image>``, raise when encoded. Without a text an image gets "Represent the given
+            image.", a video "Represent the given video.".
         images: one image or a list: PIL, path, URL, or an array (height, width[, channels]).
             Several images get one tile each, and need sentence-transformers 6.1; a single one is
             cut into up to four.
-        video: a file, for which transformers needs a decoder such as torchcodec or PyAV, or frames,
-            each an image as above. Every frame is used; the paper takes at most 32.
+        video: a file, a folder of frames or a list of frames, of which
+            :func:`llave.video.load_frames` takes at most 32, 3 a second of a file; no URL. 32
+            frames of a released size are 6273 tokens, so ``max_seq_length`` must be the paper's
+            8192. Videos of different lengths go through :func:`encode`. Frames carry no times:
+            Qwen2.5-VL takes them for 24 a second.
 
     Raises:
-        ValueError: nothing was given, a file does not exist or an array is no image.
+        ValueError: nothing was given, a file does not exist or cannot be read, an array is no image
+            or a video has no frames.
+        ImportError: ``video`` is a file and PyAV is not installed.
     """
     if text is None and images is None and video is None:
         raise ValueError("inputs() got neither text, nor images, nor video; pass one of them")
@@ -232,41 +257,37 @@ def inputs(
         listed = images if isinstance(images, (list, tuple)) else [images]
         if not listed:
             raise ValueError("images=[] is empty; pass None for an input without images")
-        loaded = [_rgb(image, f"images[{i}]") for i, image in enumerate(listed)]
+        loaded = [to_rgb(image, f"images[{i}]") for i, image in enumerate(listed)]
         item["image"] = loaded if len(loaded) > 1 else loaded[0]
     if video is not None:
-        if isinstance(video, (str, os.PathLike)):
-            item["video"] = _existing(video, "video")
-        else:
-            item["video"] = [_rgb(frame, f"video[{i}]") for i, frame in enumerate(video)]
+        item["video"] = load_frames(video)
     if text is not None:
         item["text"] = text
     return item
 
 
-def _rgb(image: Any, name: str) -> Image.Image:
-    if isinstance(image, (str, os.PathLike)):
-        image = _existing(image, name)
-    elif isinstance(image, np.ndarray):
-        try:
-            image = Image.fromarray(image)
-        except TypeError as error:
-            raise ValueError(
-                f"{name} is an array of shape {image.shape} and type {image.dtype}; "
-                "pass uint8 of shape (height, width), or with 3 or 4 channels last"
-            ) from error
-    elif not isinstance(image, Image.Image):
-        raise ValueError(
-            f"{name} is a {type(image).__name__}; pass a PIL image, a path, a URL or an array"
-        )
-    return load_image(image)
+def encode(model: SentenceTransformer, items: Sequence[Any], **kwargs: Any) -> np.ndarray:
+    """``model.encode(items, **kwargs)`` with videos of different lengths.
 
+    LLaVA-OneVision stacks the videos of a batch, which must then have the same number of frames;
+    items are encoded together with those of their own number.
 
-def _existing(path: str | os.PathLike[str], name: str) -> str:
-    path = os.fspath(path)
-    if not path.startswith(("http://", "https://", "data:")) and not Path(path).is_file():
-        raise ValueError(f"{name}={path!r} is no file; pass a path that exists")
-    return path
+    Args:
+        model: from :func:`build` or :func:`load`.
+        items: as :func:`inputs` makes them, or what ``encode`` takes.
+        kwargs: those of ``encode``, except the ones that make it return no array.
+
+    Returns:
+        The embeddings, of shape (items, D) and ``encode``'s dtype.
+    """
+    groups: dict[int, list[int]] = {}
+    for place, item in enumerate(items):
+        frames = item.get("video", ()) if isinstance(item, dict) else ()
+        groups.setdefault(len(frames), []).append(place)
+    found = [model.encode([items[i] for i in group], **kwargs) for group in groups.values()]
+    if len(found) < 2:
+        return found[0] if found else model.encode([], **kwargs)
+    return np.concatenate(found)[np.argsort(np.concatenate(list(groups.values())))]
 
 
 def _set_pinpoints(transformer: Transformer, pinpoints: list[list[int]] | None) -> None:

@@ -15,8 +15,9 @@ for needed in ("sentence_transformers", "datasets", "PIL"):
 from PIL import Image  # noqa: E402
 
 from llave import evaluation  # noqa: E402
-from llave.evaluation import Result, evaluate, format_table, recall_at, summarise  # noqa: E402
-from llave.mmeb import METAS, PUBLISHED, TASKS  # noqa: E402
+from llave.data import FIND_VIDEO  # noqa: E402
+from llave.evaluation import Result, evaluate, format_table, summarise  # noqa: E402
+from llave.mmeb import METAS, PUBLISHED, PUBLISHED_VIDEO, TASKS  # noqa: E402
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
@@ -75,8 +76,14 @@ def test_known_answers_ties_and_one_encoding_each(
     )
     model = ByColour()
     results = evaluate(model, ["colours"], data=data, images=images, out=tmp_path / "out")
-    assert results == [Result("colours", 5, 60.0, 1)]
+    (result,) = results
+    assert result[:6] == ("colours", 5, 60.0, 100.0, 100.0, 1)
     assert model.encoded == 7
+    # Four rows have one right candidate, which is no negative of theirs; one is far from its own.
+    assert (sum(result.positives), sum(result.negatives)) == (5, 8)
+    assert (result.positives[-1], result.positives[50]) == (4, 1)
+    assert result.negatives[50] == 8
+    assert result.overlap == pytest.approx(0.2)
     again = evaluate(model, ["colours"], data=data, images=images, out=tmp_path / "out")
     assert again == results
     assert model.encoded == 7
@@ -117,6 +124,23 @@ def test_a_bad_row_is_named(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data, images = folders
+    write(data, "a", ("red", "", ["red", "blue"], ["", ""]))
+    write(data, "b", ("", "late.png", ["blue"], [""]))
+    out, model = tmp_path / "out", ByColour()
+    with pytest.raises(ValueError, match="task b: image 'late\\.png' is not in"):
+        evaluate(model, ["a", "b"], data=data, images=images, out=out)
+    assert [path.name for path in out.iterdir()] == ["a.json"]
+    assert model.encoded == 2
+    Image.new("RGB", (4, 4), COLOURS["blue"]).save(images / "late.png")
+    results = evaluate(model, ["a", "b"], data=data, images=images, out=out)
+    assert [(r.task, r.precision) for r in results] == [("a", 100.0), ("b", 100.0)]
+    assert model.encoded == 4
+
+
 def test_unknown_tasks_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
     data, images = folders
     write(data, "colours", ("red", "", ["red"], [""]))
@@ -126,31 +150,64 @@ def test_unknown_tasks_are_refused(folders: tuple[Path, Path], tmp_path: Path) -
         evaluate(ByColour(), "colours", data=data, images=images, out=tmp_path)
 
 
+def scored(task: str, precision: float, ties: int = 0) -> Result:
+    return Result(task, 10, precision, 97.5, 98.5, ties, 0.125, [], [])
+
+
 def test_mmeb_has_36_sets_and_means_are_over_tasks() -> None:
     assert len(TASKS) == 36
     assert sum(task.in_distribution for task in TASKS.values()) == 20
     assert [sum(t.meta == m for t in TASKS.values()) for m in METAS] == [10, 10, 12, 4]
-    results = [
-        Result("ImageNet-1K", 10, 60.0, 0),
-        Result("GQA", 10, 30.0, 2),
-        Result("OVEN", 5, 60.0, 0),
-    ]
+    results = [scored("ImageNet-1K", 60.0), scored("GQA", 30.0, ties=2), scored("OVEN", 60.0)]
     means = summarise(results)
     assert (means["Classification"], means["VQA"], means["all"]) == (60.0, 30.0, 50.0)
     assert (means["IND"], means["OOD"]) == (60.0, 45.0)
     table = format_table(results)
-    assert "| GQA | 10 | 30.0 | 2 |" in table
+    assert "| GQA | 10 | 30.0 | 97.5 | 98.5 | 2 | 0.125 |" in table
     assert "| this one | 60.0 | 30.0 | 60.0 | - | 60.0 | 45.0 | 50.0 |" in table
     assert "| LLaVE-7B | 65.7 | 65.4 | 70.9 | 91.9 | 75.0 | 64.4 | 70.3 |" in table
     assert all(len(row) == 7 for row in PUBLISHED.values())
 
 
-def test_recall_counts_ties_against_the_right_one() -> None:
-    queries = np.eye(3)
-    assert recall_at(queries, queries) == {1: 100.0, 5: 100.0, 10: 100.0}
-    targets = np.array([[1.0, 0, 0], [1.0, 0, 0], [0, 0, 1.0]])
-    assert recall_at(queries, targets, (1, 2, 3)) == {
-        1: pytest.approx(100 / 3),
-        2: pytest.approx(200 / 3),
-        3: 100.0,
-    }
+def test_other_tasks_have_no_means_of_mmeb() -> None:
+    table = format_table([scored("emoji", 50.0), scored("MSVD", 40.0)])
+    assert len(table.splitlines()) == 5
+    assert "| LLaVE-7B, published |  | 52.9 | 80.1 | 87.0 |  |  |" in table
+    assert all(len(row) == 3 for row in PUBLISHED_VIDEO.values())
+
+
+class ByNumber:
+    """Embeds a caption and a video by the number in it, as an angle."""
+
+    def encode(self, items: list[Any], **_: Any) -> np.ndarray:
+        angles = []
+        for item in items:
+            if isinstance(item, dict):
+                assert item["text"] == "Represent the given video."
+                assert len(item["video"]) == 3
+                angles.append(float(np.asarray(item["video"][1]).mean()))
+            else:
+                assert item.startswith(FIND_VIDEO)
+                angles.append(float(item.split()[-1]))
+        return np.stack([np.cos(np.deg2rad(angles)), np.sin(np.deg2rad(angles))], 1)
+
+
+def test_text_video_retrieval_is_over_all_videos(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data, videos = folders
+    for number in range(12):
+        folder = videos / f"v{number}"
+        folder.mkdir()
+        for frame in range(3):
+            Image.new("RGB", (4, 4), (number,) * 3).save(folder / f"{frame}.png")
+    # Captions 0 and 1 are of one video; caption 2 is nearest to another; 9 is of the wrong end.
+    said = [(0, "v0"), (0.1, "v0"), (2.6, "v2"), (9, "v1"), *((n, f"v{n}") for n in range(3, 12))]
+    lines = [json.dumps({"caption": f"number {n}", "video": video}) for n, video in said]
+    (data / "film.jsonl").write_text("\n".join(lines))
+    (result,) = evaluate(ByNumber(), ["film"], data=data, images=videos, out=tmp_path / "out")
+    assert (result.rows, result.ties) == (13, 0)
+    assert result.precision == pytest.approx(100 * 11 / 13)
+    # For 2.6 v3 is nearer than v2; for 9 ten videos are nearer than v1.
+    assert result.recall_5 == pytest.approx(100 * 12 / 13)
+    assert result.recall_10 == pytest.approx(100 * 12 / 13)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,11 @@ def test_the_modules_are_sentence_transformers_own(model, saved):
             "<image>\n<image>\nand",
         ),
         ({"video": [picture(), picture()]}, "<video>\nRepresent the given video."),
+        ({"text": "<|image_1|>\nSee it", "video": [picture(), picture()]}, "<video>\nSee it"),
+        (
+            {"text": "<|image_1|> <|image_2|> See", "image": picture(), "video": [picture()]},
+            "<image>\n<video>\nSee",
+        ),
         (inputs("See it", video=np.zeros((2, 30, 40, 3), np.uint8)), "<video>\nSee it"),
         ([{"role": "user", "content": "A cat"}], "A cat"),
     ],
@@ -269,13 +275,23 @@ def test_images_that_do_not_fit_are_an_error(saved):
         ("<|image_1|> what", "image placeholder"),
         ({"text": "<|image_2|>", "image": picture()}, "1 image"),
         ([{"role": "assistant", "content": "yes"}], "assistant"),
-        ("an <image> in the text", "<image>"),
+        ({"text": "<|image_2|>", "video": [picture()]}, r"0 image\(s\) and 1 video"),
+        ("an <image> in the text", "marker <image>, which stands for an image itself: take it out"),
+        ({"text": "<image>\nwhat", "image": picture()}, "marker <image>"),
+        ({"text": "a <video>", "image": picture()}, "marker <video>, which stands for a video"),
+        ({"text": "a <video>", "video": [picture()]}, "marker <video>"),
         ((picture(), "a pair"), "pair"),
     ],
 )
 def test_inputs_the_format_has_no_place_for(model, item, message):
     with pytest.raises(Exception, match=message):
         model.encode([item])
+
+
+@pytest.mark.parametrize("prompt", ["Find <image> ", "<|image_1|> Find "])
+def test_placeholders_in_a_prompt_are_an_error(model, prompt):
+    with pytest.raises(Exception, match=r"take (it|the placeholder) out"):
+        model.encode([picture()], prompt=prompt)
 
 
 @pytest.mark.parametrize(
@@ -350,6 +366,10 @@ def test_qwen_vl(version, tmp_path):
     np.testing.assert_allclose(again.encode(items), found, atol=1e-6)
     with pytest.raises(ValueError, match="pinpoints="):
         llave.build((network, processor), pinpoints=GRIDS)
+    for marker, kind in (("<|image_pad|>", "an image"), ("<|video_pad|>", "a video")):
+        for extra in ({}, {"image": picture()}, {"video": [picture()]}):
+            with pytest.raises(Exception, match=re.escape(f"{marker}, which stands for {kind}")):
+                built.encode([{"text": f"a {marker}", **extra}])
 
 
 def test_importing_the_package_stays_cheap():
@@ -358,3 +378,13 @@ def test_importing_the_package_stays_cheap():
     subprocess.run([sys.executable, "-c", program], check=True, cwd=root)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = llave.nothing
+
+
+def test_a_model_saved_after_use_takes_another_length(tmp_path: Path) -> None:
+    model = llave.build(tiny.llava_onevision(), max_seq_length=80, device="cpu")
+    long = ["a cat " * 200]
+    assert model.preprocess(long)["input_ids"].shape[1] == 80
+    model.save_pretrained(str(tmp_path))
+    again = llave.load(tmp_path, device="cpu")
+    again.max_seq_length = 100
+    assert again.preprocess(long)["input_ids"].shape[1] == 100

@@ -1,0 +1,257 @@
+"""Which frames of a video are taken, and that the models embed just those."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sentence_transformers")
+pytest.importorskip("torchvision")
+
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+import llave
+from llave.modeling import encode, inputs
+from llave.video import load_frames, uniform_indices
+from tests.llave import tiny
+
+STEP = 20  # of brightness, which lossy compression shifts by less than half
+
+
+def numbered(number: int) -> Image.Image:
+    """A frame whose halves show the two digits, to base 12, of its number."""
+    pixels = np.empty((32, 32, 3), np.uint8)
+    pixels[:, :16], pixels[:, 16:] = (STEP * digit for digit in divmod(number, 12))
+    return Image.fromarray(pixels)
+
+
+def numbers(frames: list[Image.Image]) -> list[int]:
+    """Which frames these are."""
+    assert all(frame.mode == "RGB" for frame in frames)
+    halves = [np.asarray(frame).reshape(32, 2, 48).mean((0, 2)) / STEP for frame in frames]
+    return [12 * round(high) + round(low) for high, low in halves]
+
+
+def write_video(path: Path, count: int, rate: int = 10) -> Path:
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate, width=32, height=32, pix_fmt="yuv420p")
+        for number in range(count):
+            container.mux(stream.encode(av.VideoFrame.from_image(numbered(number))))
+        container.mux(stream.encode())
+    return path
+
+
+def noise(count: int, seed: int = 0) -> list[Image.Image]:
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, 30, 40, 3), dtype=np.uint8)
+    return [Image.fromarray(frame) for frame in pixels]
+
+
+@given(st.integers(1, 5000), st.integers(1, 200))
+def test_indices_are_spread_over_the_whole(total, count):
+    found = uniform_indices(total, count)
+    assert len(found) == min(total, count)
+    steps = np.diff(found)
+    assert found[0] == 0
+    if len(found) > 1:
+        assert found[-1] == total - 1
+        assert steps.min() >= 1
+        assert steps.max() - steps.min() <= 1
+
+
+@pytest.mark.parametrize(("total", "count"), [(0, 3), (3, 0)])
+def test_indices_need_a_positive_number(total, count):
+    with pytest.raises(ValueError, match=f"total={total} and count={count}"):
+        uniform_indices(total, count)
+
+
+# Only MP4's header says how many frames there are.
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_a_file_gives_frames_by_its_duration(tmp_path, suffix):
+    path = write_video(tmp_path / f"video.{suffix}", 100)
+    assert numbers(load_frames(path)) == uniform_indices(100, 30)
+    assert numbers(load_frames(str(path), fps=1)) == uniform_indices(100, 10)
+    assert numbers(load_frames(path, limit=4)) == [0, 33, 66, 99]
+    assert numbers(load_frames(path, limit=1)) == [0]
+    assert numbers(load_frames(path, fps=0.01)) == [0]
+    assert numbers(load_frames(path, fps=100, limit=200)) == list(range(100))
+
+
+def test_a_long_file_gives_32_frames_and_a_slow_one_all(tmp_path):
+    assert numbers(load_frames(write_video(tmp_path / "long.mp4", 120))) == uniform_indices(120, 32)
+    assert numbers(load_frames(write_video(tmp_path / "slow.mp4", 7, rate=1))) == list(range(7))
+    assert numbers(load_frames(write_video(tmp_path / "one.mp4", 1))) == [0]
+
+
+def test_a_file_without_a_frame_rate_gives_the_limit(tmp_path, monkeypatch):
+    av = pytest.importorskip("av")
+    # Of one frame, as MPEG-TS has it.
+    assert numbers(load_frames(write_video(tmp_path / "one.ts", 1))) == [0]
+    real = av.open
+
+    class WithoutRate:
+        """A container whose stream states no rate."""
+
+        def __init__(self, path):
+            self.container = real(path)
+            stream = type("Stream", (), {"average_rate": None, "thread_type": "AUTO"})()
+            self.streams = type("Streams", (), {"video": [stream]})()
+
+        def __enter__(self):
+            return self.container.__enter__() and self
+
+        def __exit__(self, *error):
+            return self.container.__exit__(*error)
+
+        def __getattr__(self, name):
+            return getattr(self.container, name)
+
+    path = write_video(tmp_path / "video.mp4", 100)
+    monkeypatch.setattr(av, "open", WithoutRate)
+    assert numbers(load_frames(path)) == uniform_indices(100, 32)
+
+
+def test_a_folder_is_read_in_natural_order(tmp_path):
+    for number in range(40):
+        numbered(number).save(tmp_path / f"frame{number}.png")
+    (tmp_path / "notes.txt").write_text("no frame")
+    (tmp_path / "._frame0.png").write_text("no frame")
+    (tmp_path / "more").mkdir()
+    assert numbers(load_frames(tmp_path)) == uniform_indices(40, 32)
+    assert numbers(load_frames(str(tmp_path), limit=3)) == [0, 19, 39]
+    (tmp_path / "frame20.png").write_text("broken")
+    assert numbers(load_frames(tmp_path, limit=3)) == [0, 19, 39]
+    with pytest.raises(ValueError, match=r"frame20\.png"):
+        load_frames(tmp_path, limit=40)
+
+
+def test_frames_in_memory(tmp_path):
+    frames = [numbered(number) for number in range(40)]
+    arrays = np.stack([np.asarray(frame) for frame in frames])
+    for video in (frames, tuple(frames), arrays, list(arrays), list(arrays[..., 0])):
+        assert numbers(load_frames(video)) == uniform_indices(40, 32)
+    assert numbers(load_frames(frames[3:4])) == [3]
+    frames[7].save(tmp_path / "7.png")
+    assert numbers(inputs(video=[frames[5], tmp_path / "7.png"])["video"]) == [5, 7]
+    assert len(inputs(video=frames)["video"]) == 32
+
+
+@pytest.mark.parametrize("kept", [0, 500])
+def test_a_broken_file_is_named(tmp_path, kept):
+    path = write_video(tmp_path / "cut.mp4", 50)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"cut\.mp4' cannot be decoded"):
+        load_frames(path)
+    path.write_bytes(b"no video" * 99)
+    with pytest.raises(ValueError, match=r"cut\.mp4' cannot be decoded"):
+        load_frames(path)
+
+
+def test_a_file_of_sound_alone_has_no_frames(tmp_path):
+    av = pytest.importorskip("av")
+    path = tmp_path / "sound.wav"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+    with pytest.raises(ValueError, match=r"sound\.wav' has no frames"):
+        load_frames(path)
+
+
+@pytest.mark.parametrize(
+    ("video", "options", "message"),
+    [
+        ("no/such.mp4", {}, r"video='no/such\.mp4' is no file"),
+        ("https://host/a.mp4", {}, "video='https://host/a.mp4' is a URL; download it"),
+        ([], {}, "video='list' holds no images"),
+        (np.zeros((0, 2, 2, 3), np.uint8), {}, "holds no images"),
+        (np.zeros((2, 2, 3), np.uint8), {}, r"array \(frames, height, width, channels\)"),
+        (3, {}, "video is a int"),
+        ([numbered(0), None], {}, r"video\[1\] is a NoneType"),
+        ([numbered(0)], {"fps": 0}, "fps=0 must be above 0"),
+        ([numbered(0)], {"limit": 0}, "limit=0 at least 1"),
+    ],
+)
+def test_errors_name_what_is_wrong(video, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_frames(video, **options)
+
+
+def test_an_empty_folder_is_an_error(tmp_path):
+    (tmp_path / "notes.txt").write_text("no frame")
+    with pytest.raises(ValueError, match=f"video='{tmp_path}' holds no images"):
+        load_frames(tmp_path)
+
+
+def test_without_pyav_a_file_says_what_to_install(tmp_path, monkeypatch):
+    path = tmp_path / "video.mp4"
+    path.touch()
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ImportError, match=r"video\.mp4' needs PyAV .* pip install av"):
+        load_frames(path)
+
+
+BACKBONES = {
+    "llava_onevision": tiny.llava_onevision,
+    "qwen2_vl": lambda: tiny.qwen_vl("2"),
+    "qwen2_5_vl": lambda: tiny.qwen_vl("2_5"),
+}
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def model(request):
+    """Of a backbone whose processor samples four frames, as a published one may."""
+    network, processor = BACKBONES[request.param]()
+    processor.video_processor.do_sample_frames = True
+    processor.video_processor.num_frames = 4
+    return llave.build((network, processor), device="cpu")
+
+
+def tokens(model: SentenceTransformer, item) -> int:
+    ids = model.preprocess([item])["input_ids"][0]
+    return int((ids == model[0].processor.video_token_id).sum())
+
+
+def test_every_frame_reaches_the_model(model, tmp_path):
+    """Qwen-VL takes two frames at a time; LLaVA-OneVision puts a newline behind the last."""
+    counts = [tokens(model, inputs(video=noise(count))) for count in (2, 4, 8, 32, 40)]
+    two = counts[1] - counts[0]
+    assert two > 0
+    assert np.diff(counts).tolist() == [two, 2 * two, 12 * two, 0]
+    first, more = (model.encode([inputs(video=noise(count))])[0] for count in (6, 8))
+    assert np.abs(first - more).max() > 1e-3
+    swapped = model.encode([inputs(video=noise(8)[::-1])])[0]
+    assert np.abs(swapped - more).max() > 1e-3
+
+    model.save(str(tmp_path / "model"), create_model_card=False)
+    again = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    np.testing.assert_allclose(again.encode([inputs(video=noise(8))])[0], more, atol=1e-5)
+
+
+def test_a_file_and_its_frames_have_the_same_embedding(model, tmp_path):
+    path = write_video(tmp_path / "video.mp4", 20)
+    found = model.encode([inputs("A cat", video=path), inputs("A cat", video=load_frames(path))])
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+
+
+def test_videos_of_different_lengths_give_what_single_ones_give(model):
+    items = [
+        inputs(video=noise(3)),
+        "A cat",
+        inputs("See it", video=noise(8, seed=1)),
+        noise(1)[0],
+        inputs("<|image_1|> See it", video=noise(3, seed=2)),
+        inputs(video=noise(1)),
+        inputs("A dog", images=noise(1)[0], video=noise(5)),
+    ]
+    singles = np.concatenate([model.encode([item]) for item in items])
+    np.testing.assert_allclose(encode(model, items), singles, atol=1e-5)
+    np.testing.assert_allclose(encode(model, items[1:2]), singles[1:2], atol=1e-5)
+    assert len(encode(model, [])) == 0
