@@ -15,7 +15,6 @@ import yaml
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from sentence_transformers import (
     SentenceTransformer,
-    SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
@@ -24,6 +23,7 @@ from llave import scratch
 from llave.data import load_training, texts_of
 from llave.losses import CachedLLaVELoss, LLaVELoss
 from llave.modeling import build
+from llave.trainer import EmbeddingTrainer
 from llave_kernels import similarity_statistics
 
 # Trainer settings that follow from others.
@@ -35,9 +35,13 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "scratch": None,  # arguments of llave.scratch.llava_onevision
         "pinpoints": None,
         "max_seq_length": 4096,
+        # Of the weights, which the optimizer then updates in it: bfloat16 loses small updates. Left
+        # out, with trainer.bf16, the products are in bfloat16 and the weights in float32.
         "dtype": None,
         "frozen": None,  # parameters with this in their name are not trained
-        "lora": None,  # arguments of peft.LoraConfig
+        # Arguments of peft.LoraConfig. Checkpoints hold the adapters alone; the model that is saved
+        # at the end has them merged into its weights and needs neither peft nor the backbone.
+        "lora": None,
     },
     "data": {
         "train": None,  # folder of MMEB training files, or hub name
@@ -59,6 +63,9 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "mini_batch_size": None,  # gradient caching
         "backend": "auto",
     },
+    # fsdp (version 2) and deepspeed (untried) shard the weights. Parts that are frozen as a whole
+    # FSDP leaves unsharded; the others every process must run in each forward, so a column of a
+    # subset should have images in all its rows or in none.
     "trainer": {
         field.name: field.default if field.default is not dataclasses.MISSING else None
         for field in dataclasses.fields(SentenceTransformerTrainingArguments)
@@ -122,7 +129,7 @@ def read_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
 
 
 def train(recipe: Recipe) -> SentenceTransformer:
-    """Train by a recipe; the model is saved in ``output_dir/model``.
+    """Train by a recipe; the whole model is saved in ``output_dir/model``, adapters merged.
 
     A run that was cut off goes on from its last complete checkpoint, with the losses it would have
     had. Under torchrun every process trains on its share of each global batch.
@@ -137,8 +144,10 @@ def train(recipe: Recipe) -> SentenceTransformer:
         negatives=data["homogeneous"],
         on_error=data["on_error"],
     )
-    model = _model(
-        recipe["model"], (text for subset in subsets.values() for text in texts_of(subset))
+    model = build_model(
+        recipe["model"],
+        (text for subset in subsets.values() for text in texts_of(subset)),
+        seed=recipe["trainer"].get("seed", SECTIONS["trainer"]["seed"]),
     )
     return fit(model, subsets, recipe)
 
@@ -149,7 +158,7 @@ def fit(
     """The training itself.
 
     Args:
-        model: trained in place.
+        model: trained in place; adapters are merged, but not where FSDP or DeepSpeed shards it.
         subsets: by name, datasets of anchor, positive, negatives, and optionally ``label``: the
             content ids of ``LLaVELoss``.
         recipe: its sections data, loss and trainer.
@@ -182,17 +191,17 @@ def fit(
         loss_fn = LLaVELoss(model, **loss)
     else:
         loss_fn = CachedLLaVELoss(model, mini_batch_size=size, **loss)
-    trainer = SentenceTransformerTrainer(
+    trainer = EmbeddingTrainer(
         model=model,
         args=arguments,
         train_dataset=DatasetDict(subsets) if data["homogeneous"] else joined(subsets),
         loss=loss_fn,
         evaluator=SimilarityOverlap(held_out) if held_out else None,
     )
+    trainer.check_sharding(data["homogeneous"])
     folder = Path(arguments.output_dir)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    if trainer.is_world_process_zero():
-        model.save_pretrained(str(folder / "model"))
+    trainer.save_whole(folder / "model")
     return model
 
 
@@ -265,7 +274,20 @@ class SimilarityOverlap(SentenceEvaluator):
         return found | {"similarity_overlap": sum(overlaps) / len(overlaps)}
 
 
-def _model(settings: dict[str, Any], texts: Iterable[str]) -> SentenceTransformer:
+def build_model(
+    settings: dict[str, Any], texts: Iterable[str], *, seed: int
+) -> SentenceTransformer:
+    """The model of a recipe's section of that name.
+
+    Args:
+        settings: the section, completed.
+        texts: what the tokenizer of a backbone from scratch is trained on.
+        seed: of adapters.
+
+    Raises:
+        ImportError: ``lora`` is set and peft is not installed.
+        ValueError: ``frozen`` is in no parameter's name.
+    """
     backbone = settings["backbone"]
     if settings["scratch"] is not None:
         backbone = scratch.llava_onevision(texts, **settings["scratch"])
@@ -276,14 +298,19 @@ def _model(settings: dict[str, Any], texts: Iterable[str]) -> SentenceTransforme
         max_seq_length=settings["max_seq_length"],
         model_kwargs=None if dtype is None else {"dtype": dtype},
     )
-    if settings["frozen"]:
+    if settings["lora"]:
+        try:
+            from peft import LoraConfig
+        except ImportError as error:
+            raise ImportError(
+                f"model.lora={settings['lora']} needs peft: pip install peft"
+            ) from error
+        torch.manual_seed(seed)
+        model.add_adapter(LoraConfig(**settings["lora"]))
+    if settings["frozen"]:  # adapters too
         names = [name for name, _ in model.named_parameters() if settings["frozen"] in name]
         if not names:
             raise ValueError(f"model.frozen={settings['frozen']!r} is in no parameter's name")
         for name in names:
             model.get_parameter(name).requires_grad_(False)
-    if settings["lora"]:
-        from peft import LoraConfig
-
-        model.add_adapter(LoraConfig(**settings["lora"]))
     return model

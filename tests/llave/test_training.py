@@ -14,23 +14,34 @@ import pytest
 for needed in ("sentence_transformers", "datasets", "accelerate", "yaml", "torchvision"):
     pytest.importorskip(needed)
 
+from sentence_transformers import SentenceTransformer  # noqa: E402
+
+from llave.mmeb import TASKS  # noqa: E402
 from llave.training import SECTIONS, last_checkpoint, read_recipe  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(p.stem for p in (ROOT / "llave" / "recipes").glob("*.yaml"))
 
 
-def run(out: Path, kill_at: int = 0, processes: int = 1) -> int:
+def run(
+    out: Path,
+    *overrides: str,
+    kill_at: int = 0,
+    processes: int = 1,
+    worker: str = "train_worker",
+) -> None:
+    """A worker trains in a process, or several, of its own, and ends or is killed as it should."""
     launcher = [sys.executable, "-m"]
     if processes > 1:
         launcher += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    command = [*launcher, "tests.llave.train_worker", str(out), str(kill_at)]
+    command = [*launcher, f"tests.llave.{worker}", str(out), str(kill_at), *overrides]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=out.parent, env=environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode
+    # torchrun's own code where a process was killed is 1.
+    killed = -signal.SIGKILL if processes == 1 else 1
+    assert done.returncode == (killed if kill_at else 0), done.stderr
 
 
 def logged(out: Path, key: str = "loss") -> dict[int, float]:
@@ -41,7 +52,7 @@ def logged(out: Path, key: str = "loss") -> dict[int, float]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "whole"
-    assert run(out) == 0
+    run(out)
     return out
 
 
@@ -55,20 +66,31 @@ def test_losses_fall_and_the_overlap_is_logged(uninterrupted: Path) -> None:
     assert (uninterrupted / "model" / "modules.json").exists()
 
 
+def test_the_saved_model_takes_another_length(uninterrupted: Path) -> None:
+    model = SentenceTransformer(str(uninterrupted / "model"), device="cpu")
+    model.max_seq_length = 200
+    assert model.preprocess(["one and two " * 99])["input_ids"].shape[1] == 200
+
+
 def test_a_killed_run_goes_on_with_the_same_losses(uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
-    assert run(out, kill_at=7) == -signal.SIGKILL
+    run(out, kill_at=7)
     # As if it had been killed once more, in the middle of a checkpoint.
     half = out / "checkpoint-6"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
-    assert run(out) == 0
+    (out / "model").mkdir()
+    (out / "model" / "of_an_earlier_run").touch()
+    run(out)
     assert logged(out) == pytest.approx(logged(uninterrupted), rel=1e-6)
+    assert (out / "model" / "modules.json").exists()
+    assert not (out / "model" / "of_an_earlier_run").exists()
+    assert not list(out.glob(".model*"))
 
 
 def test_two_processes_have_the_losses_of_one(uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "two"
-    assert run(out, processes=2) == 0
+    run(out, processes=2)
     assert logged(out) == pytest.approx(logged(uninterrupted), rel=1e-3)
 
 
@@ -89,6 +111,12 @@ def test_our_recipes_are_whole(name: str) -> None:
     assert set(recipe) == set(SECTIONS)
     assert recipe["loss"]["scale"] == 50.0
     assert recipe["loss"]["alpha"] == 9.0
+    if name != "tiny":
+        # MMEB's training subsets have the evaluation's names, but for one.
+        known = [task.replace("ImageNet-1K", "ImageNet_1K") for task in TASKS]
+        assert recipe["data"]["subsets"] == [
+            name for name, task in zip(known, TASKS.values(), strict=True) if task.in_distribution
+        ]
 
 
 def test_overrides_are_read_as_yaml() -> None:

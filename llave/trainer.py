@@ -1,0 +1,210 @@
+"""sentence-transformers' trainer with what it lacks for several processes and for adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.base.losses.gradcache import uses_gradient_cache
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModel, PreTrainedModel, Trainer
+
+
+class EmbeddingTrainer(SentenceTransformerTrainer):
+    """The host's trainer, with what it lacks for DDP, sharded weights and adapters."""
+
+    def check_sharding(self, homogeneous: bool) -> None:
+        """Raise before the training what would else stop it, or the saving of the weights."""
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(
+                f"trainer.fsdp={self.args.fsdp!r}: accelerate shards over no "
+                f"{self.args.device.type}; leave it out"
+            )
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError(
+                f"trainer.fsdp_config={self.args.fsdp_config!r} asks for FSDP1; set version to 2"
+            )
+        zero = {}
+        if self.is_deepspeed_enabled:
+            zero = self.accelerator.deepspeed_config["zero_optimization"]
+        if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+            raise ValueError(
+                f"trainer.deepspeed={self.args.deepspeed!r}: the weights could not be saved; set "
+                "zero_optimization.stage3_gather_16bit_weights_on_model_save to true in it"
+            )
+        whole = self.is_fsdp_enabled and _untrained(self.model.transformers_model)
+        if not homogeneous and (zero.get("stage") == 3 or (self.is_fsdp_enabled and not whole)):
+            # Gathering weights takes all processes: one with images would wait for one without.
+            raise ValueError(
+                "data.homogeneous=False: sharded weights need batches of one subset, so that all "
+                "processes have images or none; set it to true, or with FSDP freeze the vision "
+                "tower (model.frozen)"
+            )
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        # FSDP2 changes the class of what it wraps, which those of sentence-transformers, being
+        # ABCs, do not let it. The backbone does, and it has all the weights.
+        if not self.is_fsdp_enabled:
+            return super()._prepare_for_training(*args, **kwargs)
+        prepare, plugin = self.accelerator.prepare, self.accelerator.state.fsdp_plugin
+
+        def prepare_backbone(model: SentenceTransformer, optimizer: Any) -> tuple[Any, Any]:
+            backbone = model.transformers_model
+            plugin.ignored_modules = _untrained(backbone)
+            if plugin.transformer_cls_names_to_wrap is None:
+                # The backbone's list has classes of other configurations, which are an error.
+                present = {type(module).__name__ for module in backbone.modules()}
+                plugin.transformer_cls_names_to_wrap = sorted(
+                    present & set(backbone._no_split_modules)
+                )
+            backbone, optimizer = prepare(backbone, optimizer)
+            register_fsdp_forward_method(backbone, "forward")  # which is called by that name
+            model.set_requires_gradient_sync = backbone.set_requires_gradient_sync
+            return model, optimizer
+
+        self.accelerator.prepare = prepare_backbone
+        try:
+            return super()._prepare_for_training(*args, **kwargs)
+        finally:
+            self.accelerator.prepare = prepare
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """The host's, telling DDP which parameters the whole loss uses.
+
+        DDP itself looks at the last forward alone. After images and then texts it would take the
+        vision tower for unused, and stop at its gradients.
+        """
+        loss = super().compute_loss(model, *args, **kwargs)
+        if (
+            isinstance(model, DistributedDataParallel)
+            and model.find_unused_parameters
+            and model.require_backward_grad_sync
+            and not uses_gradient_cache(self.loss)
+        ):
+            model.reducer.prepare_for_backward([loss])
+        return loss
+
+    def save_whole(self, folder: Path) -> None:
+        """Save the model with all its weights and adapters merged. Every process must call it."""
+        state = None
+        if self._shards():
+            state = self.accelerator.get_state_dict(self.model_wrapped)
+        # Beside, then renamed: a model that was there is whole until the new one is.
+        beside, before = (folder.with_name(f".{folder.name}-{kind}") for kind in ("new", "old"))
+        if self.args.should_save:
+            rmtree(beside, ignore_errors=True)
+        self._save_state(beside, state, merge=True)
+        if self.args.should_save:
+            rmtree(before, ignore_errors=True)
+            if folder.exists():
+                folder.rename(before)
+            beside.rename(folder)
+            rmtree(before, ignore_errors=True)
+
+    def _shards(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # The host saves sharded weights as they are, and from every process at a time.
+        folder = Path(output_dir or self.args.output_dir)
+        self._save_state(folder, state_dict, merge=False)
+        if self.args.should_save:
+            torch.save(self.args, folder / "training_args.bin")
+
+    def _save_state(self, folder: Path, state: dict[str, Any] | None, merge: bool) -> None:
+        """Save the model, with gathered weights where its own are sharded."""
+        model = self.accelerator.unwrap_model(self.model)
+        backbone = model.transformers_model
+        # Or a tokenizer that was used keeps its length over any set after loading.
+        model.tokenizer.backend_tokenizer.no_truncation()
+        if not self._shards():
+            if merge:
+                _merge_adapters(backbone)
+            if self.args.should_save:
+                model.save_pretrained(str(folder))
+        elif self.args.should_save and state is not None:
+            whole = _with_weights(backbone, state)
+            if merge:
+                _merge_adapters(whole)
+            model[0].model = whole
+            # The card shows embeddings, which the copy, without its buffers, cannot make.
+            model.save_pretrained(str(folder), create_model_card=False)
+            model[0].model = backbone
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            _complete(self.optimizer)
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
+        backbone = self.accelerator.unwrap_model(self.model).transformers_model
+        if self.is_fsdp_enabled:  # which the host does not know
+            Trainer._load_from_checkpoint(self, checkpoint_path, model)
+        elif _adapted(backbone):  # the host would look for the backbone, in a folder that is gone
+            from peft import set_peft_model_state_dict
+
+            saved = load_file(Path(checkpoint_path) / "adapter_model.safetensors")
+            state = {name.removeprefix("base_model.model."): x for name, x in saved.items()}
+            if state.keys() != backbone.get_adapter_state_dict().keys():
+                raise ValueError(
+                    f"{checkpoint_path} has other adapters than model.lora makes; train with the "
+                    "model.lora it was made with, or in another trainer.output_dir"
+                )
+            set_peft_model_state_dict(backbone, state, "default")
+        else:
+            super()._load_from_checkpoint(checkpoint_path)
+
+
+def _untrained(backbone: PreTrainedModel) -> list[torch.nn.Module]:
+    """Parts such as a frozen vision tower: FSDP leaves them whole, for any process to run alone."""
+    return [m for m in backbone.children() if not any(p.requires_grad for p in m.parameters())]
+
+
+def _complete(optimizer: Any) -> None:
+    """State of parameters that had no gradient yet: FSDP restores all of it or none."""
+    known: dict[str, Any] = next(iter(optimizer.state.values()), {})
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not optimizer.state.get(p):
+                optimizer.state[p] = {
+                    name: torch.zeros_like(p if value.dim() else value)
+                    for name, value in known.items()
+                }
+
+
+def _adapted(backbone: PreTrainedModel) -> bool:
+    return hasattr(backbone, "peft_config")
+
+
+def _with_weights(backbone: PreTrainedModel, state: dict[str, Any]) -> PreTrainedModel:
+    """A backbone like a sharded one, with the weights of the whole model's state."""
+    prefix = "0.model."  # of the first module, sentence-transformers' Transformer
+    with torch.device("meta"):
+        whole = AutoModel.from_config(backbone.config)
+        if _adapted(backbone):
+            whole.add_adapter(backbone.peft_config["default"])
+    weights = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+    whole.load_state_dict(weights, assign=True)
+    return whole
+
+
+def _merge_adapters(backbone: PreTrainedModel) -> None:
+    """Add the adapters to the weights they adapt and leave no trace of them."""
+    if not _adapted(backbone):
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for name, layer in list(backbone.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            backbone.set_submodule(name, layer.get_base_layer())
+        elif isinstance(layer, AuxiliaryTrainingWrapper):  # modules_to_save
+            trained = layer.unload_and_optionally_merge_module(True, False, None)
+            backbone.set_submodule(name, trained)
+    backbone.delete_adapter("default")

@@ -1,0 +1,27 @@
+"""``train_worker`` where accelerate's FSDP runs on a CPU, over gloo."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+from tests.llave import train_worker
+
+if __name__ == "__main__":
+    initialise = AcceleratorState.__init__
+
+    def sharded(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        """As for several GPUs: accelerate passes CPUs over, and FSDP2 does not mind them."""
+        initialise(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = sharded
+    train_worker.main(*sys.argv[1:])
