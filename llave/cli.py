@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         "Train an embedding model by a recipe; a run that was cut off goes on from its checkpoint.",
         "llave train tiny",
         "llave train my.yaml --loss.alpha 5 --trainer.learning_rate 2e-5",
-        "torchrun --nproc_per_node 8 -m llave train llave-0.5b --data.images MMEB-train-images",
+        "torchrun --nproc_per_node 8 -m llave train llave-0.5b --data.images MMEB-train",
     )
     train.add_argument("recipe", help="a YAML file, or the name of one that comes with llave")
 
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate",
         _evaluate,
         "MMEB precision@1 and text-video recall per task, beside the paper's rows.",
-        "llave evaluate llave-0.5b --tasks all --data MMEB-eval --images MMEB-eval-images",
+        "llave evaluate llave-0.5b --tasks all --data TIGER-Lab/MMEB-eval --images MMEB-eval",
         "llave evaluate tiny/model --tasks text_to_image --data emoji/eval --images emoji/images",
         "llave evaluate llave-7b --tasks MSR-VTT --data . --images videos --max-seq-length 8192",
     )

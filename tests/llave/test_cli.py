@@ -79,6 +79,9 @@ def test_train_evaluate_embed_and_search(
     where = ["--data", "emoji/eval", "--images", "emoji/images"]
     assert main(["evaluate", "tiny/model", "--tasks", "colours", *where]) == 0
     assert "| colours | 1 | " in capsys.readouterr().out
+    short = [*where, "--out", "short", "--max-seq-length", "40"]  # too few for an image's tokens
+    assert main(["evaluate", "tiny/model", "--tasks", "colours", *short]) == 2
+    assert "increase `max_length`" in capsys.readouterr().err
     assert main(["embed", "tiny/model", "emoji/images", "--out", "vectors"]) == 0
     capsys.readouterr()
     assert main(["search", "vectors", "the colour red", "--model", "tiny/model", "-k", "2"]) == 0

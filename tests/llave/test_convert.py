@@ -176,6 +176,15 @@ def test_an_embedding_without_room_for_the_image_token_is_extended(backbone, ref
     np.testing.assert_allclose(found.encode(ITEMS), reference.encode(ITEMS), atol=1e-5)
 
 
+def test_a_converted_folder_is_a_backbone_to_train(backbone, reference, tmp_path):
+    write_shards(tmp_path, write_checkpoint(tmp_path, backbone[0]), 1)
+    with pytest.raises(ValueError, match=r"model_type='llava_qwen' .* llave\.convert first"):
+        llave.build(tmp_path)
+    convert.convert(tmp_path, tmp_path / "dst")
+    found = llave.build(tmp_path / "dst", device="cpu")
+    np.testing.assert_allclose(found.encode(ITEMS), reference.encode(ITEMS), atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_dtype_is_kept(backbone, tmp_path, dtype):
     state = write_checkpoint(tmp_path, backbone[0], dtype=dtype)
