@@ -35,9 +35,9 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "scratch": None,  # arguments of llave.scratch.llava_onevision
         "pinpoints": None,
         "max_seq_length": 4096,
-        # Of the weights, which the optimizer then updates in it: bfloat16 loses small updates. Left
-        # out, with trainer.bf16, the products are in bfloat16 and the weights in float32.
-        "dtype": None,
+        # Of the weights, which the optimizer updates in it: half precision, in which backbones are
+        # published, loses small updates. With trainer.bf16 the products are in bfloat16 anyway.
+        "dtype": "float32",
         "frozen": None,  # parameters with this in their name are not trained
         # Arguments of peft.LoraConfig. Checkpoints hold the adapters alone; the model that is saved
         # at the end has them merged into its weights and needs neither peft nor the backbone.
@@ -291,12 +291,11 @@ def build_model(
     backbone = settings["backbone"]
     if settings["scratch"] is not None:
         backbone = scratch.llava_onevision(texts, **settings["scratch"])
-    dtype = settings["dtype"]
     model = build(
         backbone,
         pinpoints=settings["pinpoints"],
         max_seq_length=settings["max_seq_length"],
-        model_kwargs=None if dtype is None else {"dtype": dtype},
+        model_kwargs={"dtype": settings["dtype"]},
     )
     if settings["lora"]:
         try:

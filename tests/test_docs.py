@@ -27,8 +27,22 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
+def provide_files(folder: Path) -> None:
+    """What the README's snippet reads: a model, here a tiny one, an image and a video."""
+    for needed in ("sentence_transformers", "torchvision", "av"):
+        pytest.importorskip(needed)
+    from llave.modeling import build
+    from tests.llave import test_video, tiny
+
+    build(tiny.llava_onevision(), device="cpu").save_pretrained(str(folder / "llave-0.5b"))
+    test_video.noise(1)[0].save(folder / "cat_and_dog.jpg")
+    test_video.write_video(folder / "clip.mp4", 20)
+
+
 @pytest.mark.parametrize("code", SNIPPETS)
 def test_snippet_runs(code: str, tmp_path: Path) -> None:
+    if "llave-0.5b" in code:
+        provide_files(tmp_path)
     # What torchrun sets, for one process.
     ranks = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     environment = os.environ | ranks | {"MASTER_PORT": free_port(), "HF_HUB_OFFLINE": "1"}

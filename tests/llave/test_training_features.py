@@ -17,8 +17,8 @@ from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 
-from llave.training import build_model, read_recipe  # noqa: E402
-from tests.llave import train_worker  # noqa: E402
+from llave.training import SECTIONS, build_model, read_recipe  # noqa: E402
+from tests.llave import tiny, train_worker  # noqa: E402
 from tests.llave.test_training import logged, run  # noqa: E402
 
 # A batch of pictures and texts, then one of texts alone, and so on.
@@ -85,6 +85,16 @@ def test_bfloat16_is_near_float32(
     saved = load_file(tmp_path / "low" / "model" / "model.safetensors")
     kept = {"F32": torch.float32, "BF16": torch.bfloat16}[weights]
     assert {weight.dtype for weight in saved.values()} == {kept}
+
+
+def test_half_precision_backbones_are_trained_in_float32(tmp_path: Path) -> None:
+    network, processor = tiny.llava_onevision()
+    for part in (network.half(), processor):
+        part.save_pretrained(tmp_path)
+    settings = SECTIONS["model"] | {"backbone": str(tmp_path)}
+    assert {p.dtype for p in build_model(settings, [], seed=0).parameters()} == {torch.float32}
+    settings["dtype"] = "auto"
+    assert {p.dtype for p in build_model(settings, [], seed=0).parameters()} == {torch.float16}
 
 
 @pytest.mark.parametrize("overrides", [(), (*CACHING, *CHECKPOINTING)], ids=["plain", "cached"])
