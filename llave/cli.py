@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError  # what a chat template refuses
+
 Arguments = argparse.Namespace
 
 
@@ -19,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         arguments.run(arguments, rest)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, TemplateError) as error:
         print(f"llave {arguments.command}: error: {error}", file=sys.stderr)
         return 2
     return 0

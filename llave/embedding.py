@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from jinja2 import TemplateError
 from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
@@ -334,7 +335,13 @@ def _encode(
             shard.skipped.append({"row": row.number, "id": row.id, "error": error})
         if not good:
             continue
-        vectors = encode([value for _, value in good]).astype(manifest["dtype"])
+        try:
+            vectors = encode([value for _, value in good]).astype(manifest["dtype"])
+        except (ValueError, TemplateError) as error:
+            first, last = good[0][0], good[-1][0]
+            raise ValueError(
+                f"rows {first.number} to {last.number} (ids {first.id!r} to {last.id!r}): {error}"
+            ) from error
         if vectors.shape[1] != manifest["dimension"]:
             raise ValueError(
                 f"model gave embeddings of {vectors.shape[1]} values, but says it gives "

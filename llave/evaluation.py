@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from sentence_transformers import SentenceTransformer
 
 from llave.data import Candidates, Images, load_evaluation, make_input
@@ -86,7 +87,7 @@ def evaluate(
         try:
             rows = load_evaluation(data, task)
             result = score(model, task, rows, Images(images), batch_size)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, TemplateError) as error:
             raise ValueError(f"task {task}: {error}") from error
         beside = file.with_suffix(f".{os.getpid()}.part")
         beside.write_text(json.dumps({"model": fingerprint} | result._asdict(), indent=1))

@@ -241,6 +241,9 @@ def last_checkpoint(folder: Path) -> str | None:
 class SimilarityOverlap(SentenceEvaluator):
     """Overlap of the similarity histograms of positives and negatives (paper, Figure 1).
 
+    The histograms go to ``output_path``, in ``similarities-STEP.json``: counts by subset, in 100
+    equal bins over [-1, 1].
+
     Args:
         subsets: by name, datasets with the columns anchor and positive.
     """
@@ -260,6 +263,7 @@ class SimilarityOverlap(SentenceEvaluator):
         steps: int = -1,
     ) -> dict[str, float]:
         found: dict[str, float] = {}
+        histograms = {}
         for name, subset in self.subsets.items():
             rows = subset[:]
             pair = (
@@ -270,6 +274,13 @@ class SimilarityOverlap(SentenceEvaluator):
             found[f"{name}_similarity_overlap"] = float(result.overlap)
             found[f"{name}_positive_mean"] = float(result.positive_mean)
             found[f"{name}_negative_mean"] = float(result.negative_mean)
+            counts = {"positives": result.positive, "negatives": result.negative}
+            histograms[name] = {kind: count.tolist() for kind, count in counts.items()}
+        if output_path is not None:
+            file = Path(output_path) / f"similarities-{steps}.json"
+            beside = file.with_suffix(f".{os.getpid()}.part")
+            beside.write_text(json.dumps(histograms))
+            beside.replace(file)
         overlaps = [v for k, v in found.items() if k.endswith("_overlap")]
         return found | {"similarity_overlap": sum(overlaps) / len(overlaps)}
 

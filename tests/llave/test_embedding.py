@@ -342,6 +342,19 @@ def test_broken_images(pictures: Path, tmp_path: Path) -> None:
     assert read(out)[0] == ["0", "1", "2", "3"]
 
 
+def test_rows_that_the_model_refuses_are_named(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("too long")
+
+    refusing = model()
+    monkeypatch.setattr(refusing, "encode", refuse)
+    message = r"rows 0 to 3 \(ids 'doc 0' to 'doc 3'\): too long"
+    with pytest.raises(ValueError, match=message):
+        embed(refusing, source, tmp_path / "out", shard_rows=4)
+
+
 def test_embeddings_that_are_not_finite(source: Path, tmp_path: Path) -> None:
     broken = model()
     broken[0].weight.data[:] = torch.nan

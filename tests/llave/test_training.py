@@ -63,6 +63,12 @@ def test_losses_fall_and_the_overlap_is_logged(uninterrupted: Path) -> None:
     overlap = logged(uninterrupted, "eval_similarity_overlap")
     assert list(overlap) == [6, 12]
     assert all(0 <= value <= 1 for value in overlap.values())
+    for step in overlap:  # eight pairs of each subset are held out
+        found = json.loads((uninterrupted / "eval" / f"similarities-{step}.json").read_text())
+        assert set(found) == {"plus", "minus"}
+        for counts in found.values():
+            assert sum(counts["positives"]) == 8
+            assert sum(counts["negatives"]) == 56
     assert (uninterrupted / "model" / "modules.json").exists()
 
 
