@@ -32,13 +32,26 @@ ROOTS = (
 ROOTS += ("argparse", "asyncio", "datetime", "decimal", "pathlib", "shutil", "statistics", "typing")
 
 
-def random(n: int, d: int) -> tuple[Tensor, Tensor]:
-    """(N, D) unit rows; each target lies near its query, at cosine 0.24: a loss of about 0.5 at
-    alpha 9, as in the middle of training."""
+def precision(name: str) -> torch.dtype:
+    """The dtype of that name; ``tf32`` is float32 whose products torch may round to it."""
+    if name == "tf32":
+        torch.set_float32_matmul_precision("high")
+        return torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def random(n: int, d: int, negatives: int = 0) -> tuple[Tensor, Tensor]:
+    """(N, D) queries and ((1 + negatives) N, D) targets, unit rows: the positives, then blocks of
+    mined negatives. A positive lies near its query, at cosine 0.24: a loss of about 0.5 at alpha 9,
+    as in the middle of training. A mined negative lies half as near."""
     generator = torch.Generator().manual_seed(n + d)
     query = normalize(torch.randn(n, d, generator=generator), dim=1)
-    noise = normalize(torch.randn(n, d, generator=generator), dim=1)
-    return query, normalize(query + 4 * noise, dim=1)
+    target = []
+    for spread in (4, *[8] * negatives):
+        noise = normalize(torch.randn(n, d, generator=generator), dim=1)
+        target.append(normalize(query + spread * noise, dim=1))
+    return query, torch.cat(target)
 
 
 def from_file(path: Path) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,10 @@
 
 Each implementation has a process of its own; they are timed in turn, a few steps at a time, so that
 a slow spell of the machine falls on all. TFLOP/s counts 8NMD for both directions and 6NMD for one,
-whatever an implementation really does. Each is compared with float64 values of the loss it really
-computes: not every peer applies the hardness weight. The CSV is rewritten after every round.
+whatever an implementation really does. The floor is that work at the rate of a large product, or
+the inputs and gradients moved at that of a large copy, whichever takes longer. Each is compared
+with float64 values of the loss it really computes: not every peer applies the hardness weight. The
+CSV is rewritten after every round.
 """
 
 from __future__ import annotations
@@ -54,10 +56,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if gpu else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--sizes", type=_positive, nargs="+", help="N = M of the random embeddings")
+    parser.add_argument("--dtype", choices=["float32", "tf32", "bfloat16", "float16"])
+    parser.add_argument("--sizes", type=_positive, nargs="+", help="N of the random embeddings")
     parser.add_argument("--dims", type=_positive, nargs="+", help="D of the random embeddings")
     parser.add_argument("--impl", nargs="+", choices=list(PEERS), help="default: all that can run")
+    parser.add_argument(
+        "--negatives", type=int, default=0, help="mined negatives a query, with --data random"
+    )
     parser.add_argument("--alpha", type=float, default=9.0)
     parser.add_argument("--one-direction", action="store_true", help="query -> target only")
     parser.add_argument(
@@ -70,6 +75,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.device == "cuda" and not gpu:
         parser.error("--device cuda: torch sees no GPU")
+    if options.negatives < 0 or (options.negatives and options.data != "random"):
+        parser.error(f"--negatives {options.negatives}: 0 or more, and --data random")
     gpu = options.device == "cuda"
     options.dtype = options.dtype or ("bfloat16" if gpu else "float32")
     options.sizes = options.sizes or ([1024, 4096, 16384, 32768] if gpu else [1024, 4096])
@@ -82,7 +89,7 @@ def datasets(options: argparse.Namespace) -> Iterator[tuple[str, Tensor, Tensor]
     if options.data in ("random", "all"):
         for d in options.dims:
             for n in options.sizes:
-                yield "random", *data.random(n, d)
+                yield "random", *data.random(n, d, options.negatives)
     if options.data in ("docstrings", "all"):
         try:
             yield "docstrings", *data.docstrings()
@@ -176,6 +183,18 @@ def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def ceilings(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What the machine reaches at best, or nothing where that could not be measured."""
+    job = {"device": options.device, "dtype": options.dtype}
+    worker = workers.Worker("ceilings.py", job, folder)
+    found = worker.ask("")
+    worker.close()
+    if "status" in found:
+        tqdm.write(f"shares left out, no ceilings: {found['status']}", file=sys.stderr)
+        return {}
+    return found
+
+
 def environment(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """What every row of the CSV says about where it comes from."""
     gpu = options.device == "cuda"
@@ -209,7 +228,7 @@ def _version(package: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
     symmetric = not options.one_direction
-    reasons = refusals(options.device, symmetric)
+    reasons = refusals(options.device, symmetric, options.negatives > 0)
     asked = options.impl or list(PEERS)
     for name in asked:
         if reasons[name] is not None:
@@ -226,9 +245,10 @@ def main(argv: list[str] | None = None) -> None:
     running: dict[str, workers.Worker] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        about |= ceilings(options, folder)
         try:
             for label, query, target in sets:
-                n, d = query.shape
+                (n, d), m = query.shape, len(target)
                 progress.set_description(f"{label} N={n} D={d} float64")
                 inputs = folder / "inputs.pt"
                 torch.save((query, target), inputs)
@@ -237,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
                 group, files = {}, {}
                 for name in names:
                     kind = alphas(name, options)
-                    group[name] = about | {"data": label, "impl": name, "n": n, "d": d}
+                    group[name] = about | {"data": label, "impl": name, "n": n, "m": m, "d": d}
                     group[name] |= {"query_alpha": kind[0], "target_alpha": kind[1]}
                     files[name] = {"inputs": str(inputs), "truth": truth.get(kind)}
                 for done in measure(group, files, running, options, folder):
@@ -259,8 +279,14 @@ def _derived(group: list[dict[str, Any]], symmetric: bool) -> list[dict[str, Any
     for row in group:
         row["flops_convention"] = f"{FLOPS[symmetric]}NMD"
         if "step_ms" in row:
-            work = FLOPS[symmetric] * row["n"] ** 2 * row["d"]
+            work = FLOPS[symmetric] * row["n"] * row["m"] * row["d"]
             row["tflops"] = work / row["step_ms"] / 1e9
+            if "ceiling_tflops" in row:
+                size = 2 if "16" in row["dtype"] else 4
+                moved = 2 * (row["n"] + row["m"]) * row["d"] * size  # read, gradients written
+                bounds = work / row["ceiling_tflops"] / 1e9, moved / row["ceiling_gb_s"] / 1e6
+                row["floor_ms"] = max(bounds)
+                row["share"] = row["floor_ms"] / row["step_ms"]
             row["times_faster_than_authors"] = baseline and baseline / row["step_ms"]
     return group
 
@@ -268,6 +294,11 @@ def _derived(group: list[dict[str, Any]], symmetric: bool) -> list[dict[str, Any
 def _notes(rows: list[dict[str, Any]], options: argparse.Namespace, machine: str) -> Iterator[str]:
     """What a reader needs beside the table."""
     yield f"{machine}, {options.dtype}. TFLOP/s counts {FLOPS[not options.one_direction]}NMD."
+    if rows and "ceiling_tflops" in rows[0]:
+        yield (
+            f"A large product ran at {rows[0]['ceiling_tflops']:.3g} TFLOP/s, a large copy at "
+            f"{rows[0]['ceiling_gb_s']:.3g} GB/s: the floor that the share is of."
+        )
     yield "Extra MiB: peak beyond the inputs in one forward + backward, the two gradients included."
     yield "Errors: by norm, against float64 values of the loss with the alphas shown."
     limit = TRUTH_LIMIT[options.device]

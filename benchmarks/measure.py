@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from data import precision
 from peers import PEERS, Job, Loss
 from torch import Tensor
 
@@ -134,7 +135,7 @@ def serve(options: dict[str, Any], lines: TextIO) -> None:
             files, measured = json.loads(argument), None  # the last inputs' memory is free again
             loss = PEERS[options["impl"]].build(Job(options["alpha"], options["symmetric"]))
             inputs = torch.load(files["inputs"], weights_only=True)
-            pair = [x.to(options["device"], getattr(torch, options["dtype"])) for x in inputs]
+            pair = [x.to(options["device"], precision(options["dtype"])) for x in inputs]
             measured = Measured(loss, *pair)
             answer = measured.prepare(files["truth"])
         else:

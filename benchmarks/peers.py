@@ -40,9 +40,10 @@ class Peer:
     directions: tuple[int, ...] = (1, 2)
     query_alpha: bool = True
     target_alpha: bool = True
+    negatives: bool = False  # whether there may be mined ones: more targets than queries
     unavailable: Callable[[], str | None] = lambda: None
 
-    def refusal(self, device: str, symmetric: bool) -> str | None:
+    def refusal(self, device: str, symmetric: bool, negatives: bool) -> str | None:
         """Why it cannot take part, or None."""
         if self.gpu_only and device != "cuda":
             return "needs a GPU"
@@ -52,6 +53,8 @@ class Peer:
             return "computes one direction; add --one-direction"
         if not symmetric and 1 not in self.directions:
             return "computes both directions; leave out --one-direction"
+        if negatives and not self.negatives:
+            return "takes no mined negatives; leave out --negatives"
         return self.unavailable()
 
 
@@ -70,9 +73,10 @@ def ours(backend: str) -> Callable[[Job], Loss]:
 
 
 def _weighted_cross_entropy(similarity: Tensor, alpha: float) -> Tensor:
-    """Cross-entropy with the detached hardness weight on all but the diagonal."""
+    """Cross-entropy of (N, N), or (N, K N) with mined negatives, with the detached hardness weight
+    on all but a row's own targets."""
     weight = alpha * similarity.detach()
-    weight.fill_diagonal_(0)
+    weight.unflatten(1, (-1, len(weight))).diagonal(dim1=0, dim2=2).zero_()
     labels = torch.arange(len(similarity), device=similarity.device)
     return cross_entropy((SCALE * similarity + weight).float(), labels)
 
@@ -97,7 +101,8 @@ def dense(job: Job) -> Loss:
         rows = _weighted_cross_entropy(similarity, job.alpha)
         if not job.symmetric:
             return rows
-        return (rows + _weighted_cross_entropy(similarity.T, job.alpha)) / 2
+        columns = similarity[:, : len(query)].T  # of the positives
+        return (rows + _weighted_cross_entropy(columns, job.alpha)) / 2
 
     return loss
 
@@ -121,7 +126,9 @@ def sentence_transformers(job: Job) -> Loss:
         hardness_mode="in_batch_negatives",
         hardness_strength=job.alpha,
     )
-    return lambda query, target: module.compute_loss_from_embeddings([query, target], None)
+    return lambda query, target: module.compute_loss_from_embeddings(
+        [query, *target.split(len(query))], None
+    )
 
 
 def open_clip(job: Job) -> Loss:
@@ -178,17 +185,23 @@ def memeff(job: Job) -> Loss:
 def _backend(name: str) -> Peer:
     """One of ours. Off the GPU only ``torch`` is timed: Triton's interpreter is for tests."""
     return Peer(
-        ours(name), gpu_only=name != "torch", unavailable=lambda: available_backends()[name]
+        ours(name),
+        gpu_only=name != "torch",
+        negatives=True,
+        unavailable=lambda: available_backends()[name],
     )
 
 
 UNWEIGHTED = {"query_alpha": False, "target_alpha": False}
 PEERS: dict[str, Peer] = {f"llave-{name}": _backend(name) for name in available_backends()} | {
     "authors": Peer(authors),
-    "dense": Peer(dense),
-    "dense-compiled": Peer(compiled),
+    "dense": Peer(dense, negatives=True),
+    "dense-compiled": Peer(compiled, negatives=True),
     "sentence-transformers": Peer(
-        sentence_transformers, package="sentence_transformers", target_alpha=False
+        sentence_transformers,
+        package="sentence_transformers",
+        target_alpha=False,
+        negatives=True,
     ),
     "open-clip": Peer(open_clip, package="open_clip", directions=(2,), **UNWEIGHTED),
     "inf-cl": Peer(inf_cl, package="inf_cl", gpu_only=True, **UNWEIGHTED),
@@ -198,15 +211,23 @@ PEERS: dict[str, Peer] = {f"llave-{name}": _backend(name) for name in available_
         package="cut_cross_entropy",
         gpu_only=True,
         directions=(1,),
+        negatives=True,
         **UNWEIGHTED,
     ),
-    "liger": Peer(liger, package="liger_kernel", gpu_only=True, directions=(1,), **UNWEIGHTED),
+    "liger": Peer(
+        liger,
+        package="liger_kernel",
+        gpu_only=True,
+        directions=(1,),
+        negatives=True,
+        **UNWEIGHTED,
+    ),
 }
 # A convention, the same for all whatever they really do. One direction: the logits and two gradient
 # products. Both: 2NMD more, which is what a loss that keeps no N x M matrix recomputes.
 FLOPS = {True: 8, False: 6}
 
 
-def refusals(device: str, symmetric: bool) -> dict[str, str | None]:
+def refusals(device: str, symmetric: bool, negatives: bool) -> dict[str, str | None]:
     """Each implementation with None, or why it does not take part in this run."""
-    return {name: peer.refusal(device, symmetric) for name, peer in PEERS.items()}
+    return {name: peer.refusal(device, symmetric, negatives) for name, peer in PEERS.items()}

@@ -1,9 +1,13 @@
-"""What a run leaves: a table on the screen, one CSV, and plots of time and memory against N."""
+"""What a run leaves: a table on the screen, one CSV, and plots of time and memory against N.
+
+python benchmarks/report.py RESULTS/*/loss_bench.csv    # one line a size: our best and others'
+"""
 
 from __future__ import annotations
 
 import csv
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,21 +19,24 @@ import matplotlib.pyplot as plt
 
 OUT_OF_MEMORY = "out of memory"
 COLUMNS = [
-    "data", "impl", "n", "d", "dtype", "directions", "query_alpha", "target_alpha", "status",
+    "data", "impl", "n", "m", "d", "dtype", "directions", "query_alpha", "target_alpha", "status",
     "forward_ms", "step_ms", "step_p20_ms", "step_p80_ms", "steps", "extra_mib",
-    "tflops", "flops_convention", "product_tflops", "loss", "loss_error", "gradient_error",
+    "tflops", "flops_convention", "floor_ms", "share", "ceiling_tflops", "ceiling_gb_s",
+    "product_tflops", "loss", "loss_error", "gradient_error",
     "times_faster_than_authors",
     "machine", "cores", "python", "torch", "triton", "llave", "date", "command",
 ]  # fmt: skip
 SHOWN = {
-    "data": "{}", "n": "{}", "d": "{}", "impl": "{}", "alphas": "{}",
+    "data": "{}", "n": "{}", "m": "{}", "d": "{}", "impl": "{}", "alphas": "{}",
     "forward_ms": "{:.3g}", "step_ms": "{:.4g}", "spread": "{}",
-    "extra_mib": "{:.0f}", "tflops": "{:.3g}", "loss_error": "{:.0e}", "gradient_error": "{:.0e}",
+    "extra_mib": "{:.0f}", "tflops": "{:.3g}", "share": "{:.0%}",
+    "loss_error": "{:.0e}", "gradient_error": "{:.0e}",
     "times_faster_than_authors": "{:.2f}x",
 }  # fmt: skip
 HEADINGS = {
     "forward_ms": "fwd ms", "step_ms": "fwd+bwd ms", "spread": "p20-p80", "extra_mib": "extra MiB",
-    "tflops": "TFLOP/s", "loss_error": "loss err", "gradient_error": "grad err",
+    "tflops": "TFLOP/s", "share": "of floor",
+    "loss_error": "loss err", "gradient_error": "grad err",
     "times_faster_than_authors": "vs authors",
 }  # fmt: skip
 Row = dict[str, Any]
@@ -43,7 +50,7 @@ def table(rows: list[Row]) -> str:
         if row["status"] == "ok":
             row["spread"] = f"{row['step_p20_ms']:.4g}-{row['step_p80_ms']:.4g}"
         cells = [f.format(row[c]) if row.get(c) is not None else "-" for c, f in SHOWN.items()]
-        lines.append(cells if row["status"] == "ok" else [*cells[:5], row["status"]])
+        lines.append(cells if row["status"] == "ok" else [*cells[:6], row["status"]])
     whole = [line for line in lines if len(line) == len(SHOWN)]
     widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
     return "\n".join(
@@ -67,6 +74,35 @@ def write_csv(rows: list[Row], path: Path) -> None:
     os.replace(beside.name, path)
 
 
+def digest(rows: list[dict[str, str]]) -> list[str]:
+    """One line for each data set and size of a CSV: our fastest, and how much faster than others.
+
+    Rows without figures are counted, so that what failed is not overlooked.
+    """
+    lines = []
+    for key in dict.fromkeys((row["data"], row["n"], row["m"], row["d"]) for row in rows):
+        here = [row for row in rows if (row["data"], row["n"], row["m"], row["d"]) == key]
+        done = sorted(
+            (row for row in here if row["step_ms"]), key=lambda row: float(row["step_ms"])
+        )
+        ours = next((row for row in done if row["impl"].startswith("llave")), None)
+        size = "{} N={} M={} D={} {}, {} direction(s)".format(
+            *key, here[0]["dtype"], here[0]["directions"]
+        )
+        parts = [f"{len(here) - len(done)} of {len(here)} without figures"]
+        if ours:
+            share = f", {float(ours['share']):.0%} of floor" if ours["share"] else ""
+            fastest = f"{ours['impl']} {float(ours['step_ms']):.4g} ms"
+            parts.insert(0, f"{fastest}, {float(ours['tflops']):.3g} TFLOP/s{share}")
+            parts += [
+                f"{float(row['step_ms']) / float(ours['step_ms']):.2f}x {row['impl']}"
+                for row in done
+                if row is not ours
+            ]
+        lines.append(f"{size}: {'; '.join(parts)}")
+    return lines
+
+
 def plots(rows: list[Row], folder: Path) -> list[Path]:
     """Time and memory against N, log-log, a figure per width.
 
@@ -84,7 +120,7 @@ def plots(rows: list[Row], folder: Path) -> list[Path]:
             _draw(axis, wide, column)
             if all(row.get(column) is None for row in wide):
                 axis.set_ylim(1, 10)  # nothing but crosses: a log axis wants something positive
-            axis.set(xscale="log", yscale="log", xlabel="N = M", title=f"{title}, D = {d}")
+            axis.set(xscale="log", yscale="log", xlabel="N", title=f"{title}, D = {d}")
             axis.set_xticks(sizes, labels=map(str, sizes))
             axis.minorticks_off()
             axis.grid(True, alpha=0.25)
@@ -113,3 +149,9 @@ def _draw(axis: Any, rows: list[Row], column: str) -> None:
         axis.plot(lost, heights, "x", ms=9, mew=2, transform=axis.get_xaxis_transform(), **look)
     if any(row["status"] == OUT_OF_MEMORY for row in rows):
         axis.plot([], [], "kx", ms=9, mew=2, label="out of memory")
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        with Path(name).open(newline="") as table_file:
+            print(name, *digest(list(csv.DictReader(table_file))), sep="\n  ")

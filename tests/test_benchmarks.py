@@ -4,6 +4,8 @@ files."""
 from __future__ import annotations
 
 import csv
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,12 +39,19 @@ def test_peers_compute_the_same_loss(name: str, symmetric: bool) -> None:
 
 @pytest.mark.parametrize(("query_alpha", "target_alpha"), [(9.0, 9.0), (9.0, 0.0), (0.0, None)])
 @pytest.mark.parametrize("spread", [0.1, 4.0])
+@pytest.mark.parametrize("negatives", [0, 2])
 def test_truth_in_strips_is_the_dense_loss(
-    query_alpha: float, target_alpha: float | None, spread: float, monkeypatch: pytest.MonkeyPatch
+    query_alpha: float,
+    target_alpha: float | None,
+    spread: float,
+    negatives: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(truth, "STRIP", 40 * 7)  # 7 rows at a time, which does not divide 40
+    monkeypatch.setattr(truth, "STRIP", 80 * 7)  # a number of rows that does not divide 40
     query = torch.randn(40, 12, dtype=torch.float64)
-    pair = [normalize(x, dim=1) for x in (query, query + spread * torch.randn_like(query))]
+    target = torch.cat([query, *query.new_zeros(negatives, *query.shape)])
+    target = target + spread * torch.randn_like(target)
+    pair = [normalize(x, dim=1) for x in (query, target)]
     computed = truth.truth(*pair, 50.0, query_alpha, target_alpha)
     leaves = [x.requires_grad_() for x in pair]
     symmetric = target_alpha is not None
@@ -56,19 +65,23 @@ def test_truth_in_strips_is_the_dense_loss(
 
 def test_every_peer_runs_or_says_why() -> None:
     for symmetric in (True, False):
-        reasons = peers.refusals("cpu", symmetric)
+        reasons = peers.refusals("cpu", symmetric, True)
         assert reasons["llave-torch"] is None
+        assert reasons["authors"] == "takes no mined negatives; leave out --negatives"
         assert reasons["llave-triton"] == "needs a GPU"
         assert all(reason is None or reason for reason in reasons.values())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("name", ["sentence-transformers", "open-clip"])
-def test_installed_peers_compute_what_they_are_held_against(name: str, symmetric: bool) -> None:
+@pytest.mark.parametrize("negatives", [0, 3])
+@pytest.mark.parametrize("name", ["llave-torch", "dense", "sentence-transformers", "open-clip"])
+def test_installed_peers_compute_what_they_are_held_against(
+    name: str, symmetric: bool, negatives: int
+) -> None:
     peer = peers.PEERS[name]
-    if (reason := peer.refusal("cpu", symmetric)) is not None:
+    if (reason := peer.refusal("cpu", symmetric, negatives > 0)) is not None:
         pytest.skip(reason)
-    query, target = data.random(40, 12)
+    query, target = data.random(40, 12, negatives)
     value = peer.build(peers.Job(9.0, symmetric))(query, target)
     weights = 9.0 * peer.query_alpha, 9.0 * peer.target_alpha if symmetric else None
     assert relative_error(value, truth.truth(query, target, peers.SCALE, *weights)[0]) < 2e-5
@@ -89,12 +102,18 @@ def test_a_run_leaves_csv_and_plots(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [row["impl"] for row in rows] == ["llave-torch", "authors"]
     assert all(row["status"] == "ok" and float(row["loss_error"]) < 1e-4 for row in rows)
     assert float(rows[1]["times_faster_than_authors"]) == 1.0
+    for row in rows:
+        assert float(row["share"]) == pytest.approx(float(row["floor_ms"]) / float(row["step_ms"]))
+        work = 8 * 24 * 24 * 8 / float(row["ceiling_tflops"]) / 1e9
+        moved = 2 * 48 * 32 / float(row["ceiling_gb_s"]) / 1e6  # rows of 32 bytes
+        assert float(row["floor_ms"]) == pytest.approx(max(work, moved))
     assert (tmp_path / "loss_bench_D8.png").stat().st_size > 1000
     assert "llave-torch" in capsys.readouterr().out
 
 
 def test_out_of_memory_is_shown_as_such(tmp_path: Path) -> None:
     row = {"data": "random", "impl": "dense", "d": 4, "query_alpha": 9.0, "target_alpha": None}
+    row["m"] = 8
     figures = {"step_ms": 1.0, "step_p20_ms": 0.9, "step_p80_ms": 1.2, "extra_mib": 2.0}
     good, lost = (
         row | figures | {"n": 8, "status": "ok"},
@@ -103,6 +122,38 @@ def test_out_of_memory_is_shown_as_such(tmp_path: Path) -> None:
     assert report.table([good, lost]).splitlines()[2].endswith("out of memory")
     for rows in ([good, lost], [lost]):
         assert report.plots(rows, tmp_path)[0].stat().st_size > 1000
+
+
+def test_a_digest_has_our_fastest_and_counts_what_has_no_figures() -> None:
+    def row(impl: str, step_ms: str, share: str = "0.5") -> dict[str, str]:
+        size = {"data": "random", "n": "8", "m": "16", "d": "4", "dtype": "float16"}
+        return size | {
+            "directions": "1", "impl": impl, "step_ms": step_ms, "tflops": "2", "share": share
+        }  # fmt: skip
+
+    rows = [row("llave-torch", "4"), row("llave-cuda", "2"), row("authors", "5"), row("dense", "")]
+    assert report.digest(rows) == [
+        "random N=8 M=16 D=4 float16, 1 direction(s): llave-cuda 2 ms, 2 TFLOP/s, 50% of floor; "
+        "1 of 4 without figures; 2.00x llave-torch; 2.50x authors"
+    ]
+    assert report.digest([row("liger", "")])[0].endswith(": 1 of 1 without figures")
+    assert "floor" not in report.digest([row("llave-torch", "4", share="")])[0]
+
+
+def test_the_gpu_check_names_what_failed(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    script = ROOT / "benchmarks" / "gpu_check.sh"
+    done = subprocess.run(
+        ["bash", str(script), str(tmp_path), "half"],
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert f"FAILED: half, see {tmp_path}/half.log" in done.stdout
+    assert "torch sees no GPU" in done.stdout
 
 
 def test_a_failed_child_says_why(tmp_path: Path) -> None:
@@ -125,7 +176,7 @@ def test_a_killed_run_keeps_what_it_had(tmp_path: Path, monkeypatch: pytest.Monk
 
     def interrupted(self: workers.Worker, line: str) -> dict[str, float]:
         asked.append(line)
-        if len(asked) > 5:
+        if len(asked) > 6:
             raise KeyboardInterrupt
         return ask(self, line)
 

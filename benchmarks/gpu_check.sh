@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Everything there is to know about our kernels on this machine's GPU, in one folder.
+#
+#   benchmarks/gpu_check.sh RESULTS              # all of it
+#   benchmarks/gpu_check.sh RESULTS build tests  # some parts
+#
+# Parts: build tests sanitize both half tf32 one_direction negatives. Each leaves RESULTS/PART.log, a
+# benchmark also its CSV and plots in RESULTS/PART. The screen gets a summary; the exit status is 1
+# where a part failed. Needs the test extra's packages; peers that are not installed are left out.
+#   PYTHON   the interpreter (python3)
+#   SECONDS_EACH   timing of each measurement (0.3)
+set -uo pipefail
+cd "$(dirname "$0")/.."
+[ $# -ge 1 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
+results=$1
+shift
+python=${PYTHON:-python3}
+parts=("${@:-build tests sanitize both half tf32 one_direction negatives}")
+mkdir -p "$results"
+failed=()
+
+bench() { # PART, arguments of the benchmark
+  local part=$1
+  shift
+  "$python" benchmarks/loss_bench.py --device cuda --data random --out "$results/$part" \
+    --seconds "${SECONDS_EACH:-0.3}" "$@"
+}
+
+run() {
+  case $1 in
+    build) LLAVE_CUDA=1 "$python" -m pip install --no-deps --no-build-isolation --editable . ;;
+    tests) "$python" -m pytest tests ;;
+    sanitize) PYTHON=$python bash tests/gpu/sanitize.sh ;;
+    both)
+      bench both --dtype bfloat16 --dims 384 896 1536 3584 \
+        --sizes 256 1024 4096 8192 16384 32768 65536
+      ;;
+    half) bench half --dtype float16 --dims 1536 --sizes 4096 16384 ;;
+    tf32) bench tf32 --dtype tf32 --dims 1536 --sizes 4096 16384 ;;
+    one_direction)
+      bench one_direction --dtype bfloat16 --one-direction --alpha 0 --dims 1536 \
+        --sizes 1024 4096 16384 32768
+      ;;
+    negatives) bench negatives --dtype bfloat16 --negatives 3 --dims 1536 --sizes 1024 4096 16384 ;;
+    *) echo "no part $1" && return 2 ;;
+  esac
+}
+
+for part in ${parts[*]}; do
+  echo "$part ..."
+  if ! run "$part" >"$results/$part.log" 2>&1; then
+    failed+=("$part")
+  fi
+done
+
+echo
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+tail -n 1 "$results/tests.log" 2>/dev/null
+csvs=("$results"/*/loss_bench.csv)
+if [ -e "${csvs[0]}" ]; then "$python" benchmarks/report.py "${csvs[@]}"; fi
+for part in ${failed[*]-}; do
+  echo "FAILED: $part, see $results/$part.log:"
+  tail -n 3 "$results/$part.log"
+done
+[ ${#failed[@]} -eq 0 ]
