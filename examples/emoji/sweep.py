@@ -1,13 +1,14 @@
 """Train the tiny recipe on the emoji data with several hardness strengths and seeds, and compare.
 
     python examples/emoji/build.py emoji
-    python examples/emoji/sweep.py emoji              # 3 strengths x 3 seeds, some 35 minutes
+    python examples/emoji/sweep.py emoji              # 3 strengths x 3 seeds, half an hour
     python examples/emoji/sweep.py emoji --quick      # 1 strength, 1 seed, 1 task, a minute
 
 A run is what ``llave train tiny`` and ``llave evaluate`` do: a small LLaVA-OneVision from random
 weights, one epoch of the four tasks. Concepts of the evaluation are never trained on, and one
 vendor's drawings neither (the tasks with ``held_out`` in their names). The runs of one seed see the
-same batches and differ in alpha alone. Written to ``--out``:
+same batches and differ in alpha alone; as many run at a time as there are threads. Written to
+``--out``:
 
     runs.csv      a row a run and task: precision@1 among at most 50 candidates (chance is 2), R@5,
                   R@10, and the overlap of the similarities of positives and negatives
@@ -23,6 +24,9 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -43,7 +47,7 @@ SHOWN = "image_to_image"  # the task of the histograms, and the only one of --qu
 QUICK = {"data.subsets": f"[{SHOWN}]", "trainer.max_steps": 120}
 
 
-def run(data: Path, alpha: float, seed: int, quick: bool) -> tuple[list[Result], float]:
+def run(data: Path, quick: bool, alpha: float, seed: int) -> tuple[list[Result], float]:
     """One training run: its results and how many seconds it took."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -139,12 +143,16 @@ def main(argv: list[str] | None = None) -> None:
     if options.quick:
         options.alpha, options.seeds = [9.0], 1
     options.out.mkdir(parents=True, exist_ok=True)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    plan = [(alpha, seed) for seed in range(options.seeds) for alpha in options.alpha]
     rows: list[dict[str, Any]] = []
     histograms: dict[float, Result] = {}
-    for seed in range(options.seeds):
-        for alpha in options.alpha:
-            results, seconds = run(options.data, alpha, seed, options.quick)
+    threads = torch.get_num_threads()
+    jobs = min(threads, len(plan))
+    with ProcessPoolExecutor(
+        jobs, get_context("spawn"), torch.set_num_threads, (threads // jobs,)
+    ) as pool:
+        runs = pool.map(partial(run, options.data, options.quick), *zip(*plan, strict=True))
+        for (alpha, seed), (results, seconds) in zip(plan, runs, strict=True):
             for result in results:
                 scores = (getattr(result, name) for name in SCORES)
                 rounded = (round(x, 4) if isinstance(x, float) else x for x in scores)
