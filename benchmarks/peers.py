@@ -193,6 +193,8 @@ def _backend(name: str) -> Peer:
 
 
 UNWEIGHTED = {"query_alpha": False, "target_alpha": False}
+# Losses of a language model's head: the targets are its words.
+ONE_WAY = UNWEIGHTED | {"gpu_only": True, "directions": (1,), "negatives": True}
 PEERS: dict[str, Peer] = {f"llave-{name}": _backend(name) for name in available_backends()} | {
     "authors": Peer(authors),
     "dense": Peer(dense, negatives=True),
@@ -206,22 +208,8 @@ PEERS: dict[str, Peer] = {f"llave-{name}": _backend(name) for name in available_
     "open-clip": Peer(open_clip, package="open_clip", directions=(2,), **UNWEIGHTED),
     "inf-cl": Peer(inf_cl, package="inf_cl", gpu_only=True, **UNWEIGHTED),
     "memeff": Peer(memeff, package="memeff", gpu_only=True, directions=(2,), **UNWEIGHTED),
-    "cce-exact": Peer(
-        cut_cross_entropy,
-        package="cut_cross_entropy",
-        gpu_only=True,
-        directions=(1,),
-        negatives=True,
-        **UNWEIGHTED,
-    ),
-    "liger": Peer(
-        liger,
-        package="liger_kernel",
-        gpu_only=True,
-        directions=(1,),
-        negatives=True,
-        **UNWEIGHTED,
-    ),
+    "cce-exact": Peer(cut_cross_entropy, package="cut_cross_entropy", **ONE_WAY),
+    "liger": Peer(liger, package="liger_kernel", **ONE_WAY),
 }
 # A convention, the same for all whatever they really do. One direction: the logits and two gradient
 # products. Both: 2NMD more, which is what a loss that keeps no N x M matrix recomputes.
