@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 results=$1
 shift
 python=${PYTHON:-python3}
-parts=("${@:-build tests sanitize both half tf32 one_direction negatives}")
+[ $# -ge 1 ] || set -- build tests sanitize both half tf32 one_direction negatives
 mkdir -p "$results"
 failed=()
 
@@ -46,7 +46,7 @@ run() {
   esac
 }
 
-for part in ${parts[*]}; do
+for part in "$@"; do
   echo "$part ..."
   if ! run "$part" >"$results/$part.log" 2>&1; then
     failed+=("$part")

@@ -79,16 +79,16 @@ def digest(rows: list[dict[str, str]]) -> list[str]:
 
     Rows without figures are counted, so that what failed is not overlooked.
     """
+    groups: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        size = "{data} N={n} M={m} D={d} {dtype}, {directions} direction(s)".format(**row)
+        groups.setdefault(size, []).append(row)
     lines = []
-    for key in dict.fromkeys((row["data"], row["n"], row["m"], row["d"]) for row in rows):
-        here = [row for row in rows if (row["data"], row["n"], row["m"], row["d"]) == key]
+    for size, here in groups.items():
         done = sorted(
             (row for row in here if row["step_ms"]), key=lambda row: float(row["step_ms"])
         )
         ours = next((row for row in done if row["impl"].startswith("llave")), None)
-        size = "{} N={} M={} D={} {}, {} direction(s)".format(
-            *key, here[0]["dtype"], here[0]["directions"]
-        )
         parts = [f"{len(here) - len(done)} of {len(here)} without figures"]
         if ours:
             share = f", {float(ours['share']):.0%} of floor" if ours["share"] else ""

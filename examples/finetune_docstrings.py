@@ -33,7 +33,6 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,7 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 
+from llave.files import publish
 from llave_kernels.integrations.sentence_transformers import MultipleNegativesRankingLoss
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -203,17 +203,7 @@ def write_csv(path: Path, columns: list[str], rows: list[Row]) -> None:
             writer.writeheader()
             writer.writerows(rows)
 
-    replace(path, write)
-
-
-def replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Write beside, then rename: whoever looks finds the old file or the new one."""
-    beside = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    publish(path, write)
 
 
 def plot(path: Path, runs: list[Row]) -> None:
@@ -241,7 +231,7 @@ def plot(path: Path, runs: list[Row]) -> None:
     axes[0].legend(fontsize=8, loc="center left")
     figure.suptitle(f"docstring -> signature, {pairs} pairs of held-out packages")
     figure.tight_layout()
-    replace(path, lambda beside: figure.savefig(beside, format="png", dpi=130))
+    publish(path, lambda beside: figure.savefig(beside, format="png", dpi=130))
     plt.close(figure)
 
 

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image
-from sentence_transformers.base.modality import infer_modality
+
+from llave.modeling import text_input
+from llave.video import open_rgb
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp"}
 FIELDS = ("id", "text", "image")
@@ -185,12 +186,9 @@ def load_inputs(
 
 def _input(row: Row, modalities: list[Any]) -> Any:
     if row.image is None:
-        # A text that looks like an address of an image would be fetched and embedded as one.
-        plain = infer_modality(row.text, modalities) == "text"
-        return row.text if plain else {"text": row.text}
+        return text_input(row.text, modalities)
     try:
-        with Image.open(row.image) as file:
-            image = file.convert("RGB")
+        image = open_rgb(row.image)
     except Exception as error:  # decoders raise errors of many types
         return error
     return image if row.text is None else {"text": row.text, "image": image}

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from datasets import Dataset, load_dataset
-from PIL import Image
-from sentence_transformers.base.modality import infer_modality
 
-from llave.video import load_frames
+from llave.modeling import text_input
+from llave.video import load_frames, open_rgb
 
 SIDES = (("qry", "qry_image_path"), ("pos_text", "pos_image_path"), ("neg_text", "neg_image_path"))
 COLUMNS = ("anchor", "positive", "negative")
@@ -57,25 +56,21 @@ class Images:
             raise FileNotFoundError(f"image {name!r} is not in {self.root}")
         return found
 
-    def open(self, name: str) -> Image.Image:
-        """The image in RGB. BrokenImageError where it cannot be read."""
-        path = self.path(name)
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except Exception as error:  # decoders raise errors of many types
-            message = f"image {name!r} in {self.root} cannot be read: {error}"
-            raise BrokenImageError(message) from error
-
     def load(self, name: str) -> dict[str, Any]:
-        """The part of an input that shows it: ``image``, or ``video``, a list of frames."""
+        """The part of an input that shows it: ``image``, in RGB, or ``video``, a list of frames.
+
+        Raises:
+            ValueError, FileNotFoundError: as in ``path``; BrokenImageError: it cannot be read.
+        """
         path = self.path(name)
-        if path.suffix.lower() not in VIDEO_SUFFIXES and not path.is_dir():
-            return {"image": self.open(name)}
+        if path.suffix.lower() in VIDEO_SUFFIXES or path.is_dir():
+            kind, read, errors = "video", load_frames, ValueError
+        else:
+            kind, read, errors = "image", open_rgb, Exception  # decoders raise errors of many types
         try:
-            return {"video": load_frames(path)}
-        except ValueError as error:
-            message = f"video {name!r} in {self.root} cannot be read: {error}"
+            return {kind: read(path)}
+        except errors as error:
+            message = f"{kind} {name!r} in {self.root} cannot be read: {error}"
             raise BrokenImageError(message) from error
 
 
@@ -85,8 +80,7 @@ def make_input(text: str, image: str, images: Images) -> str | dict[str, Any]:
     ``<|image_1|>`` stays in the text: the model's chat template takes it out.
     """
     if not image:
-        # A text that looks like an address of an image would be fetched and embedded as one.
-        return text if infer_modality(text) == "text" else {"text": text}
+        return text_input(text)
     made = images.load(image)
     return made | {"text": text} if text else made
 

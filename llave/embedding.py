@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +27,7 @@ from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
 from llave.corpus import Row, Source, load_inputs
+from llave.files import publish, sweep
 
 MANIFEST = "manifest.json"
 # Enough values of each weight to notice any training step, few enough for a model of any size.
@@ -166,10 +166,10 @@ def embed(
                     "first": span.first,
                     "skipped": shard.skipped,
                 }
-                _publish(path, partial(_write_shard, shard=shard, note=note))
+                publish(path, partial(_write_shard, shard=shard, note=note))
                 report.rows += len(shard.ids)
             else:
-                _sweep(path)
+                sweep(path)
                 report.reused += len(shard.ids)
             report.skipped += shard.skipped
             bar.update(span.stop - span.first)
@@ -278,9 +278,9 @@ def _enter_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     path = folder / MANIFEST
     if not path.exists():
         text = json.dumps(manifest, indent=2) + "\n"
-        _publish(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        publish(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     else:
-        _sweep(path)
+        sweep(path)
     # Read back, for the case that another process was first.
     there = read_manifest(folder)
     differing = [
@@ -366,22 +366,3 @@ def _write_shard(path: Path, *, shard: Shard, note: dict[str, Any]) -> None:
     )
     # Embeddings do not compress.
     pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
-
-
-def _publish(path: Path, write: Callable[[Path], object]) -> None:
-    """Let a file appear whole: written beside, then renamed."""
-    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
-    write(temporary)
-    try:
-        temporary.replace(path)
-    except FileNotFoundError:
-        # Another process finished the same file first and swept ours.
-        if not path.exists():
-            raise
-    _sweep(path)
-
-
-def _sweep(path: Path) -> None:
-    """Remove what dead processes left of a file that is done."""
-    for leftover in path.parent.glob(f"{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)

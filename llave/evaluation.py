@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 
 from llave.data import Candidates, Images, load_evaluation, make_input
 from llave.embedding import model_fingerprint
+from llave.files import publish
 from llave.mmeb import METAS, PUBLISHED, PUBLISHED_VIDEO, TASKS
 from llave.modeling import encode
 from llave_kernels import similarity_statistics
@@ -89,9 +90,8 @@ def evaluate(
             result = score(model, task, rows, Images(images), batch_size)
         except (ValueError, OSError, TemplateError) as error:
             raise ValueError(f"task {task}: {error}") from error
-        beside = file.with_suffix(f".{os.getpid()}.part")
-        beside.write_text(json.dumps({"model": fingerprint} | result._asdict(), indent=1))
-        os.replace(beside, file)
+        text = json.dumps({"model": fingerprint} | result._asdict(), indent=1)
+        publish(file, partial(Path.write_text, data=text))
         results.append(result)
     return results
 

@@ -60,28 +60,28 @@ class LLaVELoss(MultipleNegativesRankingLoss):
         self, embeddings: list[Tensor], labels: Tensor | None = None
     ) -> Tensor:
         """Loss of anchors, positives and negatives, each (N, D), with ids (N, columns - 1); 0-d."""
-        query, *targets = (normalize(x, dim=-1) for x in embeddings)
+        query, *columns = (normalize(x, dim=-1) for x in embeddings)
+        target = torch.cat(columns)
         pairs: dict[str, Tensor] = {}
         if labels is not None and labels.dim() == 2:
-            if labels.shape[1] != len(targets):
+            if labels.shape[1] != len(columns):
                 raise ValueError(
                     f"label has shape {tuple(labels.shape)}, expected one content id for each of "
-                    f"the {len(targets)} positive and negative columns"
+                    f"the {len(columns)} positive and negative columns"
                 )
             ids = labels.to(query.device, torch.int64).T
-            rows = torch.arange(len(query), device=query.device)
-            there = [torch.ones_like(rows, dtype=torch.bool), *(ids[1:] != ids[0])]
-            targets = [x[keep] for x, keep in zip(targets, there, strict=True)]
-            pairs = {
-                "query_ids": ids[0].contiguous(),
-                "target_ids": ids[torch.stack(there)],
-                "owners": rows.expand_as(ids)[torch.stack(there)],
-            }
+            pairs = {"query_ids": ids[0].contiguous(), "target_ids": ids.flatten()}
+            if len(columns) > 1:
+                there = ids != ids[0]
+                there[0] = True  # the positives
+                rows = torch.arange(len(query), device=query.device).expand_as(ids)
+                target = target[there.flatten()]
+                pairs |= {"target_ids": ids[there], "owners": rows[there]}
         distributed = dist.is_available() and dist.is_initialized()
         loss = distributed_contrastive_loss if distributed else hardness_weighted_contrastive_loss
         return loss(
             query,
-            torch.cat(targets),
+            target,
             logit_scale=self.scale,
             alpha=self.hardness_strength,
             false_negative_margin=self.false_negative_margin,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modality import infer_modality
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tokenizers.processors import TemplateProcessing
 from transformers import PretrainedConfig
@@ -264,6 +265,18 @@ def inputs(
     if text is not None:
         item["text"] = text
     return item
+
+
+def text_input(text: str, modalities: list[Any] | None = None) -> str | dict[str, str]:
+    """What makes ``encode`` take a text for one: as it is, or in a dict.
+
+    A text that looks like an address of an image would be fetched and embedded as one.
+
+    Args:
+        text: the text.
+        modalities: those of the model, where they are known.
+    """
+    return text if infer_modality(text, modalities) == "text" else {"text": text}
 
 
 def encode(model: SentenceTransformer, items: Sequence[Any], **kwargs: Any) -> np.ndarray:

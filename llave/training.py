@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterable
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from sentence_transformers.sentence_transformer.evaluation import SentenceEvalua
 
 from llave import scratch
 from llave.data import load_training, texts_of
+from llave.files import publish
 from llave.losses import CachedLLaVELoss, LLaVELoss
 from llave.modeling import build
 from llave.trainer import EmbeddingTrainer
@@ -278,9 +280,7 @@ class SimilarityOverlap(SentenceEvaluator):
             histograms[name] = {kind: count.tolist() for kind, count in counts.items()}
         if output_path is not None:
             file = Path(output_path) / f"similarities-{steps}.json"
-            beside = file.with_suffix(f".{os.getpid()}.part")
-            beside.write_text(json.dumps(histograms))
-            beside.replace(file)
+            publish(file, partial(Path.write_text, data=json.dumps(histograms)))
         overlaps = [v for k, v in found.items() if k.endswith("_overlap")]
         return found | {"similarity_overlap": sum(overlaps) / len(overlaps)}
 

@@ -96,6 +96,12 @@ def to_rgb(image: Any, name: str) -> Image.Image:
         raise ValueError(f"{name} cannot be read: {error}; pass another image") from error
 
 
+def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
+    """An image file's pixels as they are stored, in RGB. Raises what its decoder raises."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
 def _existing(path: str | os.PathLike[str], name: str) -> str:
     path = os.fspath(path)
     if not path.startswith(_REMOTE) and not Path(path).is_file():

@@ -20,10 +20,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -35,6 +33,7 @@ import matplotlib as mpl
 import torch
 
 from llave.evaluation import Result, evaluate
+from llave.files import publish
 from llave.training import read_recipe, train
 
 mpl.use("Agg")
@@ -77,13 +76,6 @@ def run(data: Path, quick: bool, alpha: float, seed: int) -> tuple[list[Result],
             batch_size=64,
         )
     return results, round(time.perf_counter() - start, 1)
-
-
-def replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Write beside, then rename."""
-    beside = path.with_name(f".{os.getpid()}-{path.name}")
-    write(beside)
-    os.replace(beside, path)
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -161,9 +153,9 @@ def main(argv: list[str] | None = None) -> None:
                 print(rows[-1], flush=True)
                 if seed == 0 and result.task == SHOWN:
                     histograms[alpha] = result
-            replace(options.out / "runs.csv", lambda path: write_csv(path, rows))
-            replace(options.out / "precision.png", lambda path: plot_precision(path, rows))
-            replace(options.out / "overlap.png", lambda path: plot_overlap(path, histograms))
+            publish(options.out / "runs.csv", lambda path: write_csv(path, rows))
+            publish(options.out / "precision.png", lambda path: plot_precision(path, rows))
+            publish(options.out / "overlap.png", lambda path: plot_overlap(path, histograms))
 
 
 if __name__ == "__main__":

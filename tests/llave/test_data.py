@@ -97,7 +97,7 @@ def test_what_an_input_is(folders: Folders) -> None:
 def test_images_become_rgb(folders: Folders, mode: str) -> None:
     suffix = "tiff" if mode == "CMYK" else "png"
     Image.new(mode, (4, 4)).save(folders.images / f"other.{suffix}")
-    opened = data.Images(folders.images).open(f"other.{suffix}")
+    opened = data.Images(folders.images).load(f"other.{suffix}")["image"]
     assert (opened.mode, opened.size) == ("RGB", (4, 4))
 
 
@@ -107,7 +107,7 @@ def test_images_are_opened_when_a_row_is_read(
     opened: list[str] = []
     really = Image.open
     monkeypatch.setattr(
-        "llave.data.Image.open", lambda path: opened.append(Path(path).name) or really(path)
+        "llave.video.Image.open", lambda path: opened.append(Path(path).name) or really(path)
     )
     folders.write("a", pairs(6))
     subset = folders.load(cap=5)
@@ -243,7 +243,8 @@ def test_paths_that_leave_the_folder_are_always_errors(folders: Folders, name: s
 
 def test_links_inside_the_folder_are_followed(folders: Folders) -> None:
     (folders.images / "again.png").symlink_to(folders.images / "1.png")
-    assert data.Images(folders.images).open("again.png").getpixel((0, 0)) == (40, 0, 0)
+    opened = data.Images(folders.images).load("again.png")["image"]
+    assert opened.getpixel((0, 0)) == (40, 0, 0)
 
 
 def test_a_broken_image_has_its_row_number_of_before_the_cap(folders: Folders) -> None:
