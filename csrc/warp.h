@@ -13,10 +13,11 @@ struct Warp {
 
   CUTE_DEVICE static bool any(bool x) { return __any_sync(0xffffffffu, x); }
 
-  // Waits for all `threads` that share a tile.
+  // Waits for all `threads` that share a tile. The instruction itself: below sm_90 the function
+  // that CUTLASS has for it is a trap.
   CUTE_DEVICE static void synchronize(int threads) {
-    cutlass::arch::NamedBarrier::sync(threads,
-                                      cutlass::arch::ReservedNamedBarriers::EpilogueBarrier);
+    constexpr int barrier = static_cast<int>(cutlass::arch::ReservedNamedBarriers::EpilogueBarrier);
+    asm volatile("bar.sync %0, %1;" ::"n"(barrier), "r"(threads) : "memory");
   }
 };
 

@@ -62,6 +62,7 @@ def main(name: str, arch: str, dtype: str, tile_json: str, flags_json: str) -> N
     report = {
         "tensor_core": len(re.findall(r"\bHGMMA|\bHMMA", listing)),
         "wgmma": len(re.findall(r"\bHGMMA", listing)),
+        "traps": len(re.findall(r"\bBPT\b", listing)),
         "spills": len(re.findall(r"\b(LDL|STL)\b", listing)),
         "shared": compiled.metadata.shared,
     }

@@ -135,12 +135,12 @@ def test_workspace_grows_with_a_strip_not_with_its_square() -> None:
         assert simulated.forward_workspace(problem, rows) <= rows * (1 << 16) * 2 / 10 + (1 << 20)
 
 
-def machine_code(path: Path) -> Iterator[tuple[str, str]]:
-    """Mangled name and SASS of each kernel in the built module."""
+def machine_code(path: Path, kind: str = "-sass") -> Iterator[tuple[str, str]]:
+    """Mangled name and code of each kernel in the built module: SASS, or PTX with ``-ptx``."""
     triton = pytest.importorskip("triton")
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    run = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True)
-    for block in run.stdout.split("Function : ")[1:]:
+    run = subprocess.run([tool, kind, path], capture_output=True, text=True, check=True)
+    for block in run.stdout.split("Function : " if kind == "-sass" else ".entry ")[1:]:
         name, _, code = block.partition("\n")
         yield name, code
 
@@ -165,6 +165,19 @@ def test_machine_code_uses_tensor_cores_and_spills_nothing() -> None:
             count = seen.count((kind, architecture))
             assert count >= 6
             assert count % 6 == 0
+
+
+@needs_build
+@pytest.mark.parametrize("kind", ["-sass", "-ptx"])
+def test_no_kernel_holds_a_trap(kind: str) -> None:
+    """What CUTLASS puts where a primitive does not exist on an architecture. PTX is what GPUs of a
+    later architecture take."""
+    assert BUILT is not None
+    kernels = list(machine_code(BUILT, kind))
+    _, architectures, _ = call_built([])
+    assert kernels or (kind == "-ptx" and architectures == [90])
+    for name, code in kernels:
+        assert not re.search(r"\bBPT\b|\bbrkpt\b|\btrap\b", code), name
 
 
 @needs_build

@@ -30,7 +30,9 @@ def machine_code(
     command = [sys.executable, str(SCRIPT), *arguments]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    found = json.loads(run.stdout)
+    assert found["traps"] == 0
+    return found
 
 
 CASES = [

@@ -1,8 +1,8 @@
 """The CUDA extension without a GPU: its bindings and epilogues compiled by the C++ compiler.
 
 The tensor cores' product is replaced by a plain one, and each block's threads by fibers; index
-arithmetic, rules, reductions and stores are the kernels' own headers. CUTLASS's main loops are not
-part of it.
+arithmetic, rules, reductions and stores are the kernels' own headers. CUTLASS's main loops and the
+instructions of csrc/warp.h are not part of it.
 """
 
 from __future__ import annotations
