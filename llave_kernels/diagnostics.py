@@ -72,7 +72,7 @@ def similarity_statistics(
     positive, negative_counts = (
         torch.zeros(bins, dtype=torch.int64, device=device) for _ in range(2)
     )
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = []  # of each strip: added at the end, they need no wider type
     step = max(1, STRIP_BUDGET // (m * dtype.itemsize))
     transposed = target.to(dtype).T
     for start in range(0, n, step):
@@ -89,10 +89,10 @@ def similarity_statistics(
         negative = similarity[counted]
         for histogram, values in ((positive, own), (negative_counts, negative)):
             histogram += _bin(values, bins)
-        sums += torch.stack([own.double().sum(), negative.double().sum()])
+        sums.append(torch.stack([own.sum(), negative.sum()]))
     density = [h / h.sum().clamp(min=1) for h in (positive, negative_counts)]
     counts = torch.stack([positive.sum(), negative_counts.sum()])
-    means = sums / counts
+    means = torch.stack(sums).sum(0) / counts
     return SimilarityStatistics(
         torch.linspace(*RANGE, bins + 1, device=device),
         positive,

@@ -129,7 +129,8 @@ def hardness_weighted_contrastive_loss(
     needs_gradient = torch.is_grad_enabled() and any(
         t.requires_grad for t in (query, target, scale)
     )
-    if name == torch_strips.NAME and not symmetric and reduction != "none" and needs_gradient:
+    scalar = not symmetric and reduction != "none" and needs_gradient
+    if name == torch_strips.NAME and scalar and not torch_strips.rounds_gradients(query):
         total = ops.one_direction_loss(query, target, scale, *ops.rule_args(rules))[0]
         return total / len(query) if reduction == "mean" else total
     logits = logsumexp(query, target, scale, rules, name)

@@ -7,7 +7,7 @@ makes the gradients along with the loss where the upstream gradient can only be 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -162,7 +162,7 @@ def _(
     logit_scale: Tensor,
     *rest: Any,
 ) -> Any:
-    return _gradients_like(query, target)
+    return _gradients_like(query, target, query.dtype)
 
 
 @torch.library.custom_op("llave::one_direction_loss", mutates_args=())
@@ -181,7 +181,10 @@ def one_direction_loss(
     margin: float | None,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sum over the rows of the query direction's loss (), with its dQ, dT and d logit_scale."""
+    """Sum over the rows of the query direction's loss (), with its dQ, dT and d logit_scale.
+
+    In the accumulation dtype, which holds them whatever the upstream gradient makes of them.
+    """
     rules = Rules(
         labels,
         owners,
@@ -201,20 +204,24 @@ def one_direction_loss(
 
 @one_direction_loss.register_fake
 def _(query: Tensor, target: Tensor, logit_scale: Tensor, *rules: Any) -> Any:
-    loss = query.new_empty((), dtype=accumulation_dtype(query.dtype))
-    return loss, *_gradients_like(query, target)
+    dtype = accumulation_dtype(query.dtype)
+    return query.new_empty((), dtype=dtype), *_gradients_like(query, target, dtype)
 
 
-def _gradients_like(query: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dt = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, target))
+def _gradients_like(
+    query: Tensor, target: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dt = (x.new_empty(x.shape, dtype=dtype) for x in (query, target))
     return dq, dt, query.new_empty((), dtype=accumulation_dtype(query.dtype))
 
 
 @contextmanager
 def _on(query: Tensor) -> Iterator[None]:
     """On the inputs' device, without autocast: it has had its say on the inputs."""
+    kind = query.device.type
     device = torch.cuda.device_of(query)  # type: ignore[no-untyped-call]
-    with device, torch.autocast(query.device.type, enabled=False):
+    casts = torch.amp.is_autocast_available(kind)
+    with device, torch.autocast(kind, enabled=False) if casts else nullcontext():
         yield
 
 
@@ -253,6 +260,7 @@ contrastive_logsumexp.register_autograd(_backward_logsumexp, setup_context=_setu
 
 def _setup_one_direction(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1:])
+    ctx.dtypes = [x.dtype for x in inputs[:3]]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # zeros as large as the gradients
 
@@ -264,7 +272,8 @@ def _backward_one_direction(
         _refuse_double_backward()
     if d_loss is None:
         return (None,) * (3 + RULES)
-    return *(gradient * d_loss for gradient in ctx.saved_tensors), *[None] * RULES
+    gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    return *((x * d_loss).to(dtype) for x, dtype in gradients), *[None] * RULES
 
 
 one_direction_loss.register_autograd(_backward_one_direction, setup_context=_setup_one_direction)

@@ -14,7 +14,7 @@ from llave_kernels import (
     contrastive_logsumexp,
     hardness_weighted_contrastive_loss,
 )
-from llave_kernels.backends import strip_gemm, torch_strips
+from llave_kernels.backends import products, strip_gemm, torch_strips
 from llave_kernels.reference import reference_logsumexp
 from tests.conftest import BACKENDS
 from tests.helpers import (
@@ -43,8 +43,8 @@ def strip_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(strip_gemm, "WORKSPACE", 1 << 15)
         monkeypatch.setattr(torch_strips, "STRIP_BUDGET", 256)
         monkeypatch.setattr(torch_strips, "KEEP_BUDGET", 0)
-        monkeypatch.setattr(torch_strips, "ONEDNN_WORK", 0)
-        monkeypatch.setattr(torch_strips, "SUM_COLUMNS", 3)
+        monkeypatch.setattr(products, "ONEDNN_WORK", 0)
+        monkeypatch.setattr(products, "SUM_COLUMNS", 3)
 
 
 @pytest.mark.parametrize("hardness", ["in_batch", "hard_negatives", "all"])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llave_kernels.backends import strip_gemm
+from llave_kernels.backends import products, strip_gemm
 from llave_kernels.rules import Rules
 
 NAME = "cuda"
@@ -129,7 +129,8 @@ def backward(
     assert _cuda is not None
     call = _Call(query, target, logit_scale, rules, positive / logit_scale)
     upstream = (d_positive, d_query_lse, *([d_target_lse] if rules.symmetric else []))
-    gain = strip_gemm.gain(query.dtype, logit_scale, *upstream)
+    half = query.dtype == torch.float16
+    gain = products.gain(logit_scale, *upstream) if half else None
 
     def fill(ds: Tensor, start: int, stop: int) -> None:
         _cuda.backward(

@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from llave_kernels.backends.products import product
+
 WORKSPACE = 256 << 20  # bytes of dS at a time
 ALIGNMENT = 8  # elements: 16-byte rows of half precision, which tensor-core GEMMs want
 
@@ -48,28 +50,16 @@ def gradients(
         stop = min(start + rows, n)
         ds = workspace[: stop - start, :m]
         fill(ds, start, stop)
-        strip, queries = _mm(ds, target), query[start:stop]
+        strip, queries = product(ds, target), query[start:stop]
         if gain is not None:
             strip /= gain
         d_query[start:stop] = strip
-        d_target += _mm(ds.T, queries)
+        d_target += product(ds.T, queries)
         if scale_gradient:  # before dQ is rounded: the terms cancel
             d_scale += torch.linalg.vecdot(queries.float(), strip).sum() / logit_scale
     if gain is not None:
         d_target /= gain
     return d_query, d_target.to(target.dtype), d_scale
-
-
-def gain(dtype: torch.dtype, scale: Tensor, *upstream: Tensor) -> Tensor | None:
-    """For float16 the power of two that brings the largest possible |dS| under 2^15, found on the
-    device; None for other types.
-
-    float16 ends at 6e-8: the gradients of a mean over a large batch would underflow.
-    """
-    if dtype != torch.float16:
-        return None
-    bound = scale * torch.stack([d.abs().max() for d in upstream]).sum()
-    return torch.exp2(torch.floor(15 - torch.log2(bound.clamp(min=2.0**-100))))
 
 
 def positive_similarity(query: Tensor, target: Tensor, labels: Tensor) -> Tensor:
@@ -85,13 +75,3 @@ def positive_similarity(query: Tensor, target: Tensor, labels: Tensor) -> Tensor
 
 def _pitch(m: int) -> int:
     return -(-m // ALIGNMENT) * ALIGNMENT
-
-
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """float32 product; half-precision inputs stay so on a GPU, whose GEMM accumulates in
-    float32."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.device.type == "cuda":
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()

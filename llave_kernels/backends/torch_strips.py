@@ -10,11 +10,9 @@ Any device, any float dtype; the fast path of the CPU.
 
 A strip lies transposed, (M, rows): the libraries fill it, and sum dT from it, faster that way.
 
-On a CPU float32 products of some size go to oneDNN: MKL, which torch would take, leaves AVX-512
-unused on AMD (512 x 8,192 from D = 1,024 on two cores: 481 against 226 GFLOP/s). Half precision is
-computed in float32: a GEMM that returns bfloat16 loses three digits of the logits, float16 GEMMs
-are hundreds of times slower than float32 on a CPU, and bfloat16 ones with float32 results are no
-faster than this (18 against 17 ms for that product).
+On a CPU half precision is widened to float32 at once: float16 GEMMs are hundreds of times slower
+than float32 there, and bfloat16 ones with float32 results are no faster (18 against 17 ms for 512 x
+8,192 from D = 1,024).
 """
 
 from __future__ import annotations
@@ -27,12 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from llave_kernels.backends.products import add_product, gain, multiplies_halves, product
 from llave_kernels.rules import Rules
 
 NAME = "torch"
 STRIP_BUDGET = 8 << 20  # bytes of one strip; up to two are alive
-ONEDNN_WORK = 1 << 24  # multiplications from which a product repays oneDNN's set-up
-SUM_COLUMNS = 1024  # columns of dT summed at a time where the product cannot add in place
 # Bytes of the gradients, a strip and the similarities that the forward keeps for the backward: as
 # many of these are kept as leave the sum within it.
 KEEP_BUDGET = 96 << 20
@@ -53,6 +50,11 @@ def supports(query: Tensor, target: Tensor, rules: Rules) -> str | None:
     return None
 
 
+def rounds_gradients(query: Tensor) -> bool:
+    """Whether dS takes the inputs' half precision, in which its products run on tensor cores."""
+    return query.dtype.itemsize == 2 and multiplies_halves(query.device.type)
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays; everything else is computed in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -71,33 +73,6 @@ def kept_shape(query: Tensor, target: Tensor) -> tuple[int, int]:
     return m, min(n, max(0, budget // (rows * m)) * rows)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` by the faster library."""
-    if _takes_onednn(a, b):
-        return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
-    return a @ b
-
-
-def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """``out += a @ b``"""
-    if not _takes_onednn(a, b):
-        out.addmm_(a, b)
-        return
-    for start in range(0, len(a), SUM_COLUMNS):
-        part = slice(start, start + SUM_COLUMNS)
-        out[part] += product(a[part], b)
-
-
-def _takes_onednn(a: Tensor, b: Tensor) -> bool:
-    return (
-        a.dtype == torch.float32
-        and a.device.type == "cpu"
-        and a.shape[0] * a.shape[1] * b.shape[1] >= ONEDNN_WORK
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
-
-
 class _Strips:
     """The similarity matrix of one call, ``rows`` rows at a time."""
 
@@ -105,7 +80,9 @@ class _Strips:
         self, query: Tensor, target: Tensor, scale: Tensor, rules: Rules, kept: Tensor
     ) -> None:
         self.dtype = accumulation_dtype(query.dtype)
-        self.query, self.target = query, target.to(self.dtype)
+        self.query = query
+        widens = query.device.type == "cpu" and not rounds_gradients(query)
+        self.target = target.to(self.dtype) if widens else target
         self.scale, self.rules, self.kept = scale.to(self.dtype), rules, kept
         self.rows = strip_rows(len(query), len(target), query.dtype)
         self.positive = self._positive_similarity()
@@ -121,13 +98,14 @@ class _Strips:
             yield slice(start, min(start + self.rows, len(self.query)))
 
     def queries(self, strip: slice) -> Tensor:
-        return self.query[strip].to(self.dtype)
+        return self.query[strip].to(self.target.dtype)
 
     def _positive_similarity(self) -> Tensor:
-        pairs = (
-            torch.linalg.vecdot(self.queries(s), self.target[self.rules.labels[s]]) for s in self
-        )
-        return torch.cat(list(pairs))
+        def pairs(strip: slice) -> Tensor:
+            positives = self.target[self.rules.labels[strip]]
+            return torch.linalg.vecdot(self.query[strip].to(self.dtype), positives.to(self.dtype))
+
+        return torch.cat([pairs(strip) for strip in self])
 
     def _bounded(self) -> bool:
         """Whether no logit can leave the range in which exponentials need no maximum subtracted.
@@ -283,9 +261,13 @@ def backward(
     """dQ (N, D) and dT (M, D) in the inputs' dtypes and d logit_scale (), given those of
     ``forward``'s outputs."""
     strips = _Strips(query, target, logit_scale, rules, kept)
-    gradients = _Gradients(strips)
-    row_shift, row_factor = _finite(query_lse), d_query_lse * strips.scale
-    column_shift, column_factor = _finite(target_lse), d_target_lse * strips.scale
+    upstream = (d_positive, d_query_lse, *([d_target_lse] if rules.symmetric else []))
+    # Also where dS is float32: exp(z) and the factors below lie far apart.
+    factor = gain(strips.scale, *upstream)
+    gradients = _Gradients(strips, query.dtype, factor)
+    scale = strips.scale * factor
+    row_shift, row_factor = _finite(query_lse), d_query_lse * scale
+    column_shift, column_factor = _finite(target_lse), d_target_lse * scale
     together = strips.together and rules.symmetric
     if together:
         row_factor = row_factor * torch.exp(-row_shift)
@@ -307,17 +289,21 @@ def backward(
         return ds
 
     for strip in strips:
-        gradients.add(strip, d_similarity(strip), d_positive[strip] * strips.scale)
+        gradients.add(strip, d_similarity(strip), d_positive[strip] * scale)
     return gradients.result()
 
 
 def one_direction(
     query: Tensor, target: Tensor, logit_scale: Tensor, rules: Rules
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per-row loss (N,) of the query direction, with dQ, dT and d logit_scale of its sum."""
+    """Per-row loss (N,) of the query direction, with dQ, dT and d logit_scale of its sum.
+
+    All in the accumulation dtype: the upstream gradient is still to come, and the gradients of a
+    sum over many rows may not fit the inputs' dtype. Not where ``rounds_gradients``.
+    """
     dtype, m = accumulation_dtype(query.dtype), len(target)
     strips = _Strips(query, target, logit_scale, rules, query.new_empty((m, 0), dtype=dtype))
-    gradients = _Gradients(strips)
+    gradients = _Gradients(strips, dtype, None)
     loss = query.new_empty(len(query), dtype=dtype)
 
     def accumulate(strip: slice) -> None:
@@ -334,24 +320,29 @@ def one_direction(
 
 
 class _Gradients:
-    """dQ, dT and d logit_scale, accumulated from strips of dS in the accumulation dtype."""
+    """dQ and dT in ``dtype`` and d logit_scale, accumulated from strips of ``factor`` dS."""
 
-    def __init__(self, strips: _Strips) -> None:
-        self.strips = strips
-        self.d_query = torch.empty_like(strips.query, memory_format=torch.contiguous_format)
-        self.d_target = strips.target.new_zeros(strips.target.shape)
-        self.d_scale = strips.target.new_zeros((), dtype=torch.float64)
+    def __init__(self, strips: _Strips, dtype: torch.dtype, factor: Tensor | None) -> None:
+        self.strips, self.factor = strips, factor
+        self.d_query = strips.query.new_empty(strips.query.shape, dtype=dtype)
+        self.d_target = strips.target.new_zeros(strips.target.shape, dtype=strips.dtype)
+        self.d_scales: list[Tensor] = []
 
     def add(self, strip: slice, ds: Tensor, d_positive: Tensor) -> None:
         """Complete ``ds`` (M, rows) with the positives' gradient, then run both GEMMs."""
         strips, queries = self.strips, self.strips.queries(strip)
         ds.scatter_(0, strips.rules.labels[None, strip], d_positive[None])
+        if rounds_gradients(strips.query):
+            ds = ds.to(queries.dtype)
         d_query = product(ds.T, strips.target)
         add_product(self.d_target, ds, queries)
         # Every gradient of s passes through kappa s. Taken before dQ is rounded: the terms cancel.
-        self.d_scale += torch.linalg.vecdot(queries, d_query).sum(dtype=torch.float64)
-        self.d_query[strip] = d_query
+        self.d_scales.append(torch.linalg.vecdot(queries.to(strips.dtype), d_query).sum())
+        self.d_query[strip] = d_query if self.factor is None else d_query.div_(self.factor)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        d_scale = self.d_scale.to(self.strips.dtype) / self.strips.scale
-        return self.d_query, self.d_target.to(self.strips.query.dtype), d_scale
+        d_scale = torch.stack(self.d_scales).sum() / self.strips.scale
+        if self.factor is not None:
+            self.d_target /= self.factor
+            d_scale = d_scale / self.factor
+        return self.d_query, self.d_target.to(self.d_query.dtype), d_scale

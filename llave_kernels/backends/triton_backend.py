@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from llave_kernels.backends import tiles
-from llave_kernels.backends.strip_gemm import gain, gradients
+from llave_kernels.backends.products import gain
+from llave_kernels.backends.strip_gemm import gradients
 from llave_kernels.rules import HARDNESS_MODES, Rules
 
 NAME = "triton"
@@ -83,7 +84,7 @@ def backward(
     given those of ``forward``'s outputs."""
     call = _Call(query, target, logit_scale, rules, positive / logit_scale)
     upstream = (d_positive, d_query_lse, *([d_target_lse] if rules.symmetric else []))
-    factor = gain(query.dtype, logit_scale, *upstream)
+    factor = gain(logit_scale, *upstream) if query.dtype == torch.float16 else None
     tile = call.tile()
     one = torch.ones((), device=query.device) if factor is None else factor
 
