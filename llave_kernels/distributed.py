@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,21 +18,14 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from llave_kernels import checks, dispatch, functional
+from llave_kernels.agreement import Call, Group, Peer, agree
 from llave_kernels.backends.strip_gemm import positive_similarity
 from llave_kernels.rules import Rules
 
-Group = dist.ProcessGroup | None
 
-
-class _Peer(NamedTuple):
-    """What each process tells the others before the first exchange of data."""
-
-    rows: int
-    columns: int
-    owners: bool  # whether not every column is its own owner
-    settings: dict[str, object]
-
-
+# Compiled, the call is a break in the graph: the exchanges' sizes are known only when the processes
+# have told each other, and its products are operators of our own anyway.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def distributed_contrastive_loss(
     query: Tensor,
     target: Tensor,
@@ -68,7 +61,7 @@ def distributed_contrastive_loss(
             gradients are then those of the global sum divided by the number of processes.
             ``"none"``: (N_local,) this process's rows.
         logit_scale, alpha, hardness, symmetric, target_alpha, false_negative_margin, backend: as in
-            ``hardness_weighted_contrastive_loss``, the same on every process.
+            ``hardness_weighted_contrastive_loss``. All settings must be the same on every process.
 
     Returns:
         0-d tensor or (N_local,); float32, or float64 for float64 inputs.
@@ -77,7 +70,8 @@ def distributed_contrastive_loss(
         RuntimeError: torch.distributed is not initialised, or another process refused its
             arguments.
         TypeError, ValueError: as in ``hardness_weighted_contrastive_loss``; ValueError on every
-            process where they disagree in width, dtype or settings.
+            process where they disagree in width, dtype, settings or in what requires a gradient.
+            A ``logit_scale`` on a GPU is not compared: reading it would synchronise.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(
@@ -85,19 +79,19 @@ def distributed_contrastive_loss(
             "use hardness_weighted_contrastive_loss in a single process"
         )
     refusal: Exception | None = None
-    mine: _Peer | None = None
+    call: Call | None = None
     try:
-        checks.one_of("reduction", reduction, ("mean", "sum", "none"))
+        checks.one_of("reduction", reduction, checks.REDUCTIONS)
         query, target = functional.autocast(query, target)
         scale, rules = functional.resolve(
             query, target, logit_scale, alpha, hardness, symmetric, target_alpha, labels, owners,
             query_ids, target_ids, false_negative_margin,
         )  # fmt: skip
         name = dispatch.choose(backend, query, target, rules)
-        mine = _describe(query, target, rules)
+        call = Call(query, target, scale, rules, reduction)
     except (TypeError, ValueError, RuntimeError) as problem:
         refusal = problem  # raised below, when the others, who would wait, have been told
-    peers = _agree(mine, refusal, group)
+    peers = agree(call, refusal, group)
 
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     columns = [peer.columns for peer in peers]
@@ -116,43 +110,8 @@ def distributed_contrastive_loss(
     return loss.sum() * (world / sum(peer.rows for peer in peers))
 
 
-def _describe(query: Tensor, target: Tensor, rules: Rules) -> _Peer:
-    settings = {
-        "the width of the embeddings": query.shape[1],
-        "their dtype": query.dtype,
-        "requires_grad of target": torch.is_grad_enabled() and target.requires_grad,
-        "presence of ids": rules.query_ids is not None,
-        "symmetric": rules.symmetric,
-        "hardness": rules.hardness,
-        "alpha": rules.alpha,
-        "target_alpha": rules.target_alpha,
-        "false_negative_margin": rules.margin,
-    }
-    return _Peer(len(query), len(target), rules.owners is not None, settings)
-
-
-def _agree(mine: _Peer | None, refusal: Exception | None, group: Group) -> list[_Peer]:
-    """Every process's description; an error on all of them where they differ or one refused."""
-    peers: list[_Peer | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(peers, mine, group)
-    if refusal is not None:
-        raise refusal
-    agreed = []
-    for rank, peer in enumerate(peers):
-        if peer is None or mine is None:
-            raise RuntimeError(f"rank {rank} refused its arguments; its own error says why")
-        for name, value in peer.settings.items():
-            if value != mine.settings[name]:
-                raise ValueError(
-                    f"{name} is {value} on rank {rank} and {mine.settings[name]} here; it must be "
-                    "the same on every process"
-                )
-        agreed.append(peer)
-    return agreed
-
-
 def _global_rules(
-    query: Tensor, target: Tensor, rules: Rules, peers: list[_Peer], rank: int, group: Group
+    query: Tensor, target: Tensor, rules: Rules, peers: list[Peer], rank: int, group: Group
 ) -> Rules:
     """This process's rules with columns counted over all processes."""
     columns = [peer.columns for peer in peers]

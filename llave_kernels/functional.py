@@ -119,7 +119,7 @@ def hardness_weighted_contrastive_loss(
             that would synchronise.
         RuntimeError: a named backend that cannot run on this machine; a second derivative.
     """
-    checks.one_of("reduction", reduction, ("mean", "sum", "none"))
+    checks.one_of("reduction", reduction, checks.REDUCTIONS)
     query, target = autocast(query, target)
     scale, rules = resolve(
         query, target, logit_scale, alpha, hardness, symmetric, target_alpha, labels, owners,
@@ -147,12 +147,17 @@ def autocast(query: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     checks.tensor("query", query)
     checks.tensor("target", target)
     device = query.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _can_autocast(device) or not torch.is_autocast_enabled(device):
         return query, target
     dtype = torch.get_autocast_dtype(device)
     if torch.float64 in (query.dtype, target.dtype):
         return query, target
     return query.to(dtype), target.to(dtype)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _can_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)  # torch below 2.12 cannot trace it
 
 
 def resolve(

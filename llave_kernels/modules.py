@@ -60,7 +60,7 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         if target_alpha is not None:
             checks.strength("target_alpha", target_alpha)
         checks.one_of("hardness", hardness, HARDNESS_MODES)
-        checks.one_of("reduction", reduction, ("mean", "sum", "none"))
+        checks.one_of("reduction", reduction, checks.REDUCTIONS)
         checks.margin(false_negative_margin)
         checks.flag("symmetric", symmetric)
         checks.flag("learnable", learnable)

@@ -54,7 +54,7 @@ def scores_loss(
     checks.tensor("scores", scores)
     if scores.dim() != 2:
         raise ValueError(f"scores must have shape (N, M), got {tuple(scores.shape)}")
-    checks.one_of("reduction", reduction, ("mean", "sum", "none"))
+    checks.one_of("reduction", reduction, checks.REDUCTIONS)
     n_targets = scores.shape[1]
     shape_of_targets = scores.new_empty(()).expand(n_targets, n_targets)
     scale, rules = functional.resolve(

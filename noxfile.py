@@ -1,0 +1,54 @@
+"""Tests with the oldest versions that pyproject.toml claims, some in between, and the newest.
+
+    nox                 all of them
+    nox -s "kernels(oldest)"
+
+Each needs its Python on PATH (python3.10, python3.12); with pyenv, `PYENV_VERSION=3.10.13:3.12.1`.
+"""
+
+import nox
+
+nox.options.default_venv_backend = "virtualenv"
+nox.options.error_on_missing_interpreters = True
+
+# Below triton 3.7.1 its interpreter, which only tests use, breaks on numpy 2.4.
+SETS = {
+    "oldest": ("3.10", ["torch==2.8.0", "triton==3.4.0", "numpy<2.4"]),
+    "middle": ("3.12", ["torch==2.11.0", "triton==3.6.0", "numpy<2.4"]),
+    "newest": ("3.12", ["--constraint", "constraints.txt"]),
+}
+# The build does not depend on torch, and the rest needs the hosts of `hosts` below.
+KERNELS = [
+    f"tests/test_{name}.py"
+    for name in (
+        "devices", "dispatch", "distributed", "errors", "modules", "numerics", "operators", "tiles",
+        "triton_compile",
+    )
+]  # fmt: skip
+RUNNER = ["pytest", "hypothesis"]
+SIMULATOR = ["pybind11>=2.13", "nvidia-cutlass>=4.2,<4.3"]
+LOWEST = [
+    "sentence-transformers==6.1.0",
+    "transformers==5.0.0",
+    "torchvision==0.23.0",
+]
+
+
+def install(session: nox.Session, package: str, *versions: str) -> None:
+    session.install(package, *RUNNER, *versions, env={"LLAVE_CUDA": "0"})
+
+
+@nox.session
+@nox.parametrize(("python", "versions"), [nox.param(*SETS[name], id=name) for name in SETS])
+def kernels(session: nox.Session, versions: list[str]) -> None:
+    """The loss: every backend in its simulation, the compiled kernels, several processes."""
+    install(session, ".", *SIMULATOR, *versions)
+    session.run("python", "-m", "pytest", *(session.posargs or KERNELS))
+
+
+@nox.session(python=SETS["oldest"][0])
+def hosts(session: nox.Session) -> None:
+    """Trainers and the model package with the lowest versions of what they stand on."""
+    install(session, ".[test]", *SETS["oldest"][1], *LOWEST)
+    paths = session.posargs or ["tests/integrations", "tests/llave", "tests/test_docs.py"]
+    session.run("python", "-m", "pytest", *paths)
