@@ -134,6 +134,7 @@ class DistributedContrastiveLoss(ContrastiveLoss):
         checks.flag("scale_loss", scale_loss)
         self.scale_loss = scale_loss
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
         self,
         x: Tensor,
