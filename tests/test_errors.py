@@ -39,7 +39,11 @@ MISTAKES: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "logit_scale must be positive .* got -3.0", {"logit_scale": -3.0}),
     (ValueError, "logit_scale must be positive .* got inf", {"logit_scale": float("inf")}),
     (ValueError, "logit_scale must be positive .* got -1.0", {"logit_scale": torch.tensor(-1.0)}),
-    (ValueError, r"logit_scale must be .* one element, got .* \(2,\)", {"logit_scale": torch.ones(2)}),
+    (
+        ValueError,
+        r"logit_scale must be .* one element, got .* \(2,\)",
+        {"logit_scale": torch.ones(2)},
+    ),
     (TypeError, "logit_scale must be .* got torch.bool", {"logit_scale": torch.tensor(True)}),
     (TypeError, "logit_scale must be a float, got str", {"logit_scale": "50"}),
     (TypeError, "logit_scale must be a float, got bool", {"logit_scale": True}),
