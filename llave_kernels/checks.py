@@ -123,7 +123,7 @@ def columns(
         low, high = int(value.min()), int(value.max())
         if low < 0 or high >= m:
             raise ValueError(
-                f"{name} must be columns of target, 0 to {m - 1}, got values from {low} to {high}"
+                f"{name} must be columns from 0 to {m - 1}, got values from {low} to {high}"
             )
         if unique and int(value.bincount().max()) > 1:
             raise ValueError(

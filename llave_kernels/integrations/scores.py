@@ -117,24 +117,25 @@ class CrossEntropyLoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Mean loss of (N, M) logits, given each row's positive column (N,); 0-d.
 
-        Columns are in N blocks of M / N, row i's own in block i; rows that all have the same
-        positive column hold candidates of their own, all of them mined. Where N does not divide M
-        every other column is in-batch.
+        Columns are in N blocks of M / N, a query's own in its positive's block; where N does not
+        divide M, every column but the positive is in-batch. Rows that all have the same positive
+        column hold candidates of their own, each with mined negatives only.
         """
         checks.tensor("logits", logits)
-        checks.tensor("target", target)
         if logits.dim() != 2:
             raise ValueError(f"logits must have shape (N, M), got {tuple(logits.shape)}")
+        n, m = logits.shape
+        labels = checks.columns("target", target, n, m, logits.device)
         # A look at the values, as a condition, would make the host wait for a GPU.
-        alike = (target == target[0]).all()
-        owners = torch.where(alike, target[0], block_owners(target, logits.shape[1]))
+        alike = (labels == labels[0]).all()
+        owners = torch.where(alike, labels[0], block_owners(labels, m))
         return scores_loss(
             logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.temperature,
             logit_scale=1 / self.temperature,
             alpha=self.alpha,
             hardness=self.hardness,
             symmetric=False,
-            labels=target,
+            labels=labels,
             owners=owners,
             false_negative_margin=self.false_negative_margin,
         )

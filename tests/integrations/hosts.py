@@ -1,6 +1,7 @@
-"""What tevatron and VLM2Vec compute: neither is a package to install beside this one.
+"""What hosts compute that are no package to install beside this one.
 
-Written from their sources, tevatron at dd06310 and VLM2Vec at 6e1e1d4, argument for argument.
+Written from their sources, argument for argument: tevatron at dd06310, VLM2Vec at 6e1e1d4,
+FlagEmbedding at 7ed43d6, and OpenCLIP at 89fb801, which is newer than its releases.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ class vlm2vec:
 class BiEncoder(nn.Module):
     """What the models of tevatron, VLM2Vec and FlagEmbedding do in training, in one process.
 
-    tevatron: ``EncoderModel.forward``. FlagEmbedding at 7ed43d6: ``AbsEmbedderModel``'s in-batch
-    loss, and with ``in_batch=False`` its loss of each query's own passages.
+    tevatron: ``EncoderModel.forward``. FlagEmbedding: ``AbsEmbedderModel``'s in-batch loss, and
+    with ``in_batch=False`` its loss of each query's own passages.
     """
 
     def __init__(self, temperature: float) -> None:
@@ -93,3 +94,18 @@ class BiEncoder(nn.Module):
             scores = torch.stack([row[i * width : (i + 1) * width] for i, row in enumerate(scores)])
             target = torch.zeros_like(target)
         return self.cross_entropy(scores, target)
+
+
+class CLIPTask(nn.Module):
+    """``open_clip.task.CLIPTask``: the loss is its ``loss``, called by keywords."""
+
+    def __init__(self, model: nn.Module, loss: nn.Module) -> None:
+        super().__init__()
+        self.trainable_module = model
+        self.loss = loss
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+        output = self.trainable_module(image=batch["image"], text=batch["text"])
+        losses = self.loss(**output, output_dict=True)
+        losses["loss"] = sum(value for key, value in losses.items() if key.endswith("_loss"))
+        return losses, {"logit_scale": output["logit_scale"]}

@@ -318,7 +318,7 @@ def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = embeddings(4, 10, 3)
     with pytest.raises(ValueError, match="y has 4 rows for 10 queries, and each needs one"):
         SimpleContrastiveLoss()(y, x)
-    with pytest.raises(ValueError, match="target must be columns of target, 0 to 9"):
+    with pytest.raises(ValueError, match="target must be columns from 0 to 9"):
         SimpleContrastiveLoss()(x, y, target=torch.tensor([0, 1, 2, 10]))
     with pytest.raises(ValueError, match="y has 10 rows for 4 queries, expected 12 with n_hard_ne"):
         gradcache.SimpleContrastiveLoss(2)(x, y)
