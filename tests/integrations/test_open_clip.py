@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -115,6 +116,12 @@ def test_one_element_scales_and_refusals() -> None:
     expected = ClipLoss(alpha=5.0)(*pair, 30.0)
     assert relative_error(ClipLoss(alpha=5.0)(*pair, torch.tensor([30.0])), expected) < 1e-6
     assert relative_error(WeightedClipLoss()(*pair, 30.0, alpha=5.0), expected) < 1e-6
+    for kind in (np.float32, np.float64, np.int64, torch.tensor):
+        scale, alpha = kind(30), kind(5)
+        assert relative_error(ClipLoss(alpha=alpha)(*pair, scale), expected) < 1e-6
+        assert relative_error(WeightedClipLoss()(*pair, scale, alpha), expected) < 1e-6
+        theirs = open_clip.loss.ClipLoss()(*pair, scale)
+        assert relative_error(ClipLoss()(*pair, scale), theirs) < 1e-5
     with pytest.raises(ValueError, match="use_horovod=True is not supported"):
         ClipLoss(use_horovod=True)
     with pytest.raises(ValueError, match="alpha must be >= 0 and finite, got -1"):

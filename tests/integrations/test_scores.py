@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -161,6 +162,16 @@ def test_cross_entropy_of_half_precision_is_not_worse_than_the_hosts(dtype: torc
     ours = value_and_gradient(lambda x: CrossEntropyLoss(0.02)(x, labels), logits)
     for a, b, c in zip(ours, theirs, truth, strict=True):
         assert relative_error(a, c) <= max(1e-6, relative_error(b, c))
+
+
+def test_cross_entropy_takes_numpys_numbers_and_compiles() -> None:
+    logits, labels = torch.randn(4, 12), torch.arange(4) * 3
+    expected = CrossEntropyLoss(0.5, 0.5)(logits, labels)
+    assert torch.equal(
+        CrossEntropyLoss(np.float32(0.5), torch.tensor([0.5]))(logits, labels), expected
+    )
+    compiled = torch.compile(CrossEntropyLoss(0.5, 0.5), fullgraph=True, backend="eager")
+    assert relative_error(compiled(logits, labels), expected) < 1e-6
 
 
 def test_cross_entropy_names_mistakes() -> None:

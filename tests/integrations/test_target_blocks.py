@@ -9,6 +9,7 @@ import sys
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -159,6 +160,25 @@ def test_mined_negatives_are_told_by_their_block(hardness: str, symmetric: bool)
     rolled = y.view(n, width, -1).roll(-1, 1).flatten(0, 1)
     ids["target_ids"] = ids["target_ids"].view(n, width).roll(-1, 1).flatten()
     assert relative_error(loss_fn(x, rolled, target=last, **ids), found[0]) < 1e-6
+
+
+def test_every_kind_of_number_is_taken() -> None:
+    x, y = embeddings(4, 12, 6)
+    expected = SimpleContrastiveLoss(0.5, alpha=0.5, target_alpha=0.5, symmetric=True)(x, y)
+    for number in (np.float32(0.5), np.float64(0.5), torch.tensor([0.5]), torch.tensor(0.5)):
+        loss_fn = SimpleContrastiveLoss(number, alpha=number, target_alpha=number, symmetric=True)
+        assert torch.equal(loss_fn(x, y), expected)
+        theirs = hosts.vlm2vec.SimpleContrastiveLoss(number)(x, y)
+        assert relative_error(SimpleContrastiveLoss(number)(x, y), theirs) < 1e-5
+    assert gradcache.SimpleContrastiveLoss(np.int64(2))(x, y).isfinite()
+
+
+@pytest.mark.parametrize("m", [4, 12, 14])
+def test_compiles_in_one_graph(m: int) -> None:
+    x, y = embeddings(4, m, 6)
+    loss_fn = SimpleContrastiveLoss(alpha=9.0)
+    compiled = torch.compile(loss_fn.__call__, fullgraph=True, backend="eager")
+    assert relative_error(compiled(x, y), loss_fn(x, y)) < 1e-6
 
 
 def test_without_blocks_every_other_target_is_in_batch() -> None:
