@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from llave_kernels.checks import FLOATS, REDUCTIONS
 from llave_kernels.rules import HARDNESS_MODES, Rules
 
-Group = dist.ProcessGroup | None
+Group: TypeAlias = "dist.ProcessGroup | None"  # a string: some builds of torch lack the class
 
 
 class Call(NamedTuple):
@@ -142,26 +142,28 @@ def _gather_words(words: list[int], group: Group) -> list[list[int]]:
     if world == 1:
         return [words]
     mine = torch.tensor(words, dtype=torch.int64)
-    everyone = torch.empty(world * len(words), dtype=torch.int64)
-    dist.all_gather_into_tensor(everyone, mine, host_group(group))
-    return everyone.view(world, len(words)).tolist()
-
-
-_host_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
-
-
-def host_group(group: Group) -> dist.ProcessGroup:
-    """``group``, or, where it takes tensors on a device only, the same processes over gloo.
-
-    That one is made at the first use, by its members alone.
-    """
+    everyone = [torch.empty_like(mine) for _ in range(world)]
     given = dist.group.WORLD if group is None else group
     assert given is not None
     if "cpu:" in dist.get_backend_config(given):
-        return given
-    if given not in _host_groups:
-        ranks = dist.get_process_group_ranks(given)
-        made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-        assert isinstance(made, dist.ProcessGroup)
-        _host_groups[given] = made
-    return _host_groups[given]
+        dist.all_gather(everyone, mine, given)
+    else:
+        _on_host(given).allgather([everyone], [mine]).wait()
+    return [each.tolist() for each in everyone]
+
+
+_hosts: WeakKeyDictionary[dist.ProcessGroup, Any] = WeakKeyDictionary()
+
+
+def _on_host(group: dist.ProcessGroup) -> Any:
+    """The processes of a group that takes tensors on a device only, over gloo; made once.
+
+    Through the group's own store. ``new_group`` counts the groups of a process, and members of a
+    group may have counted differently: they would wait for each other under two names.
+    """
+    if group not in _hosts:
+        own = dist.distributed_c10d._get_process_group_store(group)
+        store = dist.PrefixStore("llave", own)  # type: ignore[attr-defined]
+        size = dist.get_world_size(group)
+        _hosts[group] = dist.ProcessGroupGloo(store, dist.get_rank(group), size)
+    return _hosts[group]

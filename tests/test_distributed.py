@@ -78,6 +78,16 @@ def test_clip_classes_equal_their_host_in_every_process(function: str, world: in
                 assert close or float((ours[i] - host[i]).norm()) < 1e-7, (rank, setting, i)
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_compiled_step_gives_the_same_numbers(world: int) -> None:
+    pytest.importorskip("open_clip")
+    pytest.importorskip("sentence_transformers")
+    for found in run("tests.processes.compiled", "steps", world, timeout=240):
+        for name, (plain, compiled) in found.items():
+            for a, b in zip(compiled, plain, strict=True):
+                assert relative_error(a, b) < 1e-5, name
+
+
 def test_a_process_that_differs_is_an_error_on_all() -> None:
     first, second = results("mistakes", 2)
     for name, message in (
@@ -86,7 +96,14 @@ def test_a_process_that_differs_is_an_error_on_all() -> None:
         ("alpha", "alpha is 2.0 on rank 1 and 1.0 here"),
         ("margin", "false_negative_margin is 0.1 on rank 1 and None here"),
         ("ids", "presence of ids is True on rank 1 and False here"),
+        ("symmetric", "symmetric is False on rank 1 and True here"),
+        ("hardness", "hardness is all on rank 1 and in_batch here"),
+        ("target_alpha", "target_alpha is 2.0 on rank 1 and 0.0 here"),
+        ("logit_scale", "logit_scale is 51.0 on rank 1 and 50.0 here"),
+        ("its gradient", "requires_grad of logit_scale is True on rank 1 and False here"),
+        ("queries' gradient", "requires_grad of query is True on rank 1 and False here"),
         ("gradient", "requires_grad of target is True on rank 1 and False here"),
+        ("reductions", "reduction is mean on rank 1 and sum here"),
     ):
         assert first[name] == f"ValueError: {message}; it must be the same on every process"
         assert second[name].startswith("ValueError: ")
@@ -95,7 +112,16 @@ def test_a_process_that_differs_is_an_error_on_all() -> None:
     )
     assert second["refused"].startswith("ValueError: alpha must be >= 0")
     assert second["reduction"].startswith("ValueError: reduction must be one of")
-    assert first["afterwards"] == second["afterwards"] == "nothing"
+    for name in ("zeros", "afterwards"):
+        assert first[name] == second[name] == "nothing"
+
+
+def test_processes_agree_over_a_group_on_the_host_made_once() -> None:
+    """Stands in for nccl: the group says that it takes tensors on a GPU only."""
+    found = run(CASES, "on_hosts", 3)
+    assert [[made for _, made in each] for each in found] == [[1, 2, 3], [1, 2, 3], [1, 2]]
+    for each in found:
+        assert each[-1][0] == each[-2][0]
 
 
 def test_a_process_that_dies_is_an_error_on_the_others() -> None:

@@ -241,11 +241,65 @@ def mistakes() -> dict[str, str]:
                 else loss(*good)
             )
         ),
-        "gradient": said(lambda: loss(good[0], good[1].requires_grad_(odd))),
+        "symmetric": said(lambda: loss(*good, symmetric=not odd)),
+        "hardness": said(lambda: loss(*good, hardness="all" if odd else "in_batch")),
+        "target_alpha": said(lambda: loss(*good, target_alpha=2.0 * odd)),
+        "logit_scale": said(lambda: loss(*good, logit_scale=50.0 + odd)),
+        "its gradient": said(
+            lambda: loss(*good, logit_scale=torch.tensor(50.0, requires_grad=odd))
+        ),
+        "queries' gradient": said(lambda: loss(good[0].clone().requires_grad_(odd), good[1])),
+        "gradient": said(lambda: loss(good[0], good[1].clone().requires_grad_(odd))),
+        "reductions": said(lambda: loss(*good, reduction="mean" if odd else "sum")),
         "refused": said(lambda: loss(*good, alpha=-1.0 if odd else 1.0)),
         "reduction": said(lambda: loss(*good, reduction="avg" if odd else "sum")),
-        "afterwards": said(lambda: loss(*(x.detach() for x in good))),
+        "zeros": said(lambda: loss(*good, alpha=-0.0 if odd else 0.0)),
+        "afterwards": said(lambda: loss(*good)),
     }
+
+
+def on_hosts() -> list[tuple[float, int]]:
+    """Loss and number of groups made, if groups took tensors on a GPU only.
+
+    Of the first two processes, which alone know their group, of all, and of all in a new job.
+    """
+    pair = [normalize(torch.randn(4, 5), dim=1) for _ in range(2)]
+    rank, world = dist.get_rank(), dist.get_world_size()
+    made: list[Any] = []
+
+    def loss(group: Any) -> tuple[float, int]:
+        values = [float(distributed_contrastive_loss(*pair, group=group)) for _ in range(2)]
+        assert values[0] == values[1]
+        return values[0], len(made)
+
+    def counted(*arguments: Any) -> Any:
+        made.append(arguments)
+        return original(*arguments)
+
+    original, dist.ProcessGroupGloo = dist.ProcessGroupGloo, counted
+    results = []
+    with patched_backend():
+        if rank < 2:
+            results.append(loss(dist.new_group([0, 1], use_local_synchronization=True)))
+        results.append(loss(None))
+    store = dist.distributed_c10d._get_default_store()
+    dist.barrier()
+    dist.destroy_process_group()
+    again = dist.PrefixStore("again", store)
+    dist.init_process_group("gloo", store=again, rank=rank, world_size=world)
+    with patched_backend():
+        results.append(loss(None))
+    return results
+
+
+@contextmanager
+def patched_backend() -> Iterator[None]:
+    """Groups say that they take tensors on a GPU only, as those of nccl do."""
+    original, dist.get_backend_config = dist.get_backend_config, lambda group: "cuda:nccl"
+    try:
+        yield
+    finally:
+        dist.get_backend_config = original
 
 
 def death() -> str:
