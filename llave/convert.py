@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -168,6 +169,8 @@ def check(path: str | os.PathLike[str], image: Any) -> dict[str, float]:
     query = model.encode([inputs(question, image)], processing_kwargs=card, convert_to_tensor=True)
     texts = ["A cat and a dog", "A cat and a tiger"]
     found = model.similarity(query, model.encode(texts, convert_to_tensor=True))[0].tolist()
+    if not np.isfinite(found).all():
+        raise ValueError(f"path={str(path)!r} gives embeddings that are not finite: {found}")
     scores = dict(zip(texts, found, strict=True))
     for text, score in scores.items():
         print(f"{text} = {score:.4f}")

@@ -18,7 +18,8 @@ from sentence_transformers.sentence_transformer.evaluation import SentenceEvalua
 from sentence_transformers.sentence_transformer.training_args import MultiDatasetBatchSamplers
 
 from llave import runs, scratch
-from llave.data import load_training, texts_of
+from llave.data import content_id, load_training, texts_of
+from llave.embedding import refuse_not_finite
 from llave.files import publish
 from llave.losses import CachedLLaVELoss, LLaVELoss
 from llave.modeling import build
@@ -228,6 +229,8 @@ def joined(subsets: dict[str, Dataset]) -> Dataset:
 class SimilarityOverlap(SentenceEvaluator):
     """Overlap of the similarity histograms of positives and negatives (paper, Figure 1).
 
+    A copy of a pair's positive is no negative of it.
+
     The histograms go to ``output_path``, in ``similarities-STEP.json``: counts by subset, in 100
     equal bins over [-1, 1].
 
@@ -253,11 +256,13 @@ class SimilarityOverlap(SentenceEvaluator):
         histograms = {}
         for name, subset in self.subsets.items():
             rows = subset[:]
-            pair = (
-                model.encode(list(rows[c]), convert_to_tensor=True, normalize_embeddings=True)
-                for c in ("anchor", "positive")
-            )
-            result = similarity_statistics(*(x.float() for x in pair))
+            pair = []
+            for side in ("anchor", "positive"):
+                vectors = model.encode(list(rows[side]), normalize_embeddings=True)
+                refuse_not_finite(vectors, f"subset {name}, held-out {side} {{}}".format)
+                pair.append(torch.from_numpy(vectors).float())
+            ids = torch.tensor([content_id(item) for item in rows["positive"]])
+            result = similarity_statistics(*pair, query_ids=ids, target_ids=ids)
             found[f"{name}_similarity_overlap"] = float(result.overlap)
             found[f"{name}_positive_mean"] = float(result.positive_mean)
             found[f"{name}_negative_mean"] = float(result.negative_mean)

@@ -16,10 +16,17 @@ for needed in ("sentence_transformers", "datasets", "accelerate", "yaml", "torch
     pytest.importorskip(needed)
 
 import numpy as np  # noqa: E402
+from datasets import Dataset  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 
 from llave import training  # noqa: E402
-from llave.training import last_checkpoint, read_recipe, train, unused_rows  # noqa: E402
+from llave.training import (  # noqa: E402
+    SimilarityOverlap,
+    last_checkpoint,
+    read_recipe,
+    train,
+    unused_rows,
+)
 from tests.llave import train_worker  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -234,3 +241,24 @@ def test_what_cannot_be_had_here_is_refused_before_the_data_are_read(
     for overrides, message in wrong:
         with pytest.raises(ValueError, match=message):
             train(read_recipe(str(file), overrides))
+
+
+class Numbers:
+    """Embeds a number as an angle in degrees."""
+
+    def encode(self, items: list[str], **_: object) -> np.ndarray:
+        angles = np.deg2rad([float(item) for item in items])
+        return np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+
+
+def test_a_copy_of_the_positive_is_no_negative_of_the_overlap(tmp_path: Path) -> None:
+    pairs = {"anchor": ["0", "1", "90"], "positive": ["0", "0", "90"]}
+    SimilarityOverlap({"x": Dataset.from_dict(pairs)})(Numbers(), str(tmp_path))
+    found = json.loads((tmp_path / "similarities--1.json").read_text())["x"]
+    assert (sum(found["positives"]), sum(found["negatives"])) == (3, 4)
+
+
+def test_an_overlap_of_embeddings_that_are_not_finite_is_refused() -> None:
+    pairs = {"anchor": ["0", "1"], "positive": ["0", "nan"]}
+    with pytest.raises(ValueError, match="subset x, held-out positive 1: the embedding is not fin"):
+        SimilarityOverlap({"x": Dataset.from_dict(pairs)})(Numbers())
