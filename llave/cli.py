@@ -142,10 +142,13 @@ def _evaluate(arguments: Arguments, _: list[str]) -> None:
 
 def _convert(arguments: Arguments, _: list[str]) -> None:
     from llave.convert import check, convert
+    from llave.modeling import inputs
 
+    # Read before the conversion, which takes minutes.
+    picture = inputs(images=arguments.check)["image"] if arguments.check else None
     convert(arguments.source, arguments.destination, allow_pickle=arguments.allow_pickle)
-    if arguments.check:
-        check(arguments.destination, arguments.check)
+    if picture is not None:
+        check(arguments.destination, picture)
 
 
 def _embed(arguments: Arguments, _: list[str]) -> None:
