@@ -324,3 +324,20 @@ def _check(recipe: Recipe, name: str) -> None:
         raise ValueError(
             f"trainer.eval_strategy={strategy} needs pairs to evaluate on; set data.held_out"
         )
+    best = trainer.get("load_best_model_at_end", False) or trainer.get("save_strategy") == "best"
+    best = best or trainer.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy")
+    if best and None in map(trainer.get, ("metric_for_best_model", "greater_is_better")):
+        raise ValueError(
+            "trainer.metric_for_best_model and trainer.greater_is_better must say which model is "
+            "best, e.g. similarity_overlap and false"
+        )
+    if trainer.get("batch_sampler") == "group_by_label":
+        raise ValueError(
+            "trainer.batch_sampler='group_by_label' needs labels of classes; here they are content "
+            "ids: choose batch_sampler or no_duplicates"
+        )
+    if "multi_dataset_batch_sampler" in trainer and not data["homogeneous"]:
+        raise ValueError(
+            "trainer.multi_dataset_batch_sampler has no effect where data.homogeneous is false: "
+            "subsets are mixed in a batch"
+        )

@@ -143,6 +143,11 @@ def fit(
         if trainer.is_world_process_zero():
             runs.record(folder, recipe, rows)
     done = checkpoint is not None and runs.step_of(checkpoint) >= trainer.total_steps()
+    if checkpoint is not None and not done and arguments.save_only_model:
+        raise ValueError(
+            f"{checkpoint} has no state of the optimizer to go on with, because "
+            "trainer.save_only_model is true; choose another trainer.output_dir"
+        )
     if done:
         lines = [f"{checkpoint} is the end of a finished run: nothing is trained"]
     if trainer.is_world_process_zero():

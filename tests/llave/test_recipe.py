@@ -141,6 +141,7 @@ def test_settings_have_their_types(
         ("trainer.eval_strategy", "steps", "needs pairs to evaluate on; set data.held_out"),
         ("trainer.lr_scheduler_type", "cos", "should be 'linear', 'cosine'"),
         ("trainer.seed", "null", "should be a valid integer"),
+        ("trainer.batch_sampler", "group_by_label", "needs labels of classes"),
         *((f"trainer.{name}", "1", "has no effect") for name in INEFFECTIVE),
     ],
 )
@@ -160,6 +161,25 @@ def test_every_setting_has_a_type(tmp_path: Path) -> None:
             overrides = [f"--{section}.{setting}", "[[[{}]]]"]
             with pytest.raises(ValueError, match=rf"{section}\.{setting}"):
                 read_recipe(str(file), overrides)
+
+
+def test_settings_that_need_others() -> None:
+    evaluated = ["--data.held_out", "8", "--trainer.eval_strategy", "steps"]
+    for best in (
+        ["--trainer.load_best_model_at_end", "true"],
+        ["--trainer.save_strategy", "best"],
+        ["--trainer.lr_scheduler_type", "greedy"],
+        # By default the host takes more for better, and of overlap less is.
+        ["--trainer.save_strategy", "best", "--trainer.metric_for_best_model", "x"],
+    ):
+        with pytest.raises(ValueError, match=r"trainer\.greater_is_better must say which"):
+            read_recipe("tiny", evaluated + best)
+    settings = ["--trainer.metric_for_best_model", "x", "--trainer.greater_is_better", "false"]
+    assert read_recipe("tiny", [*evaluated, *settings, "--trainer.save_strategy", "best"])
+    robin = ["--trainer.multi_dataset_batch_sampler", "round_robin"]
+    assert read_recipe("tiny", robin)
+    with pytest.raises(ValueError, match=r"no effect where data\.homogeneous is false"):
+        read_recipe("tiny", [*robin, "--data.homogeneous", "false"])
 
 
 def test_a_folder_has_no_splits(tmp_path: Path) -> None:

@@ -107,6 +107,9 @@ def test_two_processes_have_the_losses_of_one(uninterrupted: Path, tmp_path: Pat
     out = tmp_path / "two"
     run(out, processes=2)
     assert logged(out) == pytest.approx(logged(uninterrupted), rel=1e-3)
+    before = contents(out)
+    run(out, processes=2)  # it is finished
+    assert contents(out) == before
 
 
 def test_checkpoints_without_an_end_are_set_aside(tmp_path: Path) -> None:
@@ -183,6 +186,25 @@ def test_a_finished_run_of_whole_epochs_and_adapters(
     said = capsys.readouterr().out
     assert "goes on with other settings: trainer.max_steps is -1 there and 12 here" in said
     assert list(logged(out)) == list(range(1, 13))
+
+
+def test_checkpoints_without_an_optimizer_are_no_place_to_go_on(tmp_path: Path) -> None:
+    out, bare = tmp_path / "run", ("--trainer.save_only_model", "true")
+    train_worker.train(str(out), *bare, "--trainer.max_steps", "4")
+    train_worker.train(str(out), *bare, "--trainer.max_steps", "4")
+    with pytest.raises(ValueError, match="checkpoint-4 has no state of the optimizer"):
+        train_worker.train(str(out), *bare, "--trainer.max_steps", "8")
+
+
+def test_the_best_model_is_the_one_of_least_overlap(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    best = {"load_best_model_at_end": "true", "metric_for_best_model": "similarity_overlap"}
+    best |= {"greater_is_better": "false", "save_steps": "6"}
+    words = [word for key, value in best.items() for word in (f"--trainer.{key}", value)]
+    train_worker.train(str(out), *words)
+    state = json.loads((out / "checkpoint-12" / "trainer_state.json").read_text())
+    overlap = logged(out, "eval_similarity_overlap")
+    assert state["best_metric"] == min(overlap.values())
 
 
 def test_a_model_without_a_checkpoint_is_kept(uninterrupted: Path, tmp_path: Path) -> None:
