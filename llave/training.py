@@ -53,7 +53,8 @@ def train(recipe: Recipe) -> SentenceTransformer:
     data = recipe["data"]
     arguments = trainer_arguments(recipe)  # what it refuses, it refuses before anything is loaded
     runs.check(Path(arguments.output_dir), recipe)
-    if data["images"] is not None and not Path(data["images"]).is_dir():
+    there = Path(data["train"]).is_dir() or data["subsets"]  # else load_training says what is wrong
+    if there and data["images"] is not None and not Path(data["images"]).is_dir():
         raise ValueError(f"data.images={data['images']!r} is no folder")
     subsets = load_training(
         data["train"],
