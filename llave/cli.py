@@ -124,11 +124,11 @@ def _train(arguments: Arguments, overrides: list[str]) -> None:
 
 def _evaluate(arguments: Arguments, _: list[str]) -> None:
     from llave.evaluation import evaluate, format_table
-    from llave.modeling import load
+    from llave.modeling import load, set_length
 
     model = load(arguments.model)
     if arguments.max_seq_length is not None:
-        model.max_seq_length = arguments.max_seq_length
+        set_length(model, arguments.max_seq_length)
     results = evaluate(
         model,
         arguments.tasks,

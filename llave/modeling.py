@@ -226,6 +226,21 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> SentenceTransformer:
     return model
 
 
+def set_length(model: SentenceTransformer, max_seq_length: int) -> None:
+    """Set ``model.max_seq_length``, the tokens of an input with all its images.
+
+    Raises:
+        ValueError: the closing turn takes as many; the tokenizer would not cut at all.
+    """
+    closing = model.tokenizer.num_special_tokens_to_add()
+    if max_seq_length <= closing:
+        raise ValueError(
+            f"max_seq_length={max_seq_length} leaves no room: the closing turn takes {closing} "
+            "tokens"
+        )
+    model.max_seq_length = max_seq_length
+
+
 def inputs(
     text: str | None = None,
     images: Any = None,
