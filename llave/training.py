@@ -157,6 +157,11 @@ def fit(
         trainer.restore(checkpoint)
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
+        if not trainer.state.global_step:  # of copies a sampler may make no batch
+            raise ValueError(
+                f"nothing was trained: trainer.batch_sampler={arguments.batch_sampler.value} made "
+                f"no batch of {data['batch_size']} rows; lower data.batch_size"
+            )
     if done and (folder / "model" / "modules.json").exists():
         trainer.merge_adapters()
     else:

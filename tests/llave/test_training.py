@@ -227,6 +227,20 @@ def test_what_trains_nothing_is_an_error(tmp_path: Path) -> None:
         train_worker.train(str(tmp_path / "run"), "--model.frozen", "'.'")
 
 
+def test_a_sampler_that_makes_no_batch_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = Dataset.from_dict({"anchor": ["one and two"] * 64, "positive": ["one plus two"] * 64})
+    monkeypatch.setattr(train_worker, "subsets", lambda: {"plus": same})
+    settings = {"data.subsets": "[plus]", "trainer.batch_sampler": "no_duplicates"}
+    words = [word for key, value in settings.items() for word in (f"--{key}", value)]
+    with pytest.raises(
+        ValueError, match=r"nothing was trained: .*no_duplicates made no batch"
+    ):
+        train_worker.train(str(tmp_path / "run"), *words)
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_rows_that_never_appear_are_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
