@@ -234,9 +234,7 @@ def test_a_sampler_that_makes_no_batch_is_an_error(
     monkeypatch.setattr(train_worker, "subsets", lambda: {"plus": same})
     settings = {"data.subsets": "[plus]", "trainer.batch_sampler": "no_duplicates"}
     words = [word for key, value in settings.items() for word in (f"--{key}", value)]
-    with pytest.raises(
-        ValueError, match=r"nothing was trained: .*no_duplicates made no batch"
-    ):
+    with pytest.raises(ValueError, match=r"nothing was trained: .*no_duplicates made no batch"):
         train_worker.train(str(tmp_path / "run"), *words)
     assert not (tmp_path / "run" / "model").exists()
 
