@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from llave.modeling import text_input
-from llave.video import open_rgb
+from llave.images import open_rgb
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp"}
 FIELDS = ("id", "text", "image")

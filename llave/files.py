@@ -1,10 +1,22 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and those that a system leaves beside a user's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
+
+LFS_POINTER = b"version https://git-lfs"  # what a clone has in place of a file not yet fetched
+# Made by Windows, macOS in archives, Synology and QNAP; hidden names are left behind anyway.
+_LEFTOVERS = {
+    "$recycle.bin", "__macosx", "@eadir", "@recycle", "desktop.ini", "ehthumbs.db", "icon\r",
+    "lost+found", "system volume information", "thumbs.db",
+}  # fmt: skip
+
+
+def left_behind(name: str) -> bool:
+    """Whether a file or folder of that name is hidden or made by a system, not by a user."""
+    return name.startswith(".") or name.lower() in _LEFTOVERS
 
 
 def publish(path: Path, write: Callable[[Path], object]) -> None:

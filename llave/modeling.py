@@ -26,7 +26,8 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tokenizers.processors import TemplateProcessing
 from transformers import PretrainedConfig
 
-from llave.video import load_frames, to_rgb
+from llave.images import to_rgb
+from llave.video import load_frames
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
