@@ -21,9 +21,10 @@ from typing import Any, Literal, NamedTuple
 from datasets import Dataset, Features, List, Value, load_dataset
 
 from llave import mmeb
+from llave.files import snapshot
 from llave.images import Pixels, open_rgb
 from llave.modeling import text_input
-from llave.subsets import PROBLEM, SUFFIXES, read_files, subset_files, typed
+from llave.subsets import PROBLEM, read_files, subset_files, typed
 from llave.video import load_frames
 
 SIDES = (("qry", "qry_image_path"), ("pos_text", "pos_image_path"), ("neg_text", "neg_image_path"))
@@ -54,7 +55,7 @@ class Images:
     """
 
     def __init__(self, root: str | Path | None, pixels: Pixels = "stored") -> None:
-        self.root = None if root is None else Path(root)
+        self.root = None if root is None else snapshot(Path(root))
         self.pixels = pixels
 
     def path(self, name: str) -> Path:
@@ -172,7 +173,7 @@ def load_training(
         # These columns alone, so that subsets can be joined whatever else they hold.
         rows = rows.select_columns([*(column for side in sides for column in side), "row"])
         rows = rows.add_column("subset", [name] * len(rows))
-        rows.set_transform(partial(_batch, sides=sides, images=pictures))
+        rows.set_transform(partial(_batch, sides=sides, root=images))
         loaded[name] = rows
     return loaded
 
@@ -318,15 +319,16 @@ def _batch(
     batch: dict[str, list[Any]],
     *,
     sides: tuple[tuple[str, str], ...],
-    images: Images,
+    root: str | Path | None,
 ) -> dict[str, list[Any]]:
-    """Inputs of a batch; what the trainer asks for by column, in the order it reads them."""
+    """Inputs of a batch, of any subsets; what the trainer asks for, in the order it reads them."""
     made: dict[str, list[Any]] = {}
     for column, (text, image) in zip(COLUMNS, sides, strict=False):
         made[column] = []
         columns = (batch[name] for name in ("subset", "row", text, image))
         for subset, row, said, shown in zip(*columns, strict=True):
             try:
+                images = Images(root, mmeb.pixels(subset))
                 made[column].append(make_input(said or "", shown or "", images))
             except (ValueError, OSError) as error:
                 raise ValueError(f"subset {subset}, row {row}: {error}") from error

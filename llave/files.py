@@ -19,6 +19,28 @@ def left_behind(name: str) -> bool:
     return name.startswith(".") or name.lower() in _LEFTOVERS
 
 
+def snapshot(folder: Path) -> Path:
+    """The newest revision of a data set in the hub's cache; other folders as they are.
+
+    Raises:
+        ValueError: there are several revisions and it is not said which is the newest.
+    """
+    revisions = folder / "snapshots"
+    if not (revisions.is_dir() and (folder / "refs").is_dir()):
+        return folder
+    main = folder / "refs" / "main"
+    there = sorted(path.name for path in revisions.iterdir() if path.is_dir())
+    revision = main.read_text().strip() if main.is_file() else ""
+    if revision not in there:
+        if len(there) != 1:
+            raise ValueError(
+                f"{folder} holds the revisions {', '.join(there) or 'none'}; pass the folder of "
+                "one, below its snapshots"
+            )
+        (revision,) = there
+    return revisions / revision
+
+
 def publish(path: Path, write: Callable[[Path], object]) -> None:
     """Let a file appear whole: ``write`` makes it beside ``path``, then it is renamed.
 

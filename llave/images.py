@@ -31,10 +31,11 @@ else:
 
 Pixels = Literal["seen", "stored"]
 # Of files that hold a picture and that Pillow reads; others in a folder of images are left out.
-IMAGE_SUFFIXES = frozenset(
-    ".apng .avif .bmp .dib .gif .heic .heif .hif .j2k .jfif .jp2 .jpe .jpeg .jpf .jpg .jpx .mpo "
-    ".pbm .pcx .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
-)
+IMAGE_SUFFIXES = {
+    ".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".hif", ".j2k", ".jfif", ".jp2",
+    ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm",
+    ".tga", ".tif", ".tiff", ".webp",
+}  # fmt: skip
 # What reads the suffixes of which this environment's Pillow lacks the decoder.
 MISSING = {
     suffix: remedy

@@ -28,7 +28,7 @@ from datasets import (
 )
 from huggingface_hub import DatasetCard
 
-from llave.files import LFS_POINTER, left_behind
+from llave.files import LFS_POINTER, left_behind, snapshot
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
 PROBLEM = "problem"  # the column that says why a row cannot be used, in subsets with such rows
@@ -53,7 +53,7 @@ def subset_files(source: Path, names: list[str] | None, split: str) -> dict[str,
     Raises:
         ValueError: no subsets, an unknown name, two of the same name, or other splits only.
     """
-    folder = _snapshot(source)
+    folder = snapshot(source)
     found = _of_card(folder)
     if not found or set(names or ()) - set(found):
         found = _of_names(folder, split) | found
@@ -89,24 +89,6 @@ def typed(rows: Dataset, columns: Features, where: object) -> Dataset:
     features = Features({name: columns[name] for name in rows.column_names})
     _check_types(rows.features.arrow_schema, columns, where)
     return rows if rows.features == features else rows.cast(features)
-
-
-def _snapshot(folder: Path) -> Path:
-    """The newest revision of a dataset in the hub's cache; other folders as they are."""
-    revisions = folder / "snapshots"
-    if not (revisions.is_dir() and (folder / "refs").is_dir()):
-        return folder
-    main = folder / "refs" / "main"
-    there = sorted(path.name for path in revisions.iterdir() if path.is_dir())
-    revision = main.read_text().strip() if main.is_file() else ""
-    if revision not in there:
-        if len(there) != 1:
-            raise ValueError(
-                f"{folder} holds the revisions {', '.join(there) or 'none'}; pass the folder of "
-                "one, below its snapshots"
-            )
-        (revision,) = there
-    return revisions / revision
 
 
 def _of_card(folder: Path) -> dict[str, dict[str, list[Path]]]:
