@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -73,8 +73,17 @@ class Images:
         if not any(map(found.is_relative_to, [root, *cache])):
             raise ValueError(f"image path {name!r} leaves the image folder {self.root}")
         if not found.exists() or found == root:
-            raise FileNotFoundError(f"image {name!r} is not in {self.root}")
+            packed = "; it has archives to unpack" if self._packed else ""
+            raise FileNotFoundError(f"image {name!r} is not in {self.root}{packed}")
         return found
+
+    @cached_property
+    def _packed(self) -> bool:
+        """Whether the folder has archives, as large image sets are published."""
+        ends = (".zip", ".tar", ".tar.gz")
+        return self.root is not None and any(
+            path.name.endswith(ends) for deep in ("*", "*/*") for path in self.root.glob(deep)
+        )
 
     def load(self, name: str) -> dict[str, Any]:
         """The part of an input that shows it: ``image``, in RGB, or ``video``, a list of frames.
@@ -322,14 +331,14 @@ def _batch(
     root: str | Path | None,
 ) -> dict[str, list[Any]]:
     """Inputs of a batch, of any subsets; what the trainer asks for, in the order it reads them."""
+    pictures = {name: Images(root, mmeb.pixels(name)) for name in set(batch["subset"])}
     made: dict[str, list[Any]] = {}
     for column, (text, image) in zip(COLUMNS, sides, strict=False):
         made[column] = []
         columns = (batch[name] for name in ("subset", "row", text, image))
         for subset, row, said, shown in zip(*columns, strict=True):
             try:
-                images = Images(root, mmeb.pixels(subset))
-                made[column].append(make_input(said or "", shown or "", images))
+                made[column].append(make_input(said or "", shown or "", pictures[subset]))
             except (ValueError, OSError) as error:
                 raise ValueError(f"subset {subset}, row {row}: {error}") from error
     if "negative" in made:
