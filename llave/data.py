@@ -16,11 +16,12 @@ import json
 from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, List, Value, load_dataset
 
 from llave import mmeb
+from llave.corpus import OnError
 from llave.files import snapshot
 from llave.images import Pixels, open_rgb
 from llave.modeling import text_input
@@ -31,7 +32,6 @@ SIDES = (("qry", "qry_image_path"), ("pos_text", "pos_image_path"), ("neg_text",
 COLUMNS = ("anchor", "positive", "negative")
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm")
 FIND_VIDEO = "Find me an video that matches the given caption: "  # "an" is the authors'
-OnError = Literal["raise", "skip"]
 _TEXT, _TEXTS = Value("string"), List(Value("string"))
 TRAINING = Features({column: _TEXT for side in SIDES for column in side})
 EVALUATION = Features(

@@ -148,8 +148,8 @@ def _indices(
     steps = len(starts) - 1
     if all(abs((t - starts[0]) * steps - k * span) <= steps for k, t in enumerate(starts)):
         return uniform_indices(len(starts), count)
-    moments = (starts[0] + i * span // (count - 1) for i in range(count)) if count > 1 else [0]
-    return sorted({max(0, bisect_right(starts, moment) - 1) for moment in moments})
+    moments = [starts[0] + i * span // max(count - 1, 1) for i in range(count)]
+    return sorted({bisect_right(starts, moment) - 1 for moment in moments})
 
 
 def _as_seen(frame: Any, ratio: float) -> Image.Image:

@@ -115,6 +115,21 @@ def test_grey_of_more_than_8_bits(kind: str, depth: str) -> None:
     assert difference(found, image.convert("RGB")) == 0
 
 
+@pytest.mark.parametrize(
+    ("mode", "compression"),
+    [
+        ("1", "group3"), ("1", "group4"), ("1", "packbits"), ("L", "tiff_lzw"), ("L", "jpeg"),
+        ("L", "tiff_adobe_deflate"), ("RGB", "jpeg"), ("RGB", "tiff_lzw"), ("CMYK", "tiff_lzw"),
+        ("P", "tiff_lzw"), ("I;16", "tiff_lzw"), ("I;16", "tiff_adobe_deflate"),
+    ],
+)  # fmt: skip
+def test_compressed_scans(mode: str, compression: str) -> None:
+    image = Image.fromarray(deep("u2")) if mode == "I;16" else PICTURE.convert(mode)
+    expected = Image.fromarray(GREY) if mode == "I;16" else image
+    found = open_rgb(saved(image, "TIFF", compression=compression))
+    assert difference(found, expected) <= (40 if compression == "jpeg" else 0)
+
+
 def tiff(values: np.ndarray, bits: int, black: int = 1, kind: int = 1, order: str = "<") -> bytes:
     """A TIFF file of one strip, of (height, width[, channels]); black: the photometric tag."""
     height, width, *channels = values.shape
@@ -247,10 +262,9 @@ def test_every_mode_is_turned(mode: str) -> None:
     assert difference(as_seen(quarter), expected) == 0
 
 
-@pytest.mark.parametrize("tags", [b"Exif\0\0no tags at all", exif(0), exif(9), exif((6, 6))])
+@pytest.mark.parametrize("tags", [b"Exif\0\0no tags at all", exif(0), exif(9)])
 def test_damaged_orientations_are_passed_over(tags: Any) -> None:
-    assert open_rgb(saved(PICTURE, "JPEG", exif=tags, **EXACT)).size in ((40, 24), (24, 40))
-    assert open_rgb(saved(PICTURE, "JPEG", exif=exif(0), **EXACT)).size == (40, 24)
+    assert difference(open_rgb(saved(PICTURE, "JPEG", exif=tags, **EXACT)), PICTURE) <= LOSSY
 
 
 def wide_gamut() -> ImageCms.ImageCmsProfile:
