@@ -18,6 +18,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value, load_dataset
 
 from llave import mmeb
@@ -172,7 +175,7 @@ def load_training(
                 f"subset {name} of {source} lacks the columns {', '.join(sorted(missing))}"
             )
         pictures = Images(images, mmeb.pixels(name))
-        rows = rows.add_column("row", list(range(len(rows))))  # as the source counts them
+        rows = rows.add_column("row", np.arange(len(rows)))  # as the source counts them
         if cap is not None and len(rows) > cap:
             rows = rows.shuffle(seed=seed).select(range(cap))
         rows = _without_unusable(name, rows, on_error)
@@ -273,34 +276,34 @@ def _subsets(
 def _has_negatives(rows: Dataset) -> bool:
     if not {"neg_text", "neg_image_path"} <= set(rows.column_names):
         return False
-    pairs = zip(rows["neg_text"], rows["neg_image_path"], strict=True)
-    return any(text or image for text, image in pairs)
+    return bool(_filled(rows.with_format("arrow")[:], SIDES[2]).any())
+
+
+def _filled(table: pa.Table, columns: tuple[str, str]) -> np.ndarray:
+    """Per row, whether one of the columns has something in it."""
+    text, image = (pc.not_equal(pc.fill_null(table[column], ""), "") for column in columns)
+    return pc.or_(text, image).to_numpy()
 
 
 def _without_unusable(name: str, rows: Dataset, on_error: OnError) -> Dataset:
     """Rows whose columns can be used; the reading of their images comes later."""
-    kept = []
-    columns = [*(column for side in SIDES[:2] for column in side), "row"]
-    problems = rows[PROBLEM] if PROBLEM in rows.column_names else [None] * len(rows)
-    for place, (row, problem) in enumerate(
-        zip(rows.select_columns(columns), problems, strict=True)
-    ):
-        for side, (text, image) in zip(("query", "positive"), SIDES, strict=False):
-            if not row[text] and not row[image]:
-                problem = problem or f"the {side} has neither text ({text}) nor image ({image})"
-        if not problem:
-            kept.append(place)
-        elif on_error == "raise":
-            raise ValueError(
-                f"subset {name}, row {row['row']}: {problem}; mend it, or leave such rows out with "
-                "on_error='skip'"
-            )
-        elif len(kept) == place:
-            first = f"row {row['row']}: {problem}"
-    if len(kept) < len(rows):
-        print(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows left out, the first {first}")
-        rows = rows.select(kept)
-    return rows
+    table = rows.with_format("arrow")[:]
+    there = PROBLEM in table.column_names
+    problems = table[PROBLEM].to_pylist() if there else [None] * len(rows)
+    for side, columns in zip(("query", "positive"), SIDES, strict=False):
+        lack = f"the {side} has neither text ({columns[0]}) nor image ({columns[1]})"
+        for place in np.flatnonzero(~_filled(table, columns)):
+            problems[place] = problems[place] or lack
+    unusable = [place for place, problem in enumerate(problems) if problem]
+    if not unusable:
+        return rows
+    first = f"row {table['row'][unusable[0]]}: {problems[unusable[0]]}"
+    if on_error == "raise":
+        raise ValueError(
+            f"subset {name}, {first}; mend it, or leave such rows out with on_error='skip'"
+        )
+    print(f"{name}: {len(unusable)} of {len(rows)} rows left out, the first {first}")
+    return rows.select([place for place, problem in enumerate(problems) if not problem])
 
 
 def _without_broken(name: str, rows: Dataset, images: Images) -> Dataset:
