@@ -81,7 +81,11 @@ MARKS = {"HEIF": needs_heif, "AVIF": needs_avif}
 )
 def test_formats_and_modes(kind: str, mode: str) -> None:
     image = PICTURE.convert(mode)
-    lossless = {"WEBP": {"lossless": True}, "JPEG2000": {"irreversible": False}}
+    lossless: dict[str, dict[str, Any]] = {
+        "WEBP": {"lossless": True},
+        "JPEG2000": {"irreversible": False},
+        "TIFF": {"compression": "tiff_lzw"},
+    }
     data = saved(image, kind, **lossless.get(kind, EXACT if kind not in ("GIF", "TGA") else {}))
     lossy = LOSSY if kind in ("JPEG", "MPO", "AVIF", "HEIF") else 3 if mode == "YCbCr" else 0
     expected = image.convert("RGBA") if mode == "PA" else image
@@ -382,6 +386,22 @@ def test_commands_see_what_a_person_sees(sideways: Path, tmp_path: Path) -> None
         np.testing.assert_array_equal(
             read(tmp_path / f"{number}")[1], model().encode([seen], normalize_embeddings=True)
         )
+
+
+@needs_heif
+@needs_avif
+def test_a_folder_of_what_phones_write(tmp_path: Path) -> None:
+    kinds = {"a.avif": "AVIF", "b.heic": "HEIF", "c.HIF": "HEIF", "d.jfif": "JPEG", "e.mpo": "MPO"}
+    for name, kind in kinds.items():
+        data = saved(turned(6), kind, exif=exif(6).tobytes(), **EXACT)
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(data)
+    report = quick(tmp_path / "photos", tmp_path / "out")
+    assert (report.rows, report.ignored) == (5, {})
+    ids, found = read(tmp_path / "out")
+    assert ids == list(kinds)
+    expected = model().encode([PICTURE] * 5, normalize_embeddings=True)
+    np.testing.assert_allclose(found, expected, atol=0.02)
 
 
 @pytest.mark.parametrize(
