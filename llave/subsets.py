@@ -32,6 +32,8 @@ from llave.files import LFS_POINTER, left_behind, snapshot
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
 PROBLEM = "problem"  # the column that says why a row cannot be used, in subsets with such rows
+# Data of other kinds, which are not passed over in silence.
+_UNREAD = (".arrow", ".csv", ".feather", ".gz", ".tar", ".tsv", ".xlsx", ".xz", ".zst")
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
 _SPLITS = ("train", "training", "test", "testing", "validation", "valid", "dev", "eval")
 _SAVED = ("state.json", "dataset_dict.json")
@@ -63,6 +65,9 @@ def subset_files(source: Path, names: list[str] | None, split: str) -> dict[str,
     for name in names or ():
         if name not in found:
             raise ValueError(f"{name} is not in {source}; there are {', '.join(found)}")
+    unread = [path.name for path in sorted(folder.iterdir()) if path.suffix.lower() in _UNREAD]
+    if unread and names is None:
+        print(f"{source}: not read: {', '.join(unread)}; convert them to {' or '.join(SUFFIXES)}")
     chosen = {name: found[name] for name in (names if names is not None else found)}
     return {name: _of_split(name, parts, split) for name, parts in chosen.items()}
 

@@ -79,6 +79,14 @@ def test_what_a_system_leaves_behind(name: str, left: bool) -> None:
     assert left_behind(name) is left
 
 
+def test_data_of_other_kinds_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "a.jsonl", rows("a"))
+    for name in ("b.csv", "c.jsonl.gz", "notes.txt"):
+        (tmp_path / name).touch()
+    assert queries(tmp_path) == {"a": ["a"]}
+    assert "not read: b.csv, c.jsonl.gz; convert" in capsys.readouterr().out
+
+
 def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
     for suffix in (".jsonl", ".parquet"):
         write(tmp_path / f"a{suffix}", rows("a"))
