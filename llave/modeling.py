@@ -21,6 +21,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from transformers import PretrainedConfig
 
 from llave.chat import chat_template, formatted
+from llave.pickling import make_picklable
 from llave.video import load_frames, to_rgb
 
 if TYPE_CHECKING:
@@ -99,11 +100,16 @@ def build(
     transformer.processor.chat_template = chat_template(model_type, tokenizer.get_added_vocab())
     width = transformer.get_embedding_dimension()
     modules = [transformer, Pooling(width, pooling_mode="lasttoken"), Normalize()]
-    return SentenceTransformer(modules=modules, device=device)
+    made = SentenceTransformer(modules=modules, device=device)
+    make_picklable(made)
+    return made
 
 
 def load(path: str | os.PathLike[str], **kwargs: Any) -> SentenceTransformer:
     """``SentenceTransformer(path, **kwargs)``, refusing a model that does not pool the last token.
+
+    The model can be pickled after use, as ``start_multi_process_pool`` does. One that
+    ``SentenceTransformer`` loaded cannot once it has encoded an image, for transformers' hooks.
 
     Args:
         path: a folder saved from :func:`build` or by :func:`llave.convert.convert`, or a hub name.
@@ -124,6 +130,7 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> SentenceTransformer:
     modes = [module.pooling_mode for module in model if isinstance(module, Pooling)]
     if modes not in (["lasttoken"], [("lasttoken",)]):
         raise ValueError(f"path={path!r} has pooling {modes}, not the last token's; {remedy}")
+    make_picklable(model)
     return model
 
 
