@@ -51,6 +51,8 @@ _TEMPLATE = """
 {%- set ns.images = ns.images + 1 -%}
 {%- elif item.type == 'video' -%}
 {%- set ns.videos = ns.videos + 1 -%}
+{%- elif item.text is not string -%}
+{{- raise_exception('a text must be a string, got ' ~ item.text) -}}
 {%- elif message.role == 'system' -%}
 {%- set ns.prompt = ns.prompt ~ item.text -%}
 {%- else -%}
@@ -73,6 +75,7 @@ _TEMPLATE = """
 {%- endif -%}
 {%- endfor -%}
 {%- set text = ns.prompt ~ ns.text -%}
+{%- set _ = text.encode() -%}{#- UnicodeEncodeError: it has half of a surrogate pair -#}
 {%- for part in text.split('<|image_')[1:] -%}
 {%- if '|>' in part and part.split('|>')[0].isdecimal() -%}
 {{- raise_exception('the text has an image placeholder <|image_N|> but the input has '
@@ -164,33 +167,18 @@ def formatted(tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> PreTra
     return made
 
 
-def check_text(text: object, media: int | None = None) -> None:
-    """Raise for a text that no tokenizer takes, or that names media that are not there.
+def placeholder_problem(text: str, media: int) -> str | None:
+    """What the template would say against a text for its placeholders ``<|image_1|>``, ...
 
     Args:
-        text: of an input, as it stands in the data.
-        media: images and videos of the input, which its placeholders ``<|image_1|>``, ... count;
-            None leaves placeholders to the model.
-
-    Raises:
-        ValueError: it is no string, has half of a surrogate pair, which JSON can hold and Unicode
-            has not, or a placeholder beyond ``media``.
+        text: of an input.
+        media: how many images and videos the input has.
     """
-    if not isinstance(text, str):
-        raise ValueError(f"the text must be a string, got {text!r:.80}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the text has half of a surrogate pair at character {error.start}, "
-            f"{text[error.start]!r}, which is no Unicode: {text!r:.80}; replace it"
-        ) from error
-    if media is None:
-        return
     known = {str(number) for number in range(1, media + 1)}
     for number in re.findall(r"<\|image_(\d+)\|>", text):
         if number not in known:
-            raise ValueError(
+            return (
                 f"the text has the placeholder <|image_{number}|> but the input has {media} "
-                f"image(s) and video(s): {text!r:.80}; pass them or take the placeholder out"
+                f"image(s) and video(s): {text!r:.80}"
             )
+    return None

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jinja2 import TemplateError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modality import infer_modality
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
@@ -26,6 +27,8 @@ from llave.video import load_frames, to_rgb
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
+
+_REFUSALS = (ValueError, TemplateError)  # what a model raises against an input
 
 
 def build(
@@ -194,8 +197,21 @@ def text_input(text: str, modalities: list[Any] | None = None) -> str | dict[str
     return text if infer_modality(text, modalities) == "text" else {"text": text}
 
 
+class RefusedItemError(ValueError):
+    """An item that the model does not take.
+
+    Attributes:
+        place: of the item.
+        reason: the model's error.
+    """
+
+    def __init__(self, place: int, item: Any, reason: Exception) -> None:
+        super().__init__(f"input {place}, {item!r:.80}: {reason}")
+        self.place, self.reason = place, reason
+
+
 def encode(model: SentenceTransformer, items: Sequence[Any], **kwargs: Any) -> np.ndarray:
-    """``model.encode(items, **kwargs)`` with videos of different lengths.
+    """``model.encode(items, **kwargs)`` with videos of different lengths, naming a refused item.
 
     LLaVA-OneVision stacks the videos of a batch, which must then have the same number of frames;
     items are encoded together with those of their own number.
@@ -207,12 +223,23 @@ def encode(model: SentenceTransformer, items: Sequence[Any], **kwargs: Any) -> n
 
     Returns:
         The embeddings, of shape (items, D) and ``encode``'s dtype.
+
+    Raises:
+        RefusedItemError: the model does not take an item.
     """
     groups: dict[int, list[int]] = {}
     for place, item in enumerate(items):
         frames = item.get("video", ()) if isinstance(item, dict) else ()
         groups.setdefault(len(frames), []).append(place)
-    found = [model.encode([items[i] for i in group], **kwargs) for group in groups.values()]
+    try:
+        found = [model.encode([items[i] for i in group], **kwargs) for group in groups.values()]
+    except _REFUSALS:
+        for place, item in enumerate(items):
+            try:
+                model.encode([item], **kwargs)
+            except _REFUSALS as error:
+                raise RefusedItemError(place, item, error) from error
+        raise
     if len(found) < 2:
         return found[0] if found else model.encode([], **kwargs)
     return np.concatenate(found)[np.argsort(np.concatenate(list(groups.values())))]

@@ -14,7 +14,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 import llave
-from llave.chat import check_text
+from llave.chat import placeholder_problem
 from llave.modeling import inputs
 from tests.llave import tiny
 
@@ -220,6 +220,11 @@ def test_a_prompt_goes_into_the_user_turn(model, text):
         ([{"role": "assistant", "content": "yes"}], "assistant"),
         ({"text": "<|image_2|>", "video": [picture()]}, r"0 image\(s\) and 1 video"),
         ((picture(), "a pair"), "pair"),
+        ("\ud800", "surrogates not allowed"),
+        ({"text": "a \udc80", "image": picture()}, "surrogates not allowed"),
+        ({"text": 3}, "must be a string, got 3"),
+        ({"text": None, "image": picture()}, "must be a string, got None"),
+        ([{"role": "user", "content": [{"type": "text", "text": ["a"]}]}], "must be a string"),
     ],
 )
 def test_inputs_the_format_has_no_place_for(model, item, message):
@@ -233,21 +238,24 @@ def test_placeholders_in_a_prompt_are_an_error(model):
 
 
 @pytest.mark.parametrize(
-    ("text", "media", "message"),
+    ("text", "media", "number"),
     [
-        (3, None, "must be a string, got 3"),
-        (float("nan"), None, "must be a string, got nan"),
-        ("a \ud800", None, r"half of a surrogate pair at character 2, '\\ud800'"),
-        ("\udc00\ud800", 1, "at character 0"),
-        ("see <|image_1|>", 0, r"placeholder <\|image_1\|> but the input has 0"),
-        ("<|image_1|> <|image_2|>", 1, r"placeholder <\|image_2\|> but the input has 1"),
+        ("see <|image_1|>", 0, "1"),
+        ("<|image_1|> <|image_2|>", 1, "2"),
+        ("<|image_0|>", 1, "0"),
+        ("<|image_01|>", 1, "01"),
+        ("<|image_1|>", 1, None),
+        ("<|image_2|> <|image_1|> <|image_1|>", 2, None),
+        ("<|image_|> <|image_x|> <|image_1 |image_pad|> <image_1>", 0, None),
     ],
 )
-def test_texts_that_cannot_be_embedded(text, media, message):
-    with pytest.raises(ValueError, match=message):
-        check_text(text, media)
-
-
-def test_texts_that_can():
-    check_text("see <|image_1|>")
-    check_text("see <|image_1|> and <|image_x|>\x00<image>", 1)
+def test_placeholders_are_judged_as_the_template_does(model, text, media, number):
+    problem = placeholder_problem(text, media)
+    item = {"text": text, "image": [picture(seed) for seed in range(media)]}
+    if number is None:
+        assert problem is None
+        model.preprocess([item if media else text])
+    else:
+        assert f"placeholder <|image_{number}|> but the input has {media} image" in problem
+        with pytest.raises(Exception, match="image placeholder"):
+            model.preprocess([item])

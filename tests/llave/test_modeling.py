@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
 import llave
-from llave.modeling import inputs
+from llave.modeling import RefusedItemError, encode, inputs
 from tests.llave import tiny
 
 GRIDS = [[24, 24], [24, 48], [48, 24], [48, 48]]
@@ -218,6 +218,21 @@ def test_images_that_do_not_fit_are_an_error(saved):
     model.max_seq_length = 40
     with pytest.raises(ValueError, match="image"):
         model.encode([picture()])
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("see <|image_1|>", r"input 2, 'see <\|image_1\|>': the text has an image placeholder"),
+        ("a \ud800", r"input 2, 'a \\ud800': .*surrogates not allowed"),
+        ({"text": 3}, r"input 2, \{'text': 3\}: a text must be a string, got 3"),
+        (None, "input 2, None: Unsupported input type"),
+    ],
+)
+def test_encode_names_the_item_that_is_refused(model, bad, message):
+    with pytest.raises(RefusedItemError, match=message) as caught:
+        encode(model, ["a <image>", {"video": [picture()]}, bad, bad], batch_size=3)
+    assert caught.value.place == 2
 
 
 @pytest.mark.parametrize(
