@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: test bench lint clean
+.PHONY: test matrix bench lint clean
 
 test: $(VENV)/test.stamp lint
 	$(BIN)/python -m pytest
@@ -13,6 +13,9 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+matrix: $(VENV)/test.stamp
+	$(BIN)/nox $(ARGS)
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/loss_bench.py $(ARGS)
@@ -23,4 +26,4 @@ $(VENV)/%.stamp: pyproject.toml setup.py constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .nox build *.egg-info

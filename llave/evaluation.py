@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 from llave.data import Candidates, Images, load_evaluation, make_input
 from llave.embedding import model_fingerprint
 from llave.files import publish
-from llave.mmeb import METAS, PUBLISHED, PUBLISHED_VIDEO, TASKS
+from llave.mmeb import METAS, PUBLISHED, PUBLISHED_VIDEO, TASKS, pixels
 from llave.modeling import RefusedItemError, encode
 from llave_kernels import similarity_statistics
 
@@ -86,7 +86,7 @@ def evaluate(
             continue
         try:
             rows = load_evaluation(data, task)
-            result = score(model, task, rows, Images(images), batch_size)
+            result = score(model, task, rows, Images(images, pixels(task)), batch_size)
         except (ValueError, OSError) as error:
             raise ValueError(f"task {task}: {error}") from error
         text = json.dumps({"model": fingerprint} | result._asdict(), indent=1)

@@ -22,8 +22,9 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from transformers import PretrainedConfig
 
 from llave.chat import chat_template, formatted
+from llave.images import to_rgb
 from llave.pickling import make_picklable
-from llave.video import load_frames, to_rgb
+from llave.video import load_frames
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin

@@ -43,8 +43,10 @@ def choose(backend: str, query: Tensor, target: Tensor, rules: Rules) -> str:
     if backend == "auto":
         # Interpreter and simulation are for tests: on CPU tensors they must be asked for by name.
         order = [] if query.device.type == "cpu" else _gpu_order(query)
-        fits = (name for name in order if _refusal(BACKENDS[name], query, target, rules) is None)
-        return next(fits, torch_strips.NAME)
+        for name in order:  # a loop, which torch 2.8 traces
+            if _refusal(BACKENDS[name], query, target, rules) is None:
+                return name
+        return torch_strips.NAME
     if backend not in BACKENDS:
         names = ", ".join(["auto", *BACKENDS])
         raise ValueError(f"{source}={backend!r} is not a backend; choose one of {names}")
