@@ -201,6 +201,17 @@ def test_a_saved_and_a_pickled_model_keep_texts_text(any_model, tmp_path):
             assert ids_of(other, text) == expected
 
 
+def test_any_name_of_a_token_can_stand_in_the_template():
+    names = ["a'b", 'a"b', "c\\d", "{{ x }}", "{% y %}", "line\nbreak", "\U0001f642x", "<x>"]
+    backbone, processor = tiny.llava_onevision()
+    processor.tokenizer.add_tokens(names, special_tokens=True)
+    backbone.resize_token_embeddings(len(processor.tokenizer))
+    built = llave.build((backbone, processor), device="cpu")
+    for name in names:
+        expected = as_format(built, OPENING) + as_text(f"a {name}") + as_format(built, CLOSING)
+        assert ids_of(built, f"a {name}") == expected
+
+
 @pytest.mark.parametrize("text", ["a cat", "<|image_1|>\na cat", "a <image> cat"])
 def test_a_prompt_goes_into_the_user_turn(model, text):
     image = picture()
