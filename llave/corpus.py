@@ -216,6 +216,8 @@ class Source:
                     self.ignored["broken links or devices"] += 1
                 elif suffix in MISSING:
                     self.ignored[f"{suffix} ({MISSING[suffix]})"] += 1
+                elif suffix in (".jsonl", ".parquet"):
+                    self.ignored[f"{suffix} (a source by itself: pass the file)"] += 1
                 elif suffix not in IMAGE_SUFFIXES:
                     self.ignored[f"{suffix or 'without a suffix'} (no image that is read)"] += 1
                 else:

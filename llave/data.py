@@ -14,14 +14,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, List, Value, load_dataset
 
 from llave import mmeb
 from llave.chat import placeholder_problem
+from llave.corpus import OnError
 from llave.files import snapshot
 from llave.images import Pixels, open_rgb
 from llave.modeling import text_input
@@ -32,7 +33,6 @@ SIDES = (("qry", "qry_image_path"), ("pos_text", "pos_image_path"), ("neg_text",
 COLUMNS = ("anchor", "positive", "negative")
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm")
 FIND_VIDEO = "Find me an video that matches the given caption: "  # "an" is the authors'
-OnError = Literal["raise", "skip"]
 _TEXT, _TEXTS = Value("string"), List(Value("string"))
 TRAINING = Features({column: _TEXT for side in SIDES for column in side})
 EVALUATION = Features(
@@ -74,8 +74,17 @@ class Images:
         if not any(map(found.is_relative_to, [root, *cache])):
             raise ValueError(f"image path {name!r} leaves the image folder {self.root}")
         if not found.exists() or found == root:
-            raise FileNotFoundError(f"image {name!r} is not in {self.root}")
+            packed = "; it has archives to unpack" if self._packed else ""
+            raise FileNotFoundError(f"image {name!r} is not in {self.root}{packed}")
         return found
+
+    @cached_property
+    def _packed(self) -> bool:
+        """Whether the folder has archives, as large image sets are published."""
+        ends = (".zip", ".tar", ".tar.gz")
+        return self.root is not None and any(
+            path.name.endswith(ends) for deep in ("*", "*/*") for path in self.root.glob(deep)
+        )
 
     def load(self, name: str) -> dict[str, Any]:
         """The part of an input that shows it: ``image``, in RGB, or ``video``, a list of frames.
@@ -328,14 +337,14 @@ def _batch(
     root: str | Path | None,
 ) -> dict[str, list[Any]]:
     """Inputs of a batch, of any subsets; what the trainer asks for, in the order it reads them."""
+    pictures = {name: Images(root, mmeb.pixels(name)) for name in set(batch["subset"])}
     made: dict[str, list[Any]] = {}
     for column, (text, image) in zip(COLUMNS, sides, strict=False):
         made[column] = []
         columns = (batch[name] for name in ("subset", "row", text, image))
         for subset, row, said, shown in zip(*columns, strict=True):
             try:
-                images = Images(root, mmeb.pixels(subset))
-                made[column].append(make_input(said or "", shown or "", images))
+                made[column].append(make_input(said or "", shown or "", pictures[subset]))
             except (ValueError, OSError) as error:
                 raise ValueError(f"subset {subset}, row {row}: {error}") from error
     if "negative" in made:

@@ -27,7 +27,7 @@ from jinja2 import TemplateError
 from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
-from llave.corpus import Row, Source, load_inputs
+from llave.corpus import OnError, Row, Source, load_inputs
 from llave.files import publish, sweep
 
 MANIFEST = "manifest.json"
@@ -81,7 +81,7 @@ def embed(
     dtype: Literal["float32", "float16"] = "float32",
     prompt: str | None = None,
     image_root: str | Path | None = None,
-    on_error: Literal["raise", "skip"] = "raise",
+    on_error: OnError = "raise",
     rank: int | None = None,
     world_size: int | None = None,
 ) -> EmbedReport:
@@ -314,7 +314,7 @@ def _digest(manifest: dict[str, Any]) -> str:
     ).hexdigest()
 
 
-def _finished(path: Path, span: Range, manifest: dict[str, Any], on_error: str) -> Shard | None:
+def _finished(path: Path, span: Range, manifest: dict[str, Any], on_error: OnError) -> Shard | None:
     if not path.exists():
         return None
     try:
@@ -328,7 +328,7 @@ def _encode(
     chunks: Iterator[list[tuple[Row, Any]]],
     encode: Callable[[list[Any]], np.ndarray],
     manifest: dict[str, Any],
-    on_error: str,
+    on_error: OnError,
 ) -> Shard:
     shard = Shard([], np.empty((0, manifest["dimension"]), manifest["dtype"]), [])
     parts = [shard.vectors]

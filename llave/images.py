@@ -82,8 +82,8 @@ def to_rgb(image: Any, name: str) -> Image.Image:
         ValueError: the file does not exist or cannot be read, or it is no image.
     """
     if isinstance(image, (str, os.PathLike)):
-        file: Any = existing(image, name)
-        name = f"{name}={image!r}"
+        file = existing(image, name)
+        name = f"{name}={file!r}"
     elif isinstance(image, np.ndarray):
         try:
             image = Image.fromarray(image)
@@ -101,7 +101,7 @@ def to_rgb(image: Any, name: str) -> Image.Image:
             return as_seen(image)
         if file.startswith(REMOTE):
             with urlopen(Request(file, headers={"User-Agent": "llave"}), timeout=60) as response:
-                file = response.read()
+                return open_rgb(response.read())
         return open_rgb(file)
     except Exception as error:  # decoders raise errors of many types
         raise ValueError(f"{name} cannot be read: {error}; pass another image") from error
@@ -146,7 +146,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         if tags and image.mode == "I" and bits == 32 and unsigned:
             values = values.view(np.uint32)
         most = np.max(values, initial=0, where=np.isfinite(values))
-        whites = (1, 255, 65535, most) if image.mode == "F" else (255, 65535, most)
+        full = most if image.mode == "F" else np.iinfo(values.dtype).max
+        whites = (1, 255, 65535, full)[image.mode == "I" :]
         white = float(next(white for white in whites if most <= white))
     shares = np.nan_to_num(np.clip(values.astype(np.float64) / white, 0, 1))
     if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white; in 8 bits Pillow sees to it

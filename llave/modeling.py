@@ -147,8 +147,9 @@ def inputs(
 
     ``encode`` itself takes a text, an image, and dicts of ``text``, ``image`` (one or a list) and
     ``video``. This helper adds grey arrays, ``pathlib`` paths, the paper's sampling of a video, and
-    one conversion to RGB for every kind of image: the alpha channel dropped, as the authors do.
-    (Given a PIL image with an alpha channel, ``encode`` lays it on white.)
+    one conversion to RGB for every kind of image, as a person sees it (:mod:`llave.images`): the
+    alpha channel dropped, as the authors do. (Given a PIL image, ``encode`` lays an alpha channel
+    on white, turns nothing and cuts 16 bits off at 255.)
 
     Args:
         text: the user's text. ``<|image_1|>``, ``<|image_2|>``, ..., which count images and videos

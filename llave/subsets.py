@@ -32,7 +32,7 @@ from llave.files import LFS_POINTER, left_behind, snapshot
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
 PROBLEM = "problem"  # the column that says why a row cannot be used, in subsets with such rows
-_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
 _SPLITS = ("train", "training", "test", "testing", "validation", "valid", "dev", "eval")
 _SAVED = ("state.json", "dataset_dict.json")
 # What the hub and ``save_to_disk`` keep beside the data.
@@ -91,6 +91,20 @@ def typed(rows: Dataset, columns: Features, where: object) -> Dataset:
     return rows if rows.features == features else rows.cast(features)
 
 
+def aligned(parts: list[Dataset]) -> list[Dataset]:
+    """Datasets whose columns of the same name have the same type: nulls and large text give way."""
+    kinds: dict[str, Any] = {}
+    for part in parts:
+        for name, kind in part.features.items():
+            if kinds.get(name, Value("null")) == Value("null"):
+                kinds[name] = Value("string") if kind == Value("large_string") else kind
+    wanted = [Features({name: kinds[name] for name in part.column_names}) for part in parts]
+    return [
+        part if part.features == features else part.cast(features)
+        for part, features in zip(parts, wanted, strict=True)
+    ]
+
+
 def _of_card(folder: Path) -> dict[str, dict[str, list[Path]]]:
     """By configuration and split, the files that a dataset card lists and that are there."""
     card = folder / "README.md"
@@ -131,6 +145,8 @@ def _of_names(folder: Path, split: str) -> dict[str, dict[str, list[Path]]]:
         if left_behind(path.name):
             continue
         if path.is_dir():
+            if path.name.startswith("datasets--") and (path / "snapshots").is_dir():
+                raise ValueError(f"{folder} is the hub's cache; pass a folder in it, e.g. {path}")
             name, parts = path.name, _of_folder(path)
         elif _is_data(path):
             shard = _SHARD.fullmatch(path.stem)
@@ -173,15 +189,24 @@ def _of_folder(folder: Path) -> dict[str, list[Path]]:
 
 def _of_split(name: str, parts: dict[str, list[Path]], split: str) -> list[Path]:
     if split in parts and "" not in parts:
-        return parts[split]
+        return _whole(name, parts[split])
     (label, files), *more = parts.items()
     if not more and label not in _SPLITS:
-        return files
+        return _whole(name, files)
     splits = ", ".join(label or parts[""][0].name for label in parts)
     raise ValueError(
         f"subset {name} has files of {splits}; split={split!r} must be one of them: choose it "
         "(data.split of a recipe), or keep only the files to read"
     )
+
+
+def _whole(name: str, files: list[Path]) -> list[Path]:
+    """The files as they are, with a line where some of their number are missing."""
+    shards = [shard for file in files if (shard := _SHARD.fullmatch(file.stem))]
+    number = sum({shard[1]: int(shard[2]) for shard in shards}.values())
+    if len(shards) < number:
+        print(f"{name}: {len(shards)} of {number} files are there, the first {files[0]}")
+    return files
 
 
 def _read(file: Path, columns: Features, split: str) -> Dataset:

@@ -25,6 +25,7 @@ from llave.data import load_training, texts_of
 from llave.files import publish
 from llave.losses import CachedLLaVELoss, LLaVELoss
 from llave.modeling import build
+from llave.subsets import aligned
 from llave.trainer import EmbeddingTrainer
 from llave_kernels import similarity_statistics
 
@@ -216,7 +217,7 @@ def joined(subsets: dict[str, Dataset]) -> Dataset:
             f"They give {columns}"
         )
     first, *_ = subsets.values()
-    whole = concatenate_datasets(list(subsets.values()))
+    whole = concatenate_datasets(aligned(list(subsets.values())))
     if first.format["type"] == "custom":
         whole.set_transform(first.format["format_kwargs"]["transform"])
     return whole

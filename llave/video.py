@@ -144,11 +144,12 @@ def _indices(
     span = starts[-1] - starts[0]
     seconds = float((span + (times[-1][1] or 1 / rate / tick)) * tick)
     count = min(limit, max(1, round(seconds * fps)))
-    # Containers round a frame's time to a tick, which may put it just after its moment.
-    slack = 1 if span >= 4 * len(starts) else 0
-    moments = (starts[0] + i * span // (count - 1) + slack for i in range(1, count - 1))
-    shown = {bisect_right(starts, moment) - 1 for moment in moments}
-    return sorted(shown | {0} | ({len(starts) - 1} if count > 1 else set()))
+    # Containers round times to ticks, so that equal distances only look unequal.
+    steps = len(starts) - 1
+    if all(abs((t - starts[0]) * steps - k * span) <= steps for k, t in enumerate(starts)):
+        return uniform_indices(len(starts), count)
+    moments = [starts[0] + i * span // max(count - 1, 1) for i in range(count)]
+    return sorted({bisect_right(starts, moment) - 1 for moment in moments})
 
 
 def _as_seen(frame: Any, ratio: float) -> Image.Image:

@@ -199,6 +199,21 @@ def test_the_cache_of_the_hub(tmp_path: Path) -> None:
         load_training(tmp_path / "c", images=snapshot)["c"][0]
 
 
+def test_the_whole_cache_of_the_hub_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        file = write(tmp_path / "a.jsonl", rows("a"))
+        cached(tmp_path / f"datasets--someone--{name}", "one", {"a.jsonl": file})
+    with pytest.raises(ValueError, match=r"is the hub's cache; pass a folder in it, e\.g\. .*a$"):
+        queries(tmp_path)
+
+
+def test_missing_shards_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in (0, 2):
+        write(tmp_path / "GQA" / f"train-{part:05d}-of-00003.parquet", rows(f"{part}"))
+    assert queries(tmp_path) == {"GQA": ["0", "2"]}
+    assert "GQA: 2 of 3 files are there, the first" in capsys.readouterr().out
+
+
 def test_parquet_as_the_hub_converts_it(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write(tmp_path / "GQA" / split / "0000.parquet", rows(split))
@@ -279,6 +294,16 @@ def test_subsets_of_other_types_and_columns_are_mixed(tmp_path: Path) -> None:
     mixed = joined(load_training(tmp_path, negatives=False))
     assert mixed[:]["anchor"] == list("abcdef")
     assert mixed[:]["positive"] == [f"p {name}" for name in "abcdef"]
+
+
+def test_datasets_of_a_user_s_own_are_mixed() -> None:
+    kinds = (pa.null(), pa.large_string(), pa.string())
+    tables = [
+        pa.table({"anchor": ["q"], "positive": pa.array([None if k == pa.null() else "p"], k)})
+        for k in kinds
+    ]
+    mixed = joined({f"{n}": Dataset(table) for n, table in enumerate(tables)})
+    assert mixed[:]["positive"] == [None, "p", "p"]
 
 
 def test_numbers_stand_for_their_text(tmp_path: Path) -> None:
