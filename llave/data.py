@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value, load_dataset
 
 from llave import mmeb
+from llave.chat import placeholder_problem
 from llave.corpus import OnError
 from llave.files import snapshot
 from llave.images import Pixels, open_rgb
@@ -157,10 +157,11 @@ def load_training(
         negatives: whether to give mined negatives, of subsets that have any. Without, all subsets
             have the same columns and can be mixed in a batch.
         on_error: ``"raise"`` stops at a row that cannot be used, naming subset and row: a query or
-            positive of neither text nor image, a value that is no text, an image that is missing,
-            unreadable or outside the folder (images when they are opened). ``"skip"`` looks at
-            every image first and leaves such rows out, with a line that counts them. A path outside
-            the folder is always an error.
+            positive of neither text nor image, a value that is no text, a placeholder such as
+            ``<|image_1|>`` without an image, an image that is missing, unreadable or outside the
+            folder (images when they are opened). ``"skip"`` looks at every image first and leaves
+            such rows out, with a line that counts them. A path outside the folder is always an
+            error.
 
     Raises:
         ValueError: no subsets, unknown names, missing columns, a row that cannot be used.
@@ -178,7 +179,8 @@ def load_training(
         rows = rows.add_column("row", np.arange(len(rows)))  # as the source counts them
         if cap is not None and len(rows) > cap:
             rows = rows.shuffle(seed=seed).select(range(cap))
-        rows = _without_unusable(name, rows, on_error)
+        used = negatives and set(SIDES[2]) <= set(rows.column_names)
+        rows = _without_unusable(name, rows, SIDES[: 3 if used else 2], on_error)
         if on_error == "skip":
             rows = _without_broken(name, rows, pictures)
         sides = SIDES[: 3 if negatives and _has_negatives(rows) else 2]
@@ -276,24 +278,25 @@ def _subsets(
 def _has_negatives(rows: Dataset) -> bool:
     if not {"neg_text", "neg_image_path"} <= set(rows.column_names):
         return False
-    return bool(_filled(rows.with_format("arrow")[:], SIDES[2]).any())
+    table = rows.with_format("arrow")[:]
+    texts, images = (pc.not_equal(pc.fill_null(table[column], ""), "") for column in SIDES[2])
+    return bool(pc.any(pc.or_(texts, images)).as_py())
 
 
-def _filled(table: pa.Table, columns: tuple[str, str]) -> np.ndarray:
-    """Per row, whether one of the columns has something in it."""
-    text, image = (pc.not_equal(pc.fill_null(table[column], ""), "") for column in columns)
-    return pc.or_(text, image).to_numpy()
-
-
-def _without_unusable(name: str, rows: Dataset, on_error: OnError) -> Dataset:
+def _without_unusable(
+    name: str, rows: Dataset, sides: tuple[tuple[str, str], ...], on_error: OnError
+) -> Dataset:
     """Rows whose columns can be used; the reading of their images comes later."""
     table = rows.with_format("arrow")[:]
     there = PROBLEM in table.column_names
     problems = table[PROBLEM].to_pylist() if there else [None] * len(rows)
-    for side, columns in zip(("query", "positive"), SIDES, strict=False):
-        lack = f"the {side} has neither text ({columns[0]}) nor image ({columns[1]})"
-        for place in np.flatnonzero(~_filled(table, columns)):
-            problems[place] = problems[place] or lack
+    for side, (text, image) in zip(("query", "positive", "negative"), sides, strict=False):
+        pairs = zip(table[text].to_pylist(), table[image].to_pylist(), strict=True)
+        for place, (said, shown) in enumerate(pairs):
+            problem = problems[place]
+            if side != "negative" and not said and not shown:
+                problem = problem or f"the {side} has neither text ({text}) nor image ({image})"
+            problems[place] = problem or placeholder_problem(said or "", 1 if shown else 0)
     unusable = [place for place, problem in enumerate(problems) if problem]
     if not unusable:
         return rows

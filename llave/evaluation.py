@@ -11,14 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from sentence_transformers import SentenceTransformer
 
 from llave.data import Candidates, Images, load_evaluation, make_input
 from llave.embedding import model_fingerprint
 from llave.files import publish
 from llave.mmeb import METAS, PUBLISHED, PUBLISHED_VIDEO, TASKS, pixels
-from llave.modeling import encode
+from llave.modeling import RefusedItemError, encode
 from llave_kernels import similarity_statistics
 
 
@@ -88,7 +87,7 @@ def evaluate(
         try:
             rows = load_evaluation(data, task)
             result = score(model, task, rows, Images(images, pixels(task)), batch_size)
-        except (ValueError, OSError, TemplateError) as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"task {task}: {error}") from error
         text = json.dumps({"model": fingerprint} | result._asdict(), indent=1)
         publish(file, partial(Path.write_text, data=text))
@@ -111,13 +110,7 @@ def score(
     distinct = list(places)
     vectors = np.concatenate(
         [
-            encode(
-                model,
-                [make_input(text, image, images) for text, image in distinct[at : at + batch_size]],
-                batch_size=batch_size,
-                normalize_embeddings=True,
-                show_progress_bar=False,
-            )
+            _embedded(model, distinct[at : at + batch_size], images, batch_size)
             for at in range(0, len(distinct), batch_size)
         ]
     ).astype(np.float32)
@@ -154,6 +147,24 @@ def score(
         similarities.positive.tolist(),
         similarities.negative.tolist(),
     )
+
+
+def _embedded(
+    model: SentenceTransformer, items: list[tuple[str, str]], images: Images, batch_size: int
+) -> np.ndarray:
+    """Normalised embeddings of (text, path) pairs; ValueError names one that the model refuses."""
+    try:
+        return encode(
+            model,
+            [make_input(text, image, images) for text, image in items],
+            batch_size=batch_size,
+            normalize_embeddings=True,
+            show_progress_bar=False,
+        )
+    except RefusedItemError as error:
+        text, image = items[error.place]
+        shown = f" with {image}" if image else ""
+        raise ValueError(f"the text {text!r:.80}{shown}: {error.reason}") from error
 
 
 def summarise(results: Sequence[Result]) -> dict[str, float]:
