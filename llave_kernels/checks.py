@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,52 +47,61 @@ def embeddings(query: Tensor, target: Tensor) -> None:
 
 
 def logit_scale(value: float | Tensor, query: Tensor) -> Tensor:
-    """0-d tensor on the query's device; a tensor keeps its graph."""
+    """0-d tensor on the query's device; a tensor of one element keeps its graph."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    if isinstance(value, Tensor):
-        if value.dim() != 0:
-            raise ValueError(
-                f"logit_scale must be a float or a 0-d tensor, got shape {tuple(value.shape)}; "
-                "use reshape(())"
-            )
-        if value.dtype not in FLOATS:
-            raise TypeError(f"logit_scale must be a floating-point tensor, got {value.dtype}")
-        _device("logit_scale", value, query.device)
-        if value.device.type == "cpu" and not torch.compiler.is_compiling():
-            _positive_scale(value.item())
-        return value.to(dtype)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"logit_scale must be a float or a tensor, got {type(value).__name__}")
-    _positive_scale(value)
-    return torch.full((), value, dtype=dtype, device=query.device)
-
-
-def _positive_scale(value: float) -> None:
-    # A NaN in a tensor is let through: NaN in, NaN out.
-    if value <= 0 or value == math.inf:
+    if not isinstance(value, Tensor):
+        value = positive("logit_scale", value)
+        return torch.full((), value, dtype=dtype, device=query.device)
+    if value.numel() != 1:
         raise ValueError(
-            f"logit_scale must be positive and finite, got {value}: 1 / temperature, not its log"
+            "logit_scale must be a float or a tensor of one element, got shape "
+            f"{tuple(value.shape)}"
         )
+    if value.dtype not in FLOATS + INTEGERS:
+        raise TypeError(f"logit_scale must be a tensor of real numbers, got {value.dtype}")
+    _device("logit_scale", value, query.device)
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        number = value.item()
+        if not math.isnan(number):  # NaN in, NaN out
+            positive("logit_scale", number)
+    return value.reshape(()).to(dtype)
 
 
-def positive(name: str, value: float) -> None:
-    _number(name, value)
+def positive(name: str, value: float) -> float:
+    value = number(name, value)
     if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value}")
+        remedy = ": 1 / temperature, not its log" if name == "logit_scale" else ""
+        raise ValueError(f"{name} must be positive and finite, got {value}{remedy}")
+    return value
 
 
-def strength(name: str, value: float) -> None:
-    _number(name, value)
+def strength(name: str, value: float) -> float:
+    value = number(name, value)
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be >= 0 and finite, got {value}; 0 turns the weight off")
+    return value
 
 
-def margin(value: float | None) -> None:
+def margin(value: float | None) -> float | None:
     if value is None:
-        return
-    _number("false_negative_margin", value)
+        return None
+    value = number("false_negative_margin", value)
     if not math.isfinite(value):
         raise ValueError(f"false_negative_margin must be finite, got {value}; None turns it off")
+    return value
+
+
+def number(name: str, value: Any) -> float:
+    """A real number, numpy's too, or that of a tensor of one element, as a float."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{name} is a constant, got a tensor that requires grad; pass its item()")
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    return float(value)
 
 
 def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
@@ -111,7 +123,7 @@ def columns(
         low, high = int(value.min()), int(value.max())
         if low < 0 or high >= m:
             raise ValueError(
-                f"{name} must be columns of target, 0 to {m - 1}, got values from {low} to {high}"
+                f"{name} must be columns from 0 to {m - 1}, got values from {low} to {high}"
             )
         if unique and int(value.bincount().max()) > 1:
             raise ValueError(
@@ -149,8 +161,3 @@ def _device(name: str, value: Tensor, device: torch.device) -> None:
         raise ValueError(
             f"{name} must be on query's device {device}, got {value.device}; move it there"
         )
-
-
-def _number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float, got {type(value).__name__}")

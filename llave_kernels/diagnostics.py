@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ def similarity_statistics(
     checks.tensor("target", target)
     checks.embeddings(query, target)
     n, m, device = len(query), len(target), query.device
-    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
+    if isinstance(bins, bool) or not isinstance(bins, Integral) or bins < 1:
         raise ValueError(f"bins must be a positive integer, got {bins!r}")
     if labels is None:
         if m < n:

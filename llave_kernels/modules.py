@@ -55,16 +55,16 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         gather_group: ProcessGroup | Literal["world"] | None = None,
     ) -> None:
         super().__init__()
-        checks.positive("logit_scale", logit_scale)
-        checks.strength("alpha", alpha)
+        logit_scale = checks.positive("logit_scale", logit_scale)
+        alpha = checks.strength("alpha", alpha)
         if target_alpha is not None:
-            checks.strength("target_alpha", target_alpha)
+            target_alpha = checks.strength("target_alpha", target_alpha)
         checks.one_of("hardness", hardness, HARDNESS_MODES)
         checks.one_of("reduction", reduction, checks.REDUCTIONS)
-        checks.margin(false_negative_margin)
+        false_negative_margin = checks.margin(false_negative_margin)
         checks.flag("symmetric", symmetric)
         checks.flag("learnable", learnable)
-        checks.positive("max_logit_scale", max_logit_scale)
+        max_logit_scale = checks.positive("max_logit_scale", max_logit_scale)
         if isinstance(gather_group, str):
             checks.one_of("gather_group", gather_group, ("world",))
         if learnable and logit_scale > max_logit_scale:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from llave_kernels import (
     hardness_weighted_contrastive_loss,
     similarity_statistics,
 )
+from tests.helpers import embeddings
 
 N, M, D = 4, 8, 3
 QUERY, TARGET = torch.ones(N, D), torch.ones(M, D)
@@ -36,10 +39,15 @@ MISTAKES: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "logit_scale must be positive .* got -3.0", {"logit_scale": -3.0}),
     (ValueError, "logit_scale must be positive .* got inf", {"logit_scale": float("inf")}),
     (ValueError, "logit_scale must be positive .* got -1.0", {"logit_scale": torch.tensor(-1.0)}),
-    (ValueError, r"logit_scale must be .* got shape \(1,\)", {"logit_scale": torch.ones(1)}),
-    (TypeError, "logit_scale must be a floating-point", {"logit_scale": torch.tensor(50)}),
-    (TypeError, "logit_scale must be a float or a tensor, got str", {"logit_scale": "50"}),
-    (TypeError, "logit_scale must be a float or a tensor, got bool", {"logit_scale": True}),
+    (
+        ValueError,
+        r"logit_scale must be .* one element, got .* \(2,\)",
+        {"logit_scale": torch.ones(2)},
+    ),
+    (TypeError, "logit_scale must be .* got torch.bool", {"logit_scale": torch.tensor(True)}),
+    (TypeError, "logit_scale must be a float, got str", {"logit_scale": "50"}),
+    (TypeError, "logit_scale must be a float, got bool", {"logit_scale": True}),
+    (TypeError, "logit_scale must be a float, got complex", {"logit_scale": 50j}),
     (
         ValueError,
         "logit_scale must be on query's device",
@@ -48,6 +56,9 @@ MISTAKES: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "alpha must be >= 0 and finite, got -1", {"alpha": -1}),
     (ValueError, "alpha must be >= 0 and finite, got nan", {"alpha": float("nan")}),
     (TypeError, "alpha must be a float, got str", {"alpha": "9"}),
+    (TypeError, "alpha must be a float, got bool", {"alpha": np.True_}),
+    (TypeError, "alpha must be a float, got Tensor", {"alpha": torch.ones(2)}),
+    (ValueError, "alpha is a constant", {"alpha": torch.tensor(9.0, requires_grad=True)}),
     (ValueError, "target_alpha must be >= 0 and finite, got -0.5", {"target_alpha": -0.5}),
     (TypeError, "target_alpha must be a float, got list", {"target_alpha": [1.0]}),
     (ValueError, "hardness must be one of in_batch, .* got 'hard'", {"hardness": "hard"}),
@@ -111,6 +122,44 @@ def test_module_refuses_at_construction(
         HardnessWeightedContrastiveLoss(**settings)
 
 
+SCALARS = [
+    np.float32(3.0),
+    np.float64(3.0),
+    np.int64(3),
+    np.array(3.0),
+    Fraction(3),
+    torch.tensor([3.0]),
+    torch.tensor(3),
+    torch.tensor([[3.0]], dtype=torch.float64),
+]
+
+
+@pytest.mark.parametrize("value", SCALARS, ids=repr)
+@pytest.mark.parametrize(
+    "name", ["logit_scale", "alpha", "target_alpha", "false_negative_margin", "max_logit_scale"]
+)
+def test_every_kind_of_number_is_taken(name: str, value: Any) -> None:
+    query, target = embeddings(N, M, D)
+
+    def loss(number: Any) -> torch.Tensor:
+        module = HardnessWeightedContrastiveLoss(**{name: number})
+        assert "3" in repr(module) or name == "max_logit_scale"
+        return module(query, target)
+
+    assert torch.equal(loss(value), loss(3.0))
+    if name != "max_logit_scale":
+        found = hardness_weighted_contrastive_loss(query, target, **{name: value})
+        assert torch.equal(found, loss(3.0))
+
+
+def test_a_scale_of_one_element_keeps_its_graph() -> None:
+    scale = torch.tensor([3.0], requires_grad=True)
+    hardness_weighted_contrastive_loss(*embeddings(N, M, D), logit_scale=scale).backward()
+    assert scale.grad is not None
+    assert scale.grad.shape == (1,)
+    assert scale.grad != 0
+
+
 def test_shared_targets_are_fine_in_one_direction() -> None:
     labels = torch.tensor([0, 1, 1, 2])
     value = hardness_weighted_contrastive_loss(QUERY, TARGET, labels=labels, symmetric=False)
@@ -121,6 +170,10 @@ def test_shared_targets_are_fine_in_one_direction() -> None:
 def test_statistics_refuses_bins(bins: Any) -> None:
     with pytest.raises(ValueError, match="bins must be a positive integer"):
         similarity_statistics(QUERY, TARGET, bins=bins)
+
+
+def test_statistics_takes_numpys_integers() -> None:
+    assert len(similarity_statistics(QUERY, TARGET, bins=np.int64(5)).positive) == 5
 
 
 def test_statistics_refuses_nan() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from llave_kernels import (
     HardnessWeightedContrastiveLoss,
@@ -63,6 +64,27 @@ def test_compile_without_a_break(symmetric: bool, dynamic: bool) -> None:
             torch.autograd.grad(traced, pair), torch.autograd.grad(eager, pair), strict=True
         ):
             assert relative_error(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_one_graph_serves_batches_of_every_size(symmetric: bool) -> None:
+    """With and without room to keep every similarity, and with mined negatives."""
+    torch._dynamo.reset()
+    counters.clear()
+
+    def step(query: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return hardness_weighted_contrastive_loss(query, target, symmetric=symmetric)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    sizes = [(n, m) for n in (5, 16, 33, 64, 100, 127, 256, 300) for m in (n + 1, 3 * n)]
+    for n, m in [*sizes, (3000, 9000)]:
+        pair = [x.requires_grad_() for x in embeddings(n, m, 40)]
+        traced, eager = compiled(*pair), step(*pair)
+        assert relative_error(traced, eager) < 1e-6
+        found, expected = (torch.autograd.grad(x, pair) for x in (traced, eager))
+        for a, b in zip(found, expected, strict=True):
+            assert relative_error(a, b) < 1e-6
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_compiled_module_with_learnable_scale() -> None:

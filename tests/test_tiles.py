@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from llave_kernels.backends import tiles
+from llave_kernels.backends import triton_backend as backend
+from llave_kernels.functional import resolve
+from tests.helpers import embeddings
 
-DEVICE = torch.device("cuda")
+CHOICES = tiles.CANDIDATES[9, 2]
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +23,9 @@ def _machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "test GPU")
     monkeypatch.setenv(tiles.CACHE_DIR, str(tmp_path))
-    tiles._read_cache.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setenv(tiles.AUTOTUNE, "1")
+    tiles._remembered.cache_clear()
 
 
 def test_table_depends_on_what_it_says() -> None:
@@ -29,25 +37,118 @@ def test_table_depends_on_what_it_says() -> None:
     assert tiles.table(8, torch.float32, 1536, 8192) in tiles.CANDIDATES[8, 4]
 
 
-def test_timing_happens_once_and_is_remembered(tmp_path: Path) -> None:
+class OnGpu:
+    """The arguments of a call as if they lay on a GPU: sizes, dtype and device."""
+
+    def __init__(self, n: int, m: int, d: int) -> None:
+        self.shape, self.dtype, self.device = (n, d), torch.bfloat16, SimpleNamespace(type="cuda")
+        self.columns = m
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+def tuning(
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[Any] = backend._Forward,
+    n: int = 3000,
+    m: int = 3000,
+    d: int = 384,
+    **settings: Any,
+) -> tuple[tiles.Tile, list[tiles.Tile]]:
+    """The tile of a call on that GPU, and what was timed for it."""
+    rules = {"hardness": "in_batch", "symmetric": True, "margin": None, "ids": False} | settings
+    call = object.__new__(kind)
+    call.query, call.sizes = OnGpu(n, m, d), (n, m, d)
+    ids = torch.arange(2) if rules["ids"] else None
+    call.rules = resolve(
+        *embeddings(2, 2, 3), 50.0, 9.0, rules["hardness"], rules["symmetric"], None, None, None,
+        ids, ids, rules["margin"],
+    )[1]  # fmt: skip
+    call.flags = backend.flags(call.rules)
     timed: list[tiles.Tile] = []
 
-    def time(tile: tiles.Tile) -> float:
-        timed.append(tile)
-        return -tile.bk
+    def do_bench(trial: Any, **_: Any) -> float:
+        trial()
+        return -timed[-1].bk
 
-    choices = tiles.CANDIDATES[9, 2]
-    best = tiles.tuned(DEVICE, torch.bfloat16, 384, 3000, time)
-    assert best == min(choices, key=lambda tile: -tile.bk)
-    assert timed == list(choices)
-    tiles._read_cache.cache_clear()  # as a new process would
-    assert tiles.tuned(DEVICE, torch.bfloat16, 384, 4096, time) == best
-    assert len(timed) == len(choices)
+    monkeypatch.setattr(backend.triton.testing, "do_bench", do_bench)
+    monkeypatch.setattr(kind, "trial", lambda _, tile: timed.append(tile))
+    return call.tile(), timed
+
+
+def test_timing_happens_once_and_is_remembered(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    best, timed = tuning(monkeypatch)
+    assert best == min(CHOICES, key=lambda tile: -tile.bk)
+    assert timed == list(CHOICES)
+    tiles._remembered.cache_clear()  # as a new process would
+    assert tuning(monkeypatch, n=4096, m=2049) == (best, [])
     assert [path.name for path in tmp_path.iterdir()] == ["tiles.json"]
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"kind": backend._Backward},
+        {"n": 5000},
+        {"m": 9000},
+        {"d": 768},
+        {"symmetric": False},
+        {"hardness": "all"},
+        {"margin": 0.1},
+        {"ids": True},
+    ],
+    ids=str,
+)
+def test_another_kind_of_call_is_timed_itself(
+    monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]
+) -> None:
+    tuning(monkeypatch)
+    assert tuning(monkeypatch, **other)[1] == list(CHOICES)
+    assert tuning(monkeypatch, **other)[1] == []
+
+
+def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tuning(monkeypatch) == (CHOICES[0], [])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    best, _ = tuning(monkeypatch, symmetric=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tuning(monkeypatch, symmetric=False) == (best, [])
+
+
+def test_a_tile_beyond_the_shared_memory_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def do_bench(trial: Any, **_: Any) -> float:
+        raise backend.triton.runtime.errors.OutOfResources(200_000, 100_000, "shared memory")
+
+    call = object.__new__(backend._Forward)
+    monkeypatch.setattr(backend.triton.testing, "do_bench", do_bench)
+    assert call._time(CHOICES[0]) == float("inf")
+
+
+def test_processes_add_to_one_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tiles._remembered()  # before the other process writes
+    file = tmp_path / "tiles.json"
+    file.write_text(json.dumps({"of another process": CHOICES[1]}))
+    tuning(monkeypatch)
+    assert len(json.loads(file.read_text())) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_no_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(tiles.CACHE_DIR, str(tmp_path / "file" / "folder"))
+    with pytest.warns(UserWarning, match=r"cannot be kept in .*folder.*set LLAVE_CACHE_DIR"):
+        best, _ = tuning(monkeypatch)
+    assert tuning(monkeypatch) == (best, [])  # this process remembers
+
+
 @pytest.mark.parametrize("content", ["", "[1]", '{"a": 1}', "not json"])
-def test_a_damaged_cache_is_timed_again(tmp_path: Path, content: str) -> None:
+def test_a_damaged_cache_is_timed_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str
+) -> None:
     (tmp_path / "tiles.json").write_text(content)
-    tile = tiles.tuned(DEVICE, torch.float32, 8, 8, lambda tile: tile.bm)
-    assert tile == min(tiles.CANDIDATES[9, 4], key=lambda tile: tile.bm)
+    assert tuning(monkeypatch)[1] == list(CHOICES)

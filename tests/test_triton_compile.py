@@ -16,6 +16,8 @@ import pytest
 
 from llave_kernels.backends import tiles
 
+ROOT = Path(__file__).parents[1]
+FUSION = "TRITON_DEFAULT_FP_FUSION"
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may use
 
 # Compiles one kernel and prints what was found, in a process without the interpreter.
@@ -33,6 +35,28 @@ def machine_code(
     found = json.loads(run.stdout)
     assert found["traps"] == 0
     return found
+
+
+def keys(**environment: str) -> dict[str, list[str]]:
+    """What the kernels of ``count_compilations`` are compiled for, and no warning."""
+    command = [sys.executable, "-W", "error::UserWarning", "-m", "tests.count_compilations"]
+    known = {k: v for k, v in os.environ.items() if k != FUSION}
+    known |= {"TRITON_INTERPRET": "0"} | environment
+    run = subprocess.run(command, env=known, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_batches_of_every_size_share_one_kernel() -> None:
+    found = keys()
+    assert {name: len(each) for name, each in found.items()} == dict.fromkeys(
+        ("positive_kernel", "forward_kernel", "combine_kernel", "strip_kernel"), 1
+    )
+
+
+@pytest.mark.parametrize("fusion", ["0", "1"])
+def test_the_environment_does_not_change_the_arithmetic(fusion: str) -> None:
+    assert keys(**{FUSION: fusion}) == keys()
 
 
 CASES = [

@@ -17,7 +17,7 @@ from torch import Tensor
 from llave_kernels.backends.products import product
 
 WORKSPACE = 256 << 20  # bytes of dS at a time
-ALIGNMENT = 8  # elements: 16-byte rows of half precision, which tensor-core GEMMs want
+ALIGNMENT = 16  # elements of a row: tensor-core GEMMs want 16 bytes, Triton's stores this many
 
 
 def strip_rows(n: int, m: int, itemsize: int) -> int:
@@ -37,19 +37,19 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ (N, D) and dT (M, D) in the inputs' dtype, and d logit_scale () or NaN.
 
-    ``fill(ds, start, stop)`` writes ``gain * dS`` of those rows into ``ds`` (rows, M), whose rows
-    are contiguous. ``gain`` is a 0-d power of two, None for 1.
+    ``fill(ds, start, stop)`` writes ``gain * dS`` of those rows into the first M columns of ``ds``
+    (rows, a multiple of 16), which is contiguous. ``gain`` is a 0-d power of two, None for 1.
     """
     n, m = len(query), len(target)
-    rows = strip_rows(n, m, query.dtype.itemsize)
-    workspace = query.new_empty((rows, _pitch(m)))
+    workspace = strip_workspace(query, target)
+    rows = len(workspace)
     d_query = query.new_empty(query.shape)
     d_target = query.new_zeros(target.shape, dtype=torch.float32)
     d_scale = logit_scale.new_full((), 0.0 if scale_gradient else math.nan)
     for start in range(0, n, rows):
         stop = min(start + rows, n)
+        fill(workspace[: stop - start], start, stop)
         ds = workspace[: stop - start, :m]
-        fill(ds, start, stop)
         strip, queries = product(ds, target), query[start:stop]
         if gain is not None:
             strip /= gain
@@ -60,6 +60,12 @@ def gradients(
     if gain is not None:
         d_target /= gain
     return d_query, d_target.to(target.dtype), d_scale
+
+
+def strip_workspace(query: Tensor, target: Tensor) -> Tensor:
+    """(rows, a multiple of 16 not below M) of the inputs' dtype, uninitialised."""
+    n, m = len(query), len(target)
+    return query.new_empty((strip_rows(n, m, query.dtype.itemsize), _pitch(m)))
 
 
 def positive_similarity(query: Tensor, target: Tensor, labels: Tensor) -> Tensor:

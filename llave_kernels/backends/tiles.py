@@ -1,16 +1,18 @@
 """Tile shapes of the Triton kernels: a table, or on request timed once and remembered.
 
-With ``LLAVE_AUTOTUNE=1`` the first call of each (device, dtype, D, N) class times the candidates
-and stores the best under ``LLAVE_CACHE_DIR`` (default ``~/.cache/llave``); later processes read it
-there.
+With ``LLAVE_AUTOTUNE=1`` the first call of each class (kernel, device, dtype, rules, D, and N and M
+to the next power of two) times the candidates and stores the best under ``LLAVE_CACHE_DIR``
+(default ``~/.cache/llave``); later processes read it there.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -32,18 +34,34 @@ class Tile(NamedTuple):
 
 
 INTERPRETER = Tile(32, 32, 32, 4, 1)
-# Chosen from the compiled code, which spills no registers; not timed on a GPU. The second serves
-# calls with ids or a margin, the last small batches, which take small tiles to fill the chip.
+
+
+def _triton() -> tuple[int, ...]:
+    """Major and minor version."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return (0, 0)
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+# Chosen from the code that triton 3.4, 3.6 and 3.9 compile, which spills no registers; not timed on
+# a GPU. The second serves calls with ids or a margin, the last small batches, which take small
+# tiles to fill the chip. The widest spills 42 to 138 times in triton before 3.7.
+WIDEST = (Tile(128, 256, 64, 8, 3),) if _triton() >= (3, 7) else ()
 CANDIDATES = {
     (9, 2): (
-        Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 4),
-        Tile(128, 256, 64, 8, 3), Tile(64, 64, 64, 4, 4),
+        Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 4), *WIDEST, Tile(64, 64, 64, 4, 4),
     ),
-    (8, 2): (Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 8, 4), Tile(64, 64, 32, 4, 4)),
+    (8, 2): (Tile(128, 128, 32, 8, 4), Tile(128, 64, 64, 8, 3), Tile(64, 64, 32, 4, 4)),
     (9, 4): (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
     (8, 4): (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
 }  # fmt: skip
 SMALL_BATCH = 1024
+
+
+def candidates(major: int, dtype: torch.dtype) -> tuple[Tile, ...]:
+    return CANDIDATES[(9 if major >= 9 else 8, dtype.itemsize)]
 
 
 def table(major: int, dtype: torch.dtype, d: int, n: int, *, masked: bool = False) -> Tile:
@@ -51,28 +69,32 @@ def table(major: int, dtype: torch.dtype, d: int, n: int, *, masked: bool = Fals
 
     ``masked``: ids or a margin keep more masks alive, which spills in the largest tile.
     """
-    choices = CANDIDATES[(9 if major >= 9 else 8, dtype.itemsize)]
+    choices = candidates(major, dtype)
     tile = choices[-1] if n <= SMALL_BATCH else choices[1 if masked else 0]
     return tile._replace(stages=min(tile.stages, max(2, -(-d // tile.bk))))
 
 
-def tuned(
-    device: torch.device, dtype: torch.dtype, d: int, n: int, time: Callable[[Tile], float]
-) -> Tile:
-    """The fastest candidate by ``time`` (milliseconds), from the disk cache where it is known."""
-    major, minor = torch.cuda.get_device_capability(device)
-    size = 1 << max(0, n - 1).bit_length()
-    key = f"{torch.cuda.get_device_name(device)} {major}.{minor} {dtype} D{d} N{size}"
-    cache = _read_cache()
-    if key not in cache:
-        choices = CANDIDATES[(9 if major >= 9 else 8, dtype.itemsize)]
-        cache[key] = min(choices, key=time)
-        _write_cache(cache)
-    return Tile(*cache[key])
-
-
 def autotuning() -> bool:
     return os.environ.get(AUTOTUNE, "0") == "1"
+
+
+def size_class(n: int) -> int:
+    """The power of two that a number of rows is timed as."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def known(key: str) -> Tile | None:
+    """The tile remembered for a class of calls."""
+    return _remembered().get(key)
+
+
+def tuned(key: str, candidates: Sequence[Tile], time: Callable[[Tile], float]) -> Tile:
+    """The tile remembered for a class of calls, or the fastest by ``time`` (milliseconds)."""
+    found = _remembered()
+    if key not in found:
+        found[key] = min(candidates, key=time)
+        _write_cache()
+    return found[key]
 
 
 def _cache_file() -> Path:
@@ -80,6 +102,11 @@ def _cache_file() -> Path:
 
 
 @lru_cache(maxsize=1)
+def _remembered() -> dict[str, Tile]:
+    """Of this process; it starts with what is on disk."""
+    return _read_cache()
+
+
 def _read_cache() -> dict[str, Tile]:
     try:
         return {key: Tile(*tile) for key, tile in json.loads(_cache_file().read_text()).items()}
@@ -87,9 +114,17 @@ def _read_cache() -> dict[str, Tile]:
         return {}  # absent or damaged: time again, and write it anew
 
 
-def _write_cache(cache: dict[str, Tile]) -> None:
+def _write_cache() -> None:
     path = _cache_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as beside:
-        json.dump(cache, beside, indent=1)
-    os.replace(beside.name, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        everything = _read_cache() | _remembered()  # other processes write here too
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as beside:
+            json.dump(everything, beside, indent=1)
+        os.replace(beside.name, path)
+    except OSError as error:
+        warnings.warn(
+            f"tile timings cannot be kept in {path.parent} ({error}), and are made anew in every "
+            f"process; set {CACHE_DIR} to a folder that can be written",
+            stacklevel=2,
+        )

@@ -62,15 +62,21 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def strip_rows(n: int, m: int, dtype: torch.dtype) -> int:
     """Rows of a strip of float32 (float64 for float64 inputs) similarities."""
-    return min(n, max(1, STRIP_BUDGET // (m * accumulation_dtype(dtype).itemsize)))
+    fit = STRIP_BUDGET // (m * accumulation_dtype(dtype).itemsize)
+    return _clamp(fit, 1, n)
 
 
 def kept_shape(query: Tensor, target: Tensor) -> tuple[int, int]:
     """(M, K) of the similarities the forward keeps: those of the first strips' K rows."""
-    n, (m, d) = len(query), target.shape
+    n, (m, d) = query.shape[0], target.shape
     rows, itemsize = strip_rows(n, m, query.dtype), accumulation_dtype(query.dtype).itemsize
     budget = KEEP_BUDGET // itemsize - (n + m) * d - rows * m
-    return m, min(n, max(0, budget // (rows * m)) * rows)
+    return m, _clamp(budget // (rows * m) * rows, 0, n)
+
+
+def _clamp(x: int, low: int, high: int) -> int:
+    """Also of symbols, the sizes of fake tensors: one compiled graph then serves every size."""
+    return torch.sym_min(high, torch.sym_max(low, x))  # type: ignore[return-value]
 
 
 class _Strips:

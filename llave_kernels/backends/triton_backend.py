@@ -8,6 +8,7 @@ the import.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from llave_kernels.backends import tiles
 from llave_kernels.backends.products import gain
-from llave_kernels.backends.strip_gemm import gradients
+from llave_kernels.backends.strip_gemm import gradients, strip_workspace
 from llave_kernels.rules import HARDNESS_MODES, Rules
 
 NAME = "triton"
@@ -30,6 +31,8 @@ if INSTALLED:
 SUPER_TILE = 16  # tiles along each side of what one program owns, where that still fills the GPU
 PROGRAMS_PER_SM = 4
 COMBINE_BLOCK = 128
+# Given by name: TRITON_DEFAULT_FP_FUSION in the environment would change the numbers.
+COMPILE = {"enable_fp_fusion": True}
 
 
 def unavailable() -> str | None:
@@ -61,8 +64,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Positive logits (N,), n (N,), and n' (M,) or (0,), float32. ``logit_scale`` is 0-d
     float32."""
-    call = _Call(query, target, logit_scale, rules)
-    rows, columns = call.forward(call.tile())
+    call = _Forward(query, target, logit_scale, rules)
+    rows, columns = call.run(call.tile())
     return call.positive * logit_scale, rows, columns
 
 
@@ -82,33 +85,42 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ (N, D) and dT (M, D) in the inputs' dtype and d logit_scale () or, unless asked for, NaN,
     given those of ``forward``'s outputs."""
-    call = _Call(query, target, logit_scale, rules, positive / logit_scale)
     upstream = (d_positive, d_query_lse, *([d_target_lse] if rules.symmetric else []))
     factor = gain(logit_scale, *upstream) if query.dtype == torch.float16 else None
-    tile = call.tile()
     one = torch.ones((), device=query.device) if factor is None else factor
+    call = _Backward(
+        query, target, logit_scale, rules, positive / logit_scale,
+        query_lse, target_lse, d_positive, d_query_lse, d_target_lse, one,
+    )  # fmt: skip
+    tile = call.tile()
 
     def fill(ds: Tensor, start: int, stop: int) -> None:
-        grid = (triton.cdiv(stop - start, tile.bm) * triton.cdiv(len(target), tile.bn),)
-        kernels.strip_kernel[grid](
-            *call.inputs, query_lse, target_lse, d_positive, d_query_lse, d_target_lse, one, ds,
-            start, stop, *call.sizes[1:], ds.stride(0), rules.alpha, rules.target_alpha,
-            **call.flags(tile), GROUP=8,
-        )  # fmt: skip
+        call.fill(tile, ds, start, stop)
 
     return gradients(query, target, logit_scale, fill, factor, scale_gradient=scale_gradient)
 
 
+def flags(rules: Rules) -> dict[str, Any]:
+    """What the kernels are compiled for, tile apart."""
+    exact = torch.get_float32_matmul_precision() == "highest"
+    return {
+        "HARDNESS": HARDNESS_MODES.index(rules.hardness),
+        "HAS_OWNERS": rules.owners is not None,
+        "HAS_IDS": rules.query_ids is not None,
+        "HAS_MARGIN": rules.margin is not None,
+        "SYMMETRIC": rules.symmetric,
+        "SAME_ALPHA": rules.alpha == rules.target_alpha,
+        "PRECISION": "ieee" if exact else "tf32",
+    }
+
+
 class _Call:
-    """Arguments that the launches of one call share."""
+    """Arguments that the launches of one call share, and the tile for its kernel."""
+
+    kernel: str
 
     def __init__(
-        self,
-        query: Tensor,
-        target: Tensor,
-        scale: Tensor,
-        rules: Rules,
-        positive: Tensor | None = None,
+        self, query: Tensor, target: Tensor, scale: Tensor, rules: Rules, positive: Tensor | None
     ) -> None:
         self.query, self.target, self.rules = query, target, rules
         n, (m, d) = len(query), target.shape
@@ -122,62 +134,113 @@ class _Call:
         optional = (rules.owners, rules.query_ids, rules.target_ids)
         pointers = [labels if x is None else x.contiguous() for x in optional]
         self.inputs = (query, target, scale, labels, *pointers, row_limit, column_limit)
+        self.flags = flags(rules)
 
-    def flags(self, tile: tiles.Tile) -> dict[str, Any]:
-        rules = self.rules
-        exact = torch.get_float32_matmul_precision() == "highest"
-        return {
-            "HARDNESS": HARDNESS_MODES.index(rules.hardness),
-            "HAS_OWNERS": rules.owners is not None,
-            "HAS_IDS": rules.query_ids is not None,
-            "HAS_MARGIN": rules.margin is not None,
-            "SYMMETRIC": rules.symmetric,
-            "SAME_ALPHA": rules.alpha == rules.target_alpha,
-            "PRECISION": "ieee" if exact else "tf32",
-            "BM": tile.bm,
-            "BN": tile.bn,
-            "BK": tile.bk,
-            "num_warps": tile.warps,
-            "num_stages": tile.stages,
-        }
+    def options(self, tile: tiles.Tile) -> dict[str, Any]:
+        """The kernel's constants and what it is compiled with."""
+        shape = {"BM": tile.bm, "BN": tile.bn, "BK": tile.bk}
+        launch = {"num_warps": tile.warps, "num_stages": tile.stages}
+        return self.flags | shape | launch | COMPILE
 
     def tile(self) -> tiles.Tile:
         query, d = self.query, self.query.shape[1]
         if query.device.type != "cuda":
             return tiles.INTERPRETER
-        if tiles.autotuning():
-            return tiles.tuned(query.device, query.dtype, d, len(query), self._time)
         major = torch.cuda.get_device_capability(query.device)[0]
         masked = self.rules.query_ids is not None or self.rules.margin is not None
-        return tiles.table(major, query.dtype, d, len(query), masked=masked)
+        untimed = tiles.table(major, query.dtype, d, len(query), masked=masked)
+        if not tiles.autotuning():
+            return untimed
+        key = self._key()
+        if torch.cuda.is_current_stream_capturing():  # what is timed would join the graph
+            return tiles.known(key) or untimed
+        return tiles.tuned(key, tiles.candidates(major, query.dtype), self._time)
+
+    def _key(self) -> str:
+        """What a timing holds for."""
+        n, m, d, *_ = self.sizes
+        device = self.query.device
+        major, minor = torch.cuda.get_device_capability(device)
+        where = f"{torch.cuda.get_device_name(device)} {major}.{minor} triton {triton.__version__}"
+        rules = " ".join(f"{name}={value}" for name, value in self.flags.items())
+        sizes = f"D{d} N{tiles.size_class(n)} M{tiles.size_class(m)}"
+        return f"{self.kernel} {where} {self.query.dtype} {sizes} {rules}"
 
     def _time(self, tile: tiles.Tile) -> float:
-        return float(triton.testing.do_bench(lambda: self.forward(tile), return_mode="median"))
+        """Milliseconds; infinite where the GPU has too little shared memory."""
+        try:
+            return float(triton.testing.do_bench(lambda: self.trial(tile), return_mode="median"))
+        except triton.runtime.errors.OutOfResources:
+            return math.inf
+
+    def trial(self, tile: tiles.Tile) -> object:
+        """One launch of the kernel, to be timed."""
+        raise NotImplementedError
 
     def _positive(self, labels: Tensor) -> Tensor:
         n, _, d, *strides = self.sizes
         out = self.query.new_empty(n, dtype=torch.float32)
         block = 16
         kernels.positive_kernel[(triton.cdiv(n, block),)](
-            self.query, self.target, labels, out, n, d, *strides, BM=block, BK=64
+            self.query, self.target, labels, out, n, d, *strides, BM=block, BK=64, **COMPILE
         )
         return out
 
-    def forward(self, tile: tiles.Tile) -> tuple[Tensor, Tensor]:
+
+class _Forward(_Call):
+    kernel = "forward"
+
+    def __init__(self, query: Tensor, target: Tensor, scale: Tensor, rules: Rules) -> None:
+        super().__init__(query, target, scale, rules, None)
+
+    def run(self, tile: tiles.Tile) -> tuple[Tensor, Tensor]:
         """Log-sum-exps of the rows (N,) and of the columns (M,), or (0,) in one direction."""
         n, m = self.sizes[:2]
         rows, columns = _super_tile(
             triton.cdiv(n, tile.bm), triton.cdiv(m, tile.bn), self.query.device
         )
         grid = (triton.cdiv(n, tile.bm * rows), triton.cdiv(m, tile.bn * columns))
-        row_parts = self.query.new_empty((2, grid[1], n), dtype=torch.float32)
-        column_shape = (2, grid[0], m) if self.rules.symmetric else (2, 0, 0)
-        column_parts = row_parts.new_empty(column_shape)
+        row_shape = (grid[1], n)
+        column_shape = (grid[0], m) if self.rules.symmetric else (0, 0)
+        # Two tensors each: halves of one would not both start at a multiple of 16 bytes.
+        row_max, row_sum, column_max, column_sum = (
+            self.query.new_empty(shape, dtype=torch.float32)
+            for shape in (row_shape, row_shape, column_shape, column_shape)
+        )
         kernels.forward_kernel[grid](
-            *self.inputs, *row_parts, *column_parts, *self.sizes,
-            self.rules.alpha, self.rules.target_alpha, rows, columns, **self.flags(tile),
+            *self.inputs, row_max, row_sum, column_max, column_sum, *self.sizes,
+            self.rules.alpha, self.rules.target_alpha, rows, columns, **self.options(tile),
         )  # fmt: skip
-        return _combine(row_parts), _combine(column_parts)
+        return _combine(row_max, row_sum), _combine(column_max, column_sum)
+
+    trial = run
+
+
+class _Backward(_Call):
+    kernel = "backward"
+
+    def __init__(
+        self,
+        query: Tensor,
+        target: Tensor,
+        scale: Tensor,
+        rules: Rules,
+        positive: Tensor,
+        *upstream: Tensor,
+    ) -> None:
+        super().__init__(query, target, scale, rules, positive)
+        self.upstream = upstream  # both log-sum-exps, the gradients of the outputs, the gain
+
+    def fill(self, tile: tiles.Tile, ds: Tensor, start: int, stop: int) -> None:
+        grid = (triton.cdiv(stop - start, tile.bm) * triton.cdiv(len(self.target), tile.bn),)
+        kernels.strip_kernel[grid](
+            *self.inputs, *self.upstream, ds, start, stop, *self.sizes[1:], ds.stride(0),
+            self.rules.alpha, self.rules.target_alpha, **self.options(tile), GROUP=8,
+        )  # fmt: skip
+
+    def trial(self, tile: tiles.Tile) -> None:
+        ds = strip_workspace(self.query, self.target)
+        self.fill(tile, ds, 0, len(ds))
 
 
 def _super_tile(n_m: int, n_n: int, device: torch.device) -> tuple[int, int]:
@@ -191,11 +254,11 @@ def _super_tile(n_m: int, n_n: int, device: torch.device) -> tuple[int, int]:
     return rows, columns
 
 
-def _combine(parts: Tensor) -> Tensor:
-    _, count, length = parts.shape
-    lse = parts.new_empty(length)
+def _combine(maximum: Tensor, total: Tensor) -> Tensor:
+    count, length = maximum.shape
+    lse = maximum.new_empty(length)
     if length:
         kernels.combine_kernel[(triton.cdiv(length, COMBINE_BLOCK),)](
-            *parts, lse, count, length, BLOCK=COMBINE_BLOCK
+            maximum, total, lse, count, length, BLOCK=COMBINE_BLOCK, **COMPILE
         )
     return lse

@@ -9,6 +9,10 @@
 
 Logits stay in natural units until the maximum is subtracted: changing base first would round large
 ones.
+
+Numbers of rows, columns and parts are ``do_not_specialize``: a batch of another size must not
+compile anew because it is, or is not, a multiple of 16. Widths and strides decide how wide a load
+is, and stay.
 """
 
 from __future__ import annotations
@@ -87,7 +91,7 @@ def _running(b_max, b_sum, b_tile_max, b_tile_sum):
     return b_new, b_sum * _exp(b_max - b_shift) + b_tile_sum * _exp(b_tile_max - b_shift)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def positive_kernel(
     p_q, p_t, p_label, p_similarity, N, D, s_qn, s_qd, s_tm, s_td,
     BM: tl.constexpr, BK: tl.constexpr,
@@ -107,7 +111,7 @@ def positive_kernel(
     tl.store(p_similarity + o_m, b_sum, mask=m_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "ROWS", "COLUMNS"])
 def forward_kernel(
     p_q, p_t, p_scale, p_label, p_owner, p_qid, p_tid, p_row_limit, p_column_limit,
     p_row_max, p_row_sum, p_column_max, p_column_sum,
@@ -170,7 +174,7 @@ def forward_kernel(
         tl.store(p_row_sum + o_partial, b_row_sum, mask=m_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PARTS", "LENGTH"])
 def combine_kernel(p_max, p_sum, p_lse, PARTS, LENGTH, BLOCK: tl.constexpr):
     """(PARTS, LENGTH) partial (max, sum) to (LENGTH,) log-sum-exps, in a fixed order."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -188,7 +192,7 @@ def combine_kernel(p_max, p_sum, p_lse, PARTS, LENGTH, BLOCK: tl.constexpr):
     tl.store(p_lse + o, _finite(b_max) + tl.log(b_sum), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["START", "STOP", "M"])
 def strip_kernel(
     p_q, p_t, p_scale, p_label, p_owner, p_qid, p_tid, p_row_limit, p_column_limit,
     p_row_lse, p_column_lse, p_d_positive, p_d_row, p_d_column, p_gain, p_ds,
@@ -198,7 +202,11 @@ def strip_kernel(
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dS of rows START to STOP, times a gain (a power of two that keeps float16 in range)."""
+    """dS of rows START to STOP, times a gain (a power of two that keeps float16 in range).
+
+    Written to the end of the workspace's rows, whose width ``s_ds`` is a multiple of 16: such
+    stores are wide whatever M is.
+    """
     n_m, n_n = tl.cdiv(STOP - START, BM), tl.cdiv(M, BN)
     # Groups of GROUP row blocks share the target blocks they read through the L2 cache.
     per_group = GROUP * n_n
@@ -238,4 +246,4 @@ def strip_kernel(
     b_d = tl.load(p_d_positive + o_m, mask=m_m, other=0.0)
     b_ds = tl.where(b_label[:, None] == o_n[None, :], b_d[:, None], b_ds) * gain
     p = p_ds + (o_m - START).to(tl.int64)[:, None] * s_ds + o_n[None, :]
-    tl.store(p, b_ds.to(p_ds.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+    tl.store(p, b_ds.to(p_ds.dtype.element_ty), mask=m_m[:, None] & (o_n < s_ds)[None, :])

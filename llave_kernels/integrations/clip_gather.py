@@ -47,11 +47,24 @@ def gathered_clip_loss(
         return hardness_weighted_contrastive_loss(
             query, target, logit_scale=logit_scale, **settings
         )
+    return _over_processes(query, target, logit_scale, settings, local_loss, gather_with_grad)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _over_processes(
+    query: Tensor,
+    target: Tensor,
+    logit_scale: float | Tensor,
+    settings: dict[str, Any],
+    local_loss: bool,
+    gather_with_grad: bool,
+) -> Tensor:
     if local_loss and gather_with_grad:
         return distributed_contrastive_loss(query, target, logit_scale=logit_scale, **settings)
     if local_loss:
         return _against_constants(query, target, logit_scale, settings)
     # Every process's loss is the global mean: the exact gradients are what all of them add up to.
+    world_size = dist.get_world_size()
     share = 1.0 if gather_with_grad else 1.0 / world_size
     if isinstance(logit_scale, Tensor):
         logit_scale = _SumGradient.apply(logit_scale, 1.0 / (world_size * share))

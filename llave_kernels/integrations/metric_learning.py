@@ -28,6 +28,10 @@ class NTXentLoss(BaseMetricLossFunction):  # type: ignore[misc]
     positive. Anchors without a positive have no loss, pairs without a negative a loss of 0. The
     host's loss stops at 87 in float32, where its gradient vanishes; this one does not.
 
+    The loss is float32, also where embeddings are bfloat16 or float16 and the host's loss is; of
+    float64 embeddings it is float64. A batch without a positive pair has the host's 0, in the
+    embeddings' dtype. Gradients have the embeddings' dtype.
+
     It works inside the host's ``SelfSupervisedLoss``, ``CrossBatchMemory`` and
     ``DistributedLossWrapper``, whose list of all pairs it accepts as ``indices_tuple``. Memory is
     N + M embeddings, the pairs of equal labels, and at most the N x M similarities where those
@@ -54,16 +58,14 @@ class NTXentLoss(BaseMetricLossFunction):  # type: ignore[misc]
         self, temperature: float = 0.07, alpha: float = 0.0, *, backend: str = "auto", **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        checks.positive("temperature", temperature)
-        checks.strength("alpha", alpha)
         distance = self.distance
         if not isinstance(distance, DotProductSimilarity) or distance.power != 1:
             raise ValueError(
                 "distance must be CosineSimilarity or DotProductSimilarity of power 1, got "
                 f"{distance}; use pytorch_metric_learning.losses.NTXentLoss for others"
             )
-        self.temperature = temperature
-        self.alpha = alpha
+        self.temperature = checks.positive("temperature", temperature)
+        self.alpha = checks.strength("alpha", alpha)
         self.backend = backend
         self.add_to_recordable_attributes(list_of_names=["temperature", "alpha"], is_stat=False)
 

@@ -12,6 +12,9 @@ from llave_kernels.integrations.clip_gather import gathered_clip_loss
 class ClipLoss(open_clip.loss.ClipLoss):  # type: ignore[misc]
     """``open_clip.loss.ClipLoss`` without the N x N logits: same arguments, same call.
 
+    In the releases' ``open_clip_train/main.py`` it replaces ``create_loss``'s result, in the newest
+    source, where ``create_task`` builds the loss, ``task.loss``.
+
     At ``alpha=0`` value and gradients are the host's, for every gather setting
     (``clip_gather.gathered_clip_loss`` tells what each gives). ``local_loss=True,
     gather_with_grad=True`` is the exact one and the cheapest: one block of rows and one side
@@ -44,9 +47,8 @@ class ClipLoss(open_clip.loss.ClipLoss):  # type: ignore[misc]
     ) -> None:
         if use_horovod:
             raise ValueError("use_horovod=True is not supported; run under torch.distributed")
-        checks.strength("alpha", alpha)
         super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size)
-        self.alpha = alpha
+        self.alpha = checks.strength("alpha", alpha)
         self.backend = backend
 
     def forward(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llave_kernels import checks, functional
+from llave_kernels.integrations.target_blocks import block_owners
 from llave_kernels.reference import similarity_loss
+from llave_kernels.rules import HARDNESS_MODES
 
 
 def scores_loss(
@@ -35,8 +37,8 @@ def scores_loss(
             embeddings. Divide a host's logits by its scale first: the hardness weight and the
             margin act on similarities. float32, bfloat16, float16 or float64; half precision is
             computed in float32.
-        logit_scale: kappa = 1 / temperature, a positive float or a 0-d tensor. No default: it
-            depends on what the host has done.
+        logit_scale: kappa = 1 / temperature, a positive float or a tensor of one element. No
+            default: it depends on what the host has done.
         alpha, hardness, symmetric, target_alpha, labels, owners, query_ids, target_ids,
         false_negative_margin, reduction: as in ``hardness_weighted_contrastive_loss``, columns of
             ``scores`` being the targets. By default row i's positive is column i.
@@ -75,3 +77,65 @@ def scores_loss(
         false_negative_margin=rules.margin,
         reduction=reduction,
     )
+
+
+class CrossEntropyLoss(nn.Module):
+    """In place of the ``torch.nn.CrossEntropyLoss()`` a host applies to its logits and targets.
+
+    tevatron's, VLM2Vec's and FlagEmbedding's models hold one as ``cross_entropy``. At ``alpha=0``
+    value and gradient are its. Else ``scores_loss`` with what those hosts leave to be inferred:
+    their targets are a query's positive and then its mined negatives, query after query, and they
+    train the query -> target direction.
+
+    Args:
+        temperature: what the host has divided its similarities by.
+        alpha: hardness strength (LLaVE: 9). Default 0: the host's loss.
+        hardness, false_negative_margin: as in ``hardness_weighted_contrastive_loss``.
+
+    Raises:
+        TypeError, ValueError: as in ``hardness_weighted_contrastive_loss``.
+
+    Example:
+        >>> model.cross_entropy = CrossEntropyLoss(temperature=model.temperature, alpha=9.0)
+    """
+
+    def __init__(
+        self,
+        temperature: float,
+        alpha: float = 0.0,
+        *,
+        hardness: str = "in_batch",
+        false_negative_margin: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.temperature = checks.positive("temperature", temperature)
+        self.alpha = checks.strength("alpha", alpha)
+        checks.one_of("hardness", hardness, HARDNESS_MODES)
+        self.hardness = hardness
+        self.false_negative_margin = checks.margin(false_negative_margin)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Mean loss of (N, M) logits, given each row's positive column (N,); 0-d.
+
+        Columns are in N blocks of M / N, a query's own in its positive's block; where N does not
+        divide M, every column but the positive is in-batch. Rows that all have the same positive
+        column hold candidates of their own, each with mined negatives only.
+        """
+        checks.tensor("logits", logits)
+        if logits.dim() != 2:
+            raise ValueError(f"logits must have shape (N, M), got {tuple(logits.shape)}")
+        n, m = logits.shape
+        labels = checks.columns("target", target, n, m, logits.device)
+        # A look at the values, as a condition, would make the host wait for a GPU.
+        alike = (labels == labels[0]).all()
+        owners = torch.where(alike, labels[0], block_owners(labels, m))
+        return scores_loss(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.temperature,
+            logit_scale=1 / self.temperature,
+            alpha=self.alpha,
+            hardness=self.hardness,
+            symmetric=False,
+            labels=labels,
+            owners=owners,
+            false_negative_margin=self.false_negative_margin,
+        )

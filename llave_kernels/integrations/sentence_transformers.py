@@ -34,7 +34,8 @@ Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_do
 PartitionMode = Literal["joint", "per_direction"]
 HardnessMode = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
 
-OWN_SETTINGS = ("target_hardness_strength", "false_negative_margin", "backend")
+# With their defaults.
+OWN_SETTINGS = {"target_hardness_strength": 0.0, "false_negative_margin": None, "backend": "auto"}
 HARDNESS = {
     None: "in_batch",  # with a strength of 0
     "in_batch_negatives": "in_batch",
@@ -65,9 +66,10 @@ class _ModelCard:
     """What the host's model cards print."""
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The host's settings and ours."""
+        """The host's settings, and those of ours that are not at their defaults."""
         settings: dict[str, Any] = super().get_config_dict()  # type: ignore[misc]
-        return settings | {name: getattr(self, name) for name in OWN_SETTINGS}
+        own = {name: getattr(self, name) for name in OWN_SETTINGS}
+        return settings | {name: x for name, x in own.items() if x != OWN_SETTINGS[name]}
 
     @property
     def citation(self) -> str:
@@ -82,7 +84,8 @@ class MultipleNegativesRankingLoss(
 ):
     """The host's ``MultipleNegativesRankingLoss`` without its similarity matrices.
 
-    Same constructor, same call, same value and gradients for every setting.
+    Same constructor, same call, same value and gradients for every setting. The loss is float32, or
+    float64 for float64 embeddings.
 
     | setting | in the literature |
     |---|---|
@@ -137,10 +140,10 @@ class MultipleNegativesRankingLoss(
             model, scale, similarity_fct, gather_across_devices, directions, partition_mode,
             hardness_mode, hardness_strength,
         )  # fmt: skip
-        checks.strength("target_hardness_strength", target_hardness_strength)
-        checks.margin(false_negative_margin)
-        self.target_hardness_strength = target_hardness_strength
-        self.false_negative_margin = false_negative_margin
+        self.target_hardness_strength = checks.strength(
+            "target_hardness_strength", target_hardness_strength
+        )
+        self.false_negative_margin = checks.margin(false_negative_margin)
         self.backend = backend
         self._warned = False
         self.fuses()  # an error or the warning now, not at the first step
@@ -283,7 +286,7 @@ class CachedMultipleNegativesRankingLoss(
     """
 
     _delegated_to_wrapped_loss = (
-        host.CachedMultipleNegativesRankingLoss._delegated_to_wrapped_loss + OWN_SETTINGS
+        host.CachedMultipleNegativesRankingLoss._delegated_to_wrapped_loss + tuple(OWN_SETTINGS)
     )
 
     def __init__(

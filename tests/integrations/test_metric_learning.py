@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -131,6 +132,27 @@ def test_bfloat16_is_not_worse_than_the_host(case: Any) -> None:
         pairs = zip(found, expected, truth, strict=True)
         worse.append([relative_error(a, c) - relative_error(b, c) for a, b, c in pairs])
     assert (torch.tensor(worse).mean(0) <= 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(dtype: torch.dtype) -> None:
+    embeddings, labels, *_ = two_views()
+    loss, gradient = value_and_gradients(NTXentLoss(), (embeddings, labels, None, None), dtype)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert gradient.dtype == dtype
+    without = NTXentLoss()(embeddings.to(dtype), torch.arange(len(embeddings)))
+    assert without.dtype == dtype
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), torch.tensor([0.5])])
+def test_every_kind_of_number_is_taken(number: Any) -> None:
+    case = two_views()
+    expected = value_and_gradients(losses.NTXentLoss(temperature=number), case, torch.float32)
+    found = value_and_gradients(NTXentLoss(temperature=number), case, torch.float32)
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b) < 1e-5
+    weighted = NTXentLoss(0.5, number)(*case[:2])
+    assert torch.equal(weighted, NTXentLoss(0.5, 0.5)(*case[:2]))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from llave_kernels import hardness_weighted_contrastive_loss
-from llave_kernels.integrations.scores import scores_loss
+from llave_kernels.integrations.scores import CrossEntropyLoss, scores_loss
 from llave_kernels.reference import reference_loss
 from tests.helpers import draw_rules, embeddings, loss_and_gradients, relative_error
+from tests.integrations.hosts import BiEncoder
 
 
 def of_embeddings(query: Tensor, target: Tensor, **rules: Any) -> Tensor:
@@ -86,6 +88,106 @@ def test_a_row_without_negatives_is_zero() -> None:
     )
     assert loss == 0
     assert gradient == 0
+
+
+def step(model: BiEncoder, loss_fn: Any, *inputs: Any) -> list[Tensor]:
+    model.cross_entropy, model.encoder.weight.grad = loss_fn, None
+    loss = model(*inputs)
+    loss.backward()
+    assert model.encoder.weight.grad is not None
+    return [loss.detach(), model.encoder.weight.grad]
+
+
+@pytest.mark.parametrize("hardness", ["in_batch", "hard_negatives", "all"])
+@pytest.mark.parametrize("in_batch", [True, False])
+@pytest.mark.parametrize("width", [1, 3, 7])
+def test_cross_entropy_inside_a_hosts_model(width: int, in_batch: bool, hardness: str) -> None:
+    """With in-batch negatives, and with each query's own passages alone, in which case all
+    columns are the row's own whether N divides their number or not."""
+    model, n = BiEncoder(0.05), 7
+    inputs = torch.randn(n, 11), torch.randn(n * width, 11)
+    expected = step(model, nn.CrossEntropyLoss(), *inputs, in_batch)
+    for a, b in zip(step(model, CrossEntropyLoss(0.05), *inputs, in_batch), expected, strict=True):
+        assert relative_error(a, b) < 1e-5
+
+    def fused(logits: Tensor, target: Tensor) -> Tensor:
+        x, y = (model.encode(x) for x in inputs)
+        settings = {"logit_scale": 20.0, "symmetric": False, "hardness": hardness}
+        if in_batch:
+            settings |= {"labels": target, "owners": target.repeat_interleave(width)}
+            return hardness_weighted_contrastive_loss(x, y, **settings)
+        rows = zip(x.split(1), y.split(width), strict=True)
+        return torch.stack(
+            [hardness_weighted_contrastive_loss(*r, **settings) for r in rows]
+        ).mean()
+
+    expected = step(model, Function(fused), *inputs, in_batch)
+    weighted = CrossEntropyLoss(0.05, 9.0, hardness=hardness)
+    for a, b in zip(step(model, weighted, *inputs, in_batch), expected, strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+class Function(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.forward = function
+
+
+@pytest.mark.parametrize(
+    ("labels", "owners"),
+    [
+        ([2, 5, 8], [2, 2, 2, 5, 5, 5, 8, 8, 8]),  # last in their blocks
+        ([1, 0, 2], [0, 1, 2]),  # no mined negatives
+        ([6, 2, 2], [0, 1, 2, 3, 4, 5, 6]),  # no blocks
+    ],
+)
+def test_cross_entropy_with_positives_anywhere(labels: list[int], owners: list[int]) -> None:
+    query, target = embeddings(3, len(owners), 6)
+    rules = {"labels": torch.tensor(labels), "owners": torch.tensor(owners), "symmetric": False}
+    found = CrossEntropyLoss(0.05, 9.0, false_negative_margin=0.1)(
+        query @ target.T / 0.05, rules["labels"]
+    )
+    expected = hardness_weighted_contrastive_loss(
+        query, target, logit_scale=20.0, false_negative_margin=0.1, **rules
+    )
+    assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cross_entropy_of_half_precision_is_not_worse_than_the_hosts(dtype: torch.dtype) -> None:
+    query, target = embeddings(33, 33, 32)
+    logits, labels = (query @ target.T / 0.02).to(dtype), torch.arange(33)
+    truth = value_and_gradient(lambda x: cross_entropy(x, labels), logits.double())
+    theirs = value_and_gradient(lambda x: cross_entropy(x, labels), logits)
+    ours = value_and_gradient(lambda x: CrossEntropyLoss(0.02)(x, labels), logits)
+    for a, b, c in zip(ours, theirs, truth, strict=True):
+        assert relative_error(a, c) <= max(1e-6, relative_error(b, c))
+
+
+def test_cross_entropy_takes_numpys_numbers_and_compiles() -> None:
+    logits, labels = torch.randn(4, 12), torch.arange(4) * 3
+    expected = CrossEntropyLoss(0.5, 0.5)(logits, labels)
+    assert torch.equal(
+        CrossEntropyLoss(np.float32(0.5), torch.tensor([0.5]))(logits, labels), expected
+    )
+    compiled = torch.compile(CrossEntropyLoss(0.5, 0.5), fullgraph=True, backend="eager")
+    assert relative_error(compiled(logits, labels), expected) < 1e-6
+
+
+def test_cross_entropy_names_mistakes() -> None:
+    with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
+        CrossEntropyLoss(0.0)
+    with pytest.raises(ValueError, match="hardness must be one of"):
+        CrossEntropyLoss(1.0, hardness="none")
+    loss_fn = CrossEntropyLoss(0.05, 9.0)
+    with pytest.raises(ValueError, match=r"logits must have shape \(N, M\), got \(4,\)"):
+        loss_fn(torch.randn(4), torch.arange(4))
+    with pytest.raises(ValueError, match=r"target must have shape \(4,\), got \(3,\)"):
+        loss_fn(torch.randn(4, 8), torch.arange(3))
+    with pytest.raises(ValueError, match="target must be columns from 0 to 7, got values"):
+        loss_fn(torch.randn(4, 8), torch.arange(5, 9))
+    with pytest.raises(TypeError, match="target must be an integer tensor"):
+        loss_fn(torch.randn(4, 8), torch.randn(4, 8))
 
 
 @pytest.mark.parametrize(

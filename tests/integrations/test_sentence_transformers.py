@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -199,6 +200,23 @@ def test_what_the_host_lacks_equals_the_reference(name: str, partition: str) -> 
 
 
 @pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize(
+    "number", [np.float32(3), np.float64(3), np.int64(3), torch.tensor(3.0), torch.tensor([3.0])]
+)
+def test_every_kind_of_number_is_taken(number: Any, name: str) -> None:
+    model, features = encoder(), batch(3)
+    arguments = {"scale": number, "hardness_mode": "all_negatives", "hardness_strength": number}
+    compare(name, model, features, **arguments)
+    own = {"target_hardness_strength": number, "false_negative_margin": number / 30}
+    directions = ("query_to_doc", "doc_to_query")
+    found, expected = (
+        step(getattr(ours, name)(model, directions=directions, **arguments | x), features)
+        for x in (own, {"target_hardness_strength": 3.0, "false_negative_margin": 0.1})
+    )
+    assert_equal(found, expected, 1e-6, number)
+
+
+@pytest.mark.parametrize("name", TWINS)
 def test_matryoshka_equals_the_host(name: str) -> None:
     results = []
     for module in (host, ours):
@@ -265,8 +283,10 @@ def test_model_card_entries() -> None:
     for name in TWINS:
         model = encoder()
         theirs = getattr(host, name)(model, scale=50.0)
-        loss = getattr(ours, name)(model, scale=50.0, false_negative_margin=0.1)
-        own = {"target_hardness_strength": 0.0, "false_negative_margin": 0.1, "backend": "auto"}
+        loss = getattr(ours, name)(model, scale=50.0)
+        assert loss.get_config_dict() == theirs.get_config_dict()
+        own: dict[str, Any] = {"false_negative_margin": 0.1, "backend": "torch"}
+        loss = getattr(ours, name)(model, scale=50.0, **own)
         assert loss.get_config_dict() == theirs.get_config_dict() | own
         assert "2503.04812" in loss.citation
         assert theirs.citation in loss.citation

@@ -1,0 +1,56 @@
+"""Print, as JSON, what each Triton kernel would be compiled for over calls of many sizes.
+
+A driver without a GPU stands in, and each compilation is noted instead of made: nothing runs.
+"""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from llave_kernels.backends import triton_backend
+from llave_kernels.rules import Rules
+
+SIZES = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 48, 50, 64, 100, 112, 128, 129, 160, 250, 256)
+D = 64
+
+driver = SimpleNamespace(
+    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    get_current_device=lambda: 0,
+    get_current_stream=lambda device: 0,
+    is_active=lambda: True,
+)
+
+
+def step(n: int, m: int) -> None:
+    query, target = torch.zeros(n, D), torch.zeros(m, D)
+    owners = torch.arange(m) % n
+    rules = Rules(torch.arange(n), owners, None, None, None, 9.0, 9.0, "in_batch", None, True)
+    scale = torch.tensor(50.0)
+    outputs = triton_backend.forward(query, target, scale, rules)
+    upstream = (torch.zeros_like(x) for x in outputs)
+    triton_backend.backward(*upstream, query, target, scale, *outputs, rules, scale_gradient=True)
+
+
+def main() -> None:
+    compiled: dict[str, set[str]] = {}
+
+    def note(*, key: str, fn: Any, **_: Any) -> bool:
+        compiled.setdefault(fn.name.split(".")[-1], set()).add(key)
+        return True  # leave it at that
+
+    triton.runtime.driver.set_active(driver)
+    triton.knobs.runtime.jit_cache_hook = note
+    for n in SIZES:
+        for m in (n, 3 * n):
+            step(n, m)
+    print(json.dumps({name: sorted(keys) for name, keys in compiled.items()}))
+
+
+if __name__ == "__main__":
+    main()
