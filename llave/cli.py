@@ -129,11 +129,11 @@ def _train(arguments: Arguments, overrides: list[str]) -> None:
 
 def _evaluate(arguments: Arguments, _: list[str]) -> None:
     from llave.evaluation import evaluate, format_table
-    from llave.modeling import load
+    from llave.modeling import load, set_length
 
     model = load(arguments.model)
     if arguments.max_seq_length is not None:
-        model.max_seq_length = arguments.max_seq_length
+        set_length(model, arguments.max_seq_length)
     results = evaluate(
         model,
         arguments.tasks,
@@ -147,10 +147,13 @@ def _evaluate(arguments: Arguments, _: list[str]) -> None:
 
 def _convert(arguments: Arguments, _: list[str]) -> None:
     from llave.convert import check, convert
+    from llave.modeling import inputs
 
+    # Read before the conversion, which takes minutes.
+    picture = inputs(images=arguments.check)["image"] if arguments.check else None
     convert(arguments.source, arguments.destination, allow_pickle=arguments.allow_pickle)
-    if arguments.check:
-        check(arguments.destination, arguments.check)
+    if picture is not None:
+        check(arguments.destination, picture)
 
 
 def _embed(arguments: Arguments, _: list[str]) -> None:

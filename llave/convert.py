@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -25,6 +26,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from llave.files import reading
 from llave.modeling import build, inputs, load
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,10 @@ _PREFIXES = (  # (in the authors' checkpoint, in transformers' LLaVA-OneVision)
 )
 _DROPPED = ("lm_head.", f"{_VISION}encoder.layers.{VISION_LAYERS}.", f"{_VISION}head.")
 _WORDS = "model.embed_tokens.weight"
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    "tokenizer_config.json",
+)
 _TEXT_KEYS = (
     "attention_dropout",
     "hidden_act",
@@ -87,8 +93,9 @@ def convert(
         of SigLIP behind the layer that is used.
 
     Raises:
-        ValueError: ``src`` is no such checkpoint, its weights are pickled, tensors are missing,
-            unknown or of the wrong shape (all of them are listed), or ``dst`` exists.
+        ValueError: ``src`` is no such checkpoint, a file of it is cut short or not what its name
+            says, its weights are pickled, tensors are missing, unknown or of the wrong shape (all
+            of them are listed), or ``dst`` exists.
     """
     src, dst = Path(src), Path(dst)
     if dst.exists():
@@ -107,14 +114,14 @@ def convert(
     left_out = sorted(name for name in shapes if name.startswith(_DROPPED))
     renamed = {name: _rename(name) for name in shapes if name not in set(left_out)}
 
-    tokenizer = Qwen2Tokenizer.from_pretrained(src)
-    tokenizer.add_tokens(["<image>", "<video>"], special_tokens=True)
-    config = _config(settings, shapes, tokenizer)
-    config.dtype = dtype
-    words = config.text_config.vocab_size
+    tokenizer = _tokenizer(src)
+    with reading(src / "config.json"):
+        config = _config(settings, shapes, tokenizer)
+        config.dtype = dtype
+        words = config.text_config.vocab_size
+        with torch.device("meta"):
+            model = AutoModel.from_config(config)
     shapes[_WORDS] = (words, *shapes[_WORDS][1:])
-    with torch.device("meta"):
-        model = AutoModel.from_config(config)
     # Some versions of transformers have a level "vision_model" in the tower, some do not.
     targets = {name.replace("vision_model.", ""): name for name in model.state_dict()}
     wanted = {short: tuple(model.state_dict()[name].shape) for short, name in targets.items()}
@@ -168,10 +175,45 @@ def check(path: str | os.PathLike[str], image: Any) -> dict[str, float]:
     query = model.encode([inputs(question, image)], convert_to_tensor=True)
     texts = ["A cat and a dog", "A cat and a tiger"]
     found = model.similarity(query, model.encode(texts, convert_to_tensor=True))[0].tolist()
+    if not np.isfinite(found).all():
+        raise ValueError(f"path={str(path)!r} gives embeddings that are not finite: {found}")
     scores = dict(zip(texts, found, strict=True))
     for text, score in scores.items():
         print(f"{text} = {score:.4f}")
     return scores
+
+
+def _json(file: Path) -> dict[str, Any]:
+    with reading(file):
+        found: dict[str, Any] = json.loads(file.read_bytes())
+        if not isinstance(found, dict):
+            raise TypeError(f"expected an object, got {type(found).__name__}")
+    return found
+
+
+def _tokenizer(src: Path) -> Qwen2Tokenizer:
+    """The checkpoint's tokenizer with the tokens of images and videos."""
+    there = [src / name for name in _TOKENIZER_FILES if (src / name).is_file()]
+    for file in there:
+        if file.suffix == ".json":
+            _json(file)
+    words = [file for file in there if file.name != "tokenizer_config.json"]
+    if not words:
+        raise ValueError(f"src={str(src)!r} has no tokenizer.json, nor vocab.json and merges.txt")
+    with reading(*words):
+        tokenizer = Qwen2Tokenizer.from_pretrained(src)
+        model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    # Cut merges are valid, and would cut every text in other places.
+    made = {"".join(pair) for pair in model["merges"]}
+    known = made | tokenizer.get_added_vocab().keys()
+    if lost := [word for word in model["vocab"] if len(word) > 1 and word not in known]:
+        file = src / "tokenizer.json" if (src / "tokenizer.json") in there else src / "merges.txt"
+        raise ValueError(
+            f"{file} has no merge for {len(lost)} of the vocabulary's words, e.g. {lost[-1]!r}: it "
+            "is cut short; download it again"
+        )
+    tokenizer.add_tokens(["<image>", "<video>"], special_tokens=True)
+    return tokenizer
 
 
 def _settings(src: Path) -> dict[str, Any]:
@@ -179,15 +221,16 @@ def _settings(src: Path) -> dict[str, Any]:
     file = src / "config.json"
     if not file.is_file():
         raise ValueError(f"src={str(src)!r} has no config.json; give the checkpoint's folder")
-    settings = json.loads(file.read_text())
-    architecture = settings.get("architectures", [None])[0]
+    settings = _json(file)
+    with reading(file):
+        architecture = (settings.get("architectures") or [None])[0]
     if architecture != "LlavaQwenForCausalLM" and settings.get("model_type") != "llava_qwen":
         raise ValueError(
             f"src={str(src)!r} has architecture {architecture!r}, not LlavaQwenForCausalLM; a "
             "model in transformers' own layout needs no conversion: use llave.build"
         )
     grids = settings.get("image_grid_pinpoints")
-    if not isinstance(grids, list) or not all(isinstance(grid, list) for grid in grids):
+    if not grids or not isinstance(grids, list) or not all(_is_grid(grid) for grid in grids):
         raise ValueError(
             f"image_grid_pinpoints={grids!r} in {file} must be a list of pairs; write it out, "
             "e.g. [[384, 384], [384, 768], [768, 384], [768, 768]]"
@@ -197,6 +240,10 @@ def _settings(src: Path) -> dict[str, Any]:
         if settings.get(key, value) != value:
             raise ValueError(f"{key}={settings[key]!r} in {file}; only {value!r} is known here")
     return settings
+
+
+def _is_grid(grid: object) -> bool:
+    return isinstance(grid, list) and len(grid) == 2 and all(type(n) is int and n > 0 for n in grid)
 
 
 def _shards(src: Path, allow_pickle: bool) -> list[Path]:
@@ -221,27 +268,34 @@ def _shards(src: Path, allow_pickle: bool) -> list[Path]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    return json.loads(index.read_text())["weight_map"]
+    found = _json(index)
+    with reading(index):
+        return {name: str(file) for name, file in found["weight_map"].items()}
 
 
 @contextmanager
 def _opened(shard: Path) -> Iterator[tuple[list[str], Callable[[str, str], torch.Tensor]]]:
     """A shard's names and a function that reads one tensor of it onto a device, "meta" or "cpu"."""
     if shard.suffix == ".bin":
-        held = torch.load(shard, map_location="cpu", mmap=True, weights_only=True)
+        with reading(shard):
+            held = torch.load(shard, map_location="cpu", mmap=True, weights_only=True)
+            if not all(isinstance(tensor, torch.Tensor) for tensor in held.values()):
+                raise TypeError("expected names of tensors")
         yield list(held), lambda name, device: held[name].to(device)
-    else:
-        with safe_open(shard, "pt") as file:
+        return
+    with reading(shard):
+        opened = safe_open(shard, "pt")
+    with opened as file:
 
-            def read(name: str, device: str) -> torch.Tensor:
-                if device == "cpu":
-                    return file.get_tensor(name)
-                # An empty slice has the type, and reads nothing.
-                part = file.get_slice(name)
-                shape = part.get_shape()
-                return torch.empty(shape, dtype=part[:0].dtype, device="meta")
+        def read(name: str, device: str) -> torch.Tensor:
+            if device == "cpu":
+                return file.get_tensor(name)
+            # An empty slice has the type, and reads nothing.
+            part = file.get_slice(name)
+            shape = part.get_shape()
+            return torch.empty(shape, dtype=part[:0].dtype, device="meta")
 
-            yield list(file.keys()), read
+        yield list(file.keys()), read
 
 
 def _rename(name: str) -> str:

@@ -221,6 +221,16 @@ def model_fingerprint(model: SentenceTransformer) -> str:
     return digest.hexdigest()
 
 
+def refuse_not_finite(vectors: np.ndarray, name: Callable[[int], str]) -> None:
+    """ValueError with ``name(row)`` of the first row of ``vectors`` (rows, D) with inf or NaN."""
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        raise ValueError(
+            f"{name(int(np.argmin(finite)))}: the embedding is not finite in {vectors.dtype}; "
+            "check the model and its precision"
+        )
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The settings of a folder of embeddings; ValueError where there are none."""
     path = Path(folder) / MANIFEST
@@ -241,7 +251,7 @@ def ranges(manifest: dict[str, Any]) -> list[Range]:
 
 
 def read_shard(path: Path, span: Range, manifest: dict[str, Any]) -> Shard:
-    """One range's file; ValueError where it is damaged or comes from another run."""
+    """One range's file; ValueError where it is damaged, not finite or comes from another run."""
     try:
         table = pq.read_table(path, page_checksum_verification=True)
         note = json.loads(table.schema.metadata[b"llave"])
@@ -252,6 +262,7 @@ def read_shard(path: Path, span: Range, manifest: dict[str, Any]) -> Shard:
             raise ValueError("it comes from another run")
         if len(ids) + len(note["skipped"]) != span.stop - span.first:
             raise ValueError(f"it has {len(ids)} rows, {len(note['skipped'])} skipped")
+        refuse_not_finite(vectors, lambda row: f"id {ids[row]!r}")
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} cannot be used ({error}); run embed again to replace it"

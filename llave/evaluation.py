@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from llave.data import Candidates, Images, load_evaluation, make_input
-from llave.embedding import model_fingerprint
+from llave.data import Candidates, Images, content_id, load_evaluation, make_input
+from llave.embedding import model_fingerprint, refuse_not_finite
 from llave.files import publish
 from llave.mmeb import METAS, PUBLISHED, PUBLISHED_VIDEO, TASKS, pixels
 from llave.modeling import RefusedItemError, encode
@@ -23,6 +24,9 @@ from llave_kernels import similarity_statistics
 
 class Result(NamedTuple):
     """One task's score. Shares are in percent; a tie counts against the right candidate.
+
+    Candidates that say and show the same, of one path or of several, are one candidate: a copy of
+    the right one is right, and takes no place from others.
 
     Attributes:
         task: its name.
@@ -62,37 +66,84 @@ def evaluate(
         tasks: names of files in ``data``, or ``["all"]``, MMEB's 36.
         data: folder with an evaluation file per task, or a hub dataset (``load_evaluation``).
         images: folder the image and video paths are relative to.
-        out: folder of this model's results, one ``TASK.json`` each, written as they come. A task
-            whose file is there is not run again.
-        batch_size: inputs encoded at a time.
+        out: folder of this model's results, one ``TASK.json`` each, written as they come, which
+            says what was scored: digests of the model and of the task's rows with the contents of
+            their image and video files. A task whose file is there is not encoded again.
+        batch_size: inputs encoded at a time, 16 by default; scores depend on it by rounding alone.
 
     Raises:
-        ValueError: ``out`` holds another model's results, no such task, no candidates in a row, an
-            image path that leaves ``images`` or an image that cannot be read.
+        ValueError: ``out`` holds results of another model or of other data, no such task, no
+            candidates in a row, an image path that leaves ``images``, an image that cannot be read
+            or an embedding that is not finite.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if isinstance(tasks, str):
         raise ValueError(f"tasks must be a list of names, got {tasks!r}; use [{tasks!r}]")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    fingerprint = model_fingerprint(model)
+    identity = {
+        "model": model_fingerprint(model),
+        "max_seq_length": getattr(model, "max_seq_length", None),  # part of it, said by name
+    }
     results = []
     for task in TASKS if list(tasks) == ["all"] else tasks:
-        file = folder / f"{task}.json"
-        if file.exists():
-            done = json.loads(file.read_text())
-            if done.pop("model") != fingerprint:
-                raise ValueError(f"{file} holds the score of another model; choose another out")
-            results.append(Result(**done))
-            continue
+        file, pictures = folder / f"{task}.json", Images(images, pixels(task))
         try:
             rows = load_evaluation(data, task)
-            result = score(model, task, rows, Images(images, pixels(task)), batch_size)
+            scored = identity | {"data": data_fingerprint(rows, pictures)}
+            if file.exists():
+                results.append(_read(file, scored))
+                continue
+            result = score(model, task, rows, pictures, batch_size)
         except (ValueError, OSError) as error:
             raise ValueError(f"task {task}: {error}") from error
-        text = json.dumps({"model": fingerprint} | result._asdict(), indent=1)
+        text = json.dumps(scored | result._asdict(), indent=1)
         publish(file, partial(Path.write_text, data=text))
         results.append(result)
     return results
+
+
+def data_fingerprint(rows: Sequence[Candidates], images: Images) -> str:
+    """A hash of rows of candidates and of the files they show, wherever those lie."""
+    digest = hashlib.blake2b(digest_size=16)
+    lists: dict[int, int] = {}  # which rows may share
+    paths = set()
+    for row in rows:
+        if (key := id(row.targets)) not in lists:
+            lists[key] = len(lists)
+            digest.update(json.dumps(row.targets).encode())
+            paths.update(path for _, path in row.targets)
+        digest.update(json.dumps([row.query, lists[key], row.right]).encode())
+        paths.add(row.query[1])
+    for name in sorted(paths - {""}):
+        path = images.path(name)
+        frames = sorted(p for p in path.glob("[!.]*") if p.is_file()) if path.is_dir() else [path]
+        for file in frames:
+            digest.update(hashlib.blake2b(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _read(file: Path, scored: dict[str, Any]) -> Result:
+    """A task's result on disk, if it is of what is to be scored."""
+    try:
+        done = json.loads(file.read_text())
+        there = {name: done.pop(name) for name in scored}
+        result = Result(**done)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is no result that says what it scored ({error!r}); remove it, or choose "
+            "another out"
+        ) from error
+    of = {"model": "another model", "data": "other data"}
+    others = [
+        of.get(name, f"{name} {there[name]}, not {scored[name]}")
+        for name in scored
+        if there[name] != scored[name]
+    ]
+    if others:
+        raise ValueError(f"{file} holds the score of {', '.join(others)}; choose another out")
+    return result
 
 
 def score(
@@ -108,32 +159,39 @@ def score(
         for item in (row.query, *row.targets):
             places.setdefault(item, len(places))
     distinct = list(places)
-    vectors = np.concatenate(
-        [
-            _embedded(model, distinct[at : at + batch_size], images, batch_size)
-            for at in range(0, len(distinct), batch_size)
-        ]
-    ).astype(np.float32)
+    parts, contents = [], []
+    for at in range(0, len(distinct), batch_size):
+        items = distinct[at : at + batch_size]
+        made = [make_input(text, image, images) for text, image in items]
+        contents += [content_id(one) for one in made]
+        parts.append(_embedded(model, items, made, batch_size))
+    vectors, ids = np.concatenate(parts).astype(np.float32), np.array(contents)
+    named = "text {0[0]!r:.80}, image {0[1]!r}".format
+    refuse_not_finite(vectors, lambda place: named(distinct[place]))
     # Rows that share their candidates, as in retrieval, are scored together.
     groups: dict[int, list[int]] = {}
     for number, row in enumerate(rows):
         groups.setdefault(id(row.targets), []).append(number)
     above, tied = np.empty((2, len(rows)), int)
     for numbers in groups.values():
+        candidates = np.array([places[item] for item in rows[numbers[0]].targets])
+        known, first = np.unique(ids[candidates], return_index=True)  # copies are one candidate
         queries = vectors[[places[rows[n].query] for n in numbers]].astype(np.float64)
-        targets = vectors[[places[item] for item in rows[numbers[0]].targets]].astype(np.float64)
         # Summed in float64, then rounded: in float32 equal candidates can differ in the last bit.
-        scores = (queries @ targets.T).astype(np.float32)
-        right = scores[np.arange(len(numbers)), [rows[n].right for n in numbers]][:, None]
+        scores = (queries @ vectors[candidates[first]].astype(np.float64).T).astype(np.float32)
+        places_right = np.searchsorted(known, ids[candidates[[rows[n].right for n in numbers]]])
+        right = scores[np.arange(len(numbers)), places_right][:, None]
         above[numbers] = (scores > right).sum(1)
         tied[numbers] = (scores == right).sum(1) - 1  # itself
     query, target = (
-        torch.tensor([places[item] for item in items])
+        np.array([places[item] for item in items])
         for items in zip(*((row.query, row.targets[row.right]) for row in rows), strict=True)
     )
-    embeddings = torch.from_numpy(vectors)
+    shown = torch.from_numpy(ids[target])
     similarities = similarity_statistics(
-        embeddings[query], embeddings[target], query_ids=target, target_ids=target
+        *(torch.from_numpy(vectors[side]) for side in (query, target)),
+        query_ids=shown,
+        target_ids=shown,
     )
     first, fifth, tenth = (float(100 * (above + tied < k).mean()) for k in (1, 5, 10))
     return Result(
@@ -150,17 +208,12 @@ def score(
 
 
 def _embedded(
-    model: SentenceTransformer, items: list[tuple[str, str]], images: Images, batch_size: int
+    model: SentenceTransformer, items: list[tuple[str, str]], made: list[Any], batch_size: int
 ) -> np.ndarray:
-    """Normalised embeddings of (text, path) pairs; ValueError names one that the model refuses."""
+    """Normalised embeddings of inputs; ValueError names the (text, path) that a model refuses."""
+    settings = {"normalize_embeddings": True, "show_progress_bar": False}
     try:
-        return encode(
-            model,
-            [make_input(text, image, images) for text, image in items],
-            batch_size=batch_size,
-            normalize_embeddings=True,
-            show_progress_bar=False,
-        )
+        return encode(model, made, batch_size=batch_size, **settings)
     except RefusedItemError as error:
         text, image = items[error.place]
         shown = f" with {image}" if image else ""

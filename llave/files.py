@@ -1,10 +1,14 @@
-"""Files that appear whole or not at all, and those that a system leaves beside a user's."""
+"""Files that appear whole, errors that name damaged ones, and what a system leaves beside."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
+
+from safetensors import safe_open
 
 LFS_POINTER = b"version https://git-lfs"  # what a clone has in place of a file not yet fetched
 # Made by Windows, macOS in archives, Synology and QNAP; hidden names are left behind anyway.
@@ -64,3 +68,32 @@ def sweep(path: Path) -> None:
     """Remove what dead processes left of a file that is done."""
     for leftover in path.parent.glob(f"{path.name}.*.tmp"):
         leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def reading(*files: Path) -> Iterator[None]:
+    """Name the files at whose contents a library fails, with an error of whatever type.
+
+    Raises:
+        ValueError: where anything but a plain ValueError, which is one of ours, was raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error) is ValueError:
+            raise
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(
+            f"{' or '.join(map(str, files))} cannot be read ({said}): it is cut short or not what "
+            "its name says; download it again"
+        ) from error
+
+
+def refuse_damaged(folder: Path) -> None:
+    """ValueError for the first JSON or safetensors file of a folder that cannot be opened."""
+    for file in sorted(folder.rglob("*")):
+        with reading(file):
+            if file.suffix == ".json":
+                json.loads(file.read_bytes())
+            elif file.suffix == ".safetensors":
+                safe_open(file, "pt")

@@ -22,6 +22,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from transformers import PretrainedConfig
 
 from llave.chat import chat_template, formatted
+from llave.files import refuse_damaged
 from llave.images import to_rgb
 from llave.pickling import make_picklable
 from llave.video import load_frames
@@ -121,13 +122,18 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> SentenceTransformer:
 
     Raises:
         ValueError: the model is not one of ours: a bare backbone, for which sentence-transformers
-            falls back to mean pooling, or an embedding model with other pooling.
+            falls back to mean pooling, or an embedding model with other pooling; or a file of it
+            is cut short or not what its name says.
     """
     path = os.fspath(path)
     remedy = "make one with llave.build(path) or llave.convert"
     if Path(path).is_dir() and not (Path(path) / "modules.json").is_file():
         raise ValueError(f"path={path!r} has no modules.json: it is no embedding model; {remedy}")
-    model = SentenceTransformer(path, **kwargs)
+    try:
+        model = SentenceTransformer(path, **kwargs)
+    except Exception:  # libraries raise errors of many types, few of which name a file
+        refuse_damaged(Path(path))
+        raise
     # A tokenizer saved after use remembers how it truncated, over any ``max_seq_length`` set later.
     for setting in ("max_length", "stride", "truncation_strategy"):
         getattr(model.tokenizer, "init_kwargs", {}).pop(setting, None)
@@ -136,6 +142,21 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> SentenceTransformer:
         raise ValueError(f"path={path!r} has pooling {modes}, not the last token's; {remedy}")
     make_picklable(model)
     return model
+
+
+def set_length(model: SentenceTransformer, max_seq_length: int) -> None:
+    """Set ``model.max_seq_length``, the tokens of an input with all its images.
+
+    Raises:
+        ValueError: the closing turn takes as many; the tokenizer would not cut at all.
+    """
+    closing = model.tokenizer.num_special_tokens_to_add()
+    if max_seq_length <= closing:
+        raise ValueError(
+            f"max_seq_length={max_seq_length} leaves no room: the closing turn takes {closing} "
+            "tokens"
+        )
+    model.max_seq_length = max_seq_length
 
 
 def inputs(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import Field, NonNegativeInt, PositiveInt
 from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
@@ -16,12 +18,14 @@ from transformers import (
     LlavaOnevisionModel,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
+    PreTrainedConfig,
     Qwen2Config,
     Qwen2Tokenizer,
     SiglipVisionConfig,
 )
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
+SMALLEST = 256 + len(SPECIAL)  # a byte-level vocabulary has all bytes
 
 
 def tokenizer(
@@ -49,36 +53,78 @@ def tokenizer(
     return made
 
 
-def llava_onevision(
-    texts: Iterable[str],
+def configurations(
     *,
     vocabulary: int = 1024,
     tile: int = 32,
     patch: int = 8,
     vision: dict[str, Any] | None = None,
     text: dict[str, Any] | None = None,
-    seed: int = 0,
+) -> dict[str, PreTrainedConfig]:
+    """``vision_config`` and ``text_config`` of ``llava_onevision``, whose arguments these are.
+
+    Raises:
+        ValueError: ``tile`` is no multiple of ``patch``, or ``vision`` or ``text`` has a setting
+            that is unknown, of another type or follows from the other arguments.
+    """
+    if tile % patch:
+        raise ValueError(f"tile={tile} must be a multiple of patch={patch}")
+    parts = (
+        (
+            "vision",
+            SiglipVisionConfig,
+            vision or {},
+            {"image_size": tile, "patch_size": patch, "vision_use_head": False},
+        ),
+        ("text", Qwen2Config, text or {}, {"vocab_size": vocabulary}),
+    )
+    made = {}
+    for name, kind, given, ours in parts:
+        known = kind().to_dict().keys() - ours.keys()
+        if unknown := [setting for setting in given if setting not in known]:
+            why = f"is no setting of {kind.__name__}"
+            if unknown[0] in ours:
+                why = "follows from the other arguments"
+            raise ValueError(f"{name}.{unknown[0]} {why}; leave it out")
+        try:
+            config = kind(**given, **ours)
+        except StrictDataclassError as error:
+            raise ValueError(f"{name}={given}: {' '.join(str(error).split())}") from error
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(
+                f"{name}.hidden_size={config.hidden_size} must be a multiple of "
+                f"num_attention_heads={config.num_attention_heads}"
+            )
+        made[f"{name}_config"] = config
+    return made
+
+
+def llava_onevision(
+    texts: Iterable[str],
+    *,
+    vocabulary: Annotated[int, Field(ge=SMALLEST)] = 1024,
+    tile: PositiveInt = 32,
+    patch: PositiveInt = 8,
+    vision: dict[str, Any] | None = None,
+    text: dict[str, Any] | None = None,
+    seed: NonNegativeInt = 0,
 ) -> tuple[LlavaOnevisionModel, LlavaOnevisionProcessor]:
     """A randomly initialised backbone without a language-model head, and its processor.
 
     Args:
         texts: what the tokenizer is trained on.
-        vocabulary: size of the token embedding.
+        vocabulary: size of the token embedding, at least 261.
         tile, patch: side of an image tile and of its patches, pixels.
         vision, text: settings of ``SiglipVisionConfig`` and ``Qwen2Config`` beside those.
         seed: of the weights.
 
     Raises:
-        ValueError: ``tile`` is no multiple of ``patch``.
+        ValueError: as in ``configurations``.
     """
-    if tile % patch:
-        raise ValueError(f"tile={tile} must be a multiple of patch={patch}")
+    parts = configurations(vocabulary=vocabulary, tile=tile, patch=patch, vision=vision, text=text)
     words = tokenizer(texts, vocabulary)
     config = LlavaOnevisionConfig(
-        vision_config=SiglipVisionConfig(
-            image_size=tile, patch_size=patch, vision_use_head=False, **(vision or {})
-        ),
-        text_config=Qwen2Config(vocab_size=vocabulary, **(text or {})),
+        **parts,
         image_token_index=words.convert_tokens_to_ids("<image>"),
         video_token_index=words.convert_tokens_to_ids("<video>"),
     )

@@ -10,7 +10,14 @@ import numpy as np
 import pyarrow as pa
 from sentence_transformers import SentenceTransformer
 
-from llave.embedding import Shard, model_fingerprint, ranges, read_manifest, read_shard
+from llave.embedding import (
+    Shard,
+    model_fingerprint,
+    ranges,
+    read_manifest,
+    read_shard,
+    refuse_not_finite,
+)
 from llave.modeling import encode
 
 # Queries scored at a time, which bounds the scores in memory to this times a shard's rows.
@@ -114,8 +121,7 @@ def _vectors(
             f"queries must have shape (queries, {manifest['dimension']}), as the folder's "
             f"embeddings, got {vectors.shape}"
         )
-    if not np.isfinite(vectors).all():
-        raise ValueError("queries must be finite, got inf or NaN")
+    refuse_not_finite(vectors, lambda row: f"queries must be finite, query {row}")
     return vectors
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -13,6 +14,8 @@ from sentence_transformers.base.losses.gradcache import uses_gradient_cache
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel, PreTrainedModel, Trainer
+
+from llave.runs import step_of
 
 
 class EmbeddingTrainer(SentenceTransformerTrainer):
@@ -89,6 +92,27 @@ class EmbeddingTrainer(SentenceTransformerTrainer):
             model.reducer.prepare_for_backward([loss])
         return loss
 
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return math.ceil(self.args.num_train_epochs * self._steps_per_epoch())
+
+    def _steps_per_epoch(self) -> int:
+        return math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
+
+    def restore(self, checkpoint: str) -> None:
+        """Take the weights of a finished run, as after its training, without a step."""
+        # The host's loop stops only after a step, unless all its epochs are behind it.
+        self.args.max_steps = -1
+        self.args.num_train_epochs = step_of(checkpoint) // self._steps_per_epoch()
+        self.train(resume_from_checkpoint=checkpoint)
+
+    def merge_adapters(self) -> None:
+        """Leave a model with plain weights, where they are not sharded."""
+        if not self._shards():
+            _merge_adapters(self.accelerator.unwrap_model(self.model).transformers_model)
+
     def save_whole(self, folder: Path) -> None:
         """Save the model with all its weights and adapters merged. Every process must call it."""
         state = None
@@ -124,7 +148,7 @@ class EmbeddingTrainer(SentenceTransformerTrainer):
         model.tokenizer.backend_tokenizer.no_truncation()
         if not self._shards():
             if merge:
-                _merge_adapters(backbone)
+                self.merge_adapters()
             if self.args.should_save:
                 model.save_pretrained(str(folder))
         elif self.args.should_save and state is not None:

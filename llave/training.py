@@ -2,146 +2,65 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 from collections.abc import Iterable
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
+from sentence_transformers.sentence_transformer.training_args import MultiDatasetBatchSamplers
 
-from llave import scratch
-from llave.data import load_training, texts_of
+from llave import runs, scratch
+from llave.data import content_id, load_training, texts_of
+from llave.embedding import refuse_not_finite
 from llave.files import publish
 from llave.losses import CachedLLaVELoss, LLaVELoss
 from llave.modeling import build
+from llave.recipe import SECTIONS, Recipe, lora_config, read_recipe
+from llave.runs import last_checkpoint
 from llave.subsets import aligned
 from llave.trainer import EmbeddingTrainer
-from llave_kernels import similarity_statistics
+from llave_kernels import available_backends, similarity_statistics
 
-# Trainer settings that follow from others.
-OURS = ("per_device_train_batch_size", "accelerator_config", "dataloader_drop_last")
-# What a recipe may say, with defaults; None: no default, the recipe must say it or leave it out.
-SECTIONS: dict[str, dict[str, Any]] = {
-    "model": {
-        "backbone": None,  # folder or hub name, or:
-        "scratch": None,  # arguments of llave.scratch.llava_onevision
-        "pinpoints": None,
-        "max_seq_length": 4096,
-        # Of the weights, which the optimizer updates in it: half precision, in which backbones are
-        # published, loses small updates. With trainer.bf16 the products are in bfloat16 anyway.
-        "dtype": "float32",
-        "frozen": None,  # parameters with this in their name are not trained
-        # Arguments of peft.LoraConfig. Checkpoints hold the adapters alone; the model that is saved
-        # at the end has them merged into its weights and needs neither peft nor the backbone.
-        "lora": None,
-    },
-    "data": {
-        "train": None,  # folder of MMEB training files, or hub name
-        "images": None,
-        "split": "train",  # of a hub dataset
-        "subsets": None,  # default all of a folder
-        "cap": 50_000,
-        "batch_size": 256,  # of all processes together
-        # Every batch from one subset; otherwise subsets are mixed, and mined negatives, which not
-        # all of them have, are left out.
-        "homogeneous": True,
-        "held_out": 0,  # pairs of each subset kept for the similarity overlap
-        "on_error": "raise",
-    },
-    "loss": {
-        "scale": 50.0,
-        "alpha": 9.0,
-        "false_negative_margin": None,
-        "mini_batch_size": None,  # gradient caching
-        "backend": "auto",
-    },
-    # fsdp (version 2) and deepspeed (untried) shard the weights. Parts that are frozen as a whole
-    # FSDP leaves unsharded; the others every process must run in each forward, so a column of a
-    # subset should have images in all its rows or in none.
-    "trainer": {
-        field.name: field.default if field.default is not dataclasses.MISSING else None
-        for field in dataclasses.fields(SentenceTransformerTrainingArguments)
-        if field.init and field.name not in OURS
-    },
-}
-Recipe = dict[str, dict[str, Any]]
-
-
-def read_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
-    """A recipe from a YAML file or by the name of one of ours, checked and completed.
-
-    Args:
-        name: a path, or ``llave-0.5b``, ``llave-2b``, ``llave-7b``, ``tiny``.
-        overrides: ``["--loss.alpha", "5", ...]``; values are read as YAML.
-
-    Raises:
-        ValueError: an unknown section or setting, or an override that is not ``--section.setting
-            value``.
-        FileNotFoundError: no such file or recipe.
-    """
-    ours = files("llave") / "recipes"
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        names = sorted(r.name.removesuffix(".yaml") for r in ours.iterdir())
-        if name not in names:
-            raise FileNotFoundError(f"no recipe {name!r}; there are {', '.join(names)}, or a path")
-        text = (ours / f"{name}.yaml").read_text()
-    else:
-        text = path.read_text()
-    given = yaml.safe_load(text)
-    if not isinstance(given, dict):
-        raise ValueError(f"{name} holds no sections; expected {', '.join(SECTIONS)}")
-    words = overrides or []
-    if len(words) % 2:
-        raise ValueError(f"overrides come in pairs, --section.setting value; got {words}")
-    for key, value in zip(words[::2], words[1::2], strict=True):
-        section, dot, setting = key.removeprefix("--").partition(".")
-        if not key.startswith("--") or not dot:
-            raise ValueError(
-                f"{key!r} is no override; expected --section.setting, e.g. --loss.alpha"
-            )
-        given.setdefault(section, {})[setting] = yaml.safe_load(value)
-    recipe: Recipe = {section: {} for section in SECTIONS}
-    for section, settings in given.items():
-        if section not in SECTIONS:
-            raise ValueError(f"section {section!r} of {name} is none of {', '.join(SECTIONS)}")
-        for setting in settings or {}:
-            if setting not in SECTIONS[section]:
-                known = ", ".join(SECTIONS[section])
-                raise ValueError(f"{section}.{setting} of {name} is no setting; there are {known}")
-        recipe[section] = settings or {}
-    for section in ("model", "data", "loss"):
-        recipe[section] = SECTIONS[section] | recipe[section]
-    for section, setting in (("data", "train"), ("trainer", "output_dir")):
-        if recipe[section].get(setting) is None:
-            raise ValueError(f"{section}.{setting} of {name} is missing")
-    if (recipe["model"]["backbone"] is None) == (recipe["model"]["scratch"] is None):
-        raise ValueError(f"model of {name} needs one of backbone and scratch")
-    return recipe
+__all__ = [
+    "SECTIONS",
+    "SimilarityOverlap",
+    "build_model",
+    "fit",
+    "last_checkpoint",
+    "read_recipe",
+    "train",
+]
 
 
 def train(recipe: Recipe) -> SentenceTransformer:
     """Train by a recipe; the whole model is saved in ``output_dir/model``, adapters merged.
 
     A run that was cut off goes on from its last complete checkpoint, with the losses it would have
-    had. Under torchrun every process trains on its share of each global batch.
+    had. One that is finished is not trained again. Under torchrun every process trains on its share
+    of each global batch.
+
+    Raises:
+        ValueError: a setting cannot be had here, ``output_dir`` holds a run with other settings, a
+            row of the data is unusable, or nothing would be trained.
     """
     data = recipe["data"]
+    arguments = trainer_arguments(recipe)  # what it refuses, it refuses before anything is loaded
+    runs.check(Path(arguments.output_dir), recipe)
+    there = Path(data["train"]).is_dir() or data["subsets"]  # else load_training says what is wrong
+    if there and data["images"] is not None and not Path(data["images"]).is_dir():
+        raise ValueError(f"data.images={data['images']!r} is no folder")
     subsets = load_training(
         data["train"],
         images=data["images"],
-        split=data["split"],
+        split=data["split"] or "train",
         subsets=data["subsets"],
         cap=data["cap"],
         negatives=data["homogeneous"],
@@ -150,9 +69,35 @@ def train(recipe: Recipe) -> SentenceTransformer:
     model = build_model(
         recipe["model"],
         (text for subset in subsets.values() for text in texts_of(subset)),
-        seed=recipe["trainer"].get("seed", SECTIONS["trainer"]["seed"]),
+        seed=arguments.seed,
     )
     return fit(model, subsets, recipe)
+
+
+def trainer_arguments(recipe: Recipe) -> SentenceTransformerTrainingArguments:
+    """The trainer's settings, checked against this machine.
+
+    Raises:
+        ValueError: ``data.batch_size`` does not divide among the processes, ``loss.backend`` or a
+            setting of the trainer cannot be had here.
+    """
+    size, backend = recipe["data"]["batch_size"], recipe["loss"]["backend"]
+    # Each global batch is cut between the processes, so that the batches, and with them the losses,
+    # are the same for any number of processes.
+    arguments = SentenceTransformerTrainingArguments(
+        **recipe["trainer"],
+        per_device_train_batch_size=size,
+        accelerator_config={"split_batches": True},
+        dataloader_drop_last=True,
+    )
+    if size % arguments.world_size:
+        raise ValueError(
+            f"data.batch_size={size} must be a multiple of the number of processes, "
+            f"{arguments.world_size}"
+        )
+    if backend != "auto" and (reason := available_backends()[backend]) is not None:
+        raise ValueError(f"loss.backend={backend!r} cannot run here: {reason}")
+    return arguments
 
 
 def fit(
@@ -165,29 +110,20 @@ def fit(
         subsets: by name, datasets of anchor, positive, negatives, and optionally ``label``: the
             content ids of ``LLaVELoss``.
         recipe: its sections data, loss and trainer.
+
+    Raises:
+        ValueError: as in ``train``.
     """
     data, loss = recipe["data"], dict(recipe["loss"])
-    # Each global batch is cut between the processes, so that the batches, and with them the losses,
-    # are the same for any number of processes.
-    arguments = SentenceTransformerTrainingArguments(
-        **recipe["trainer"],
-        per_device_train_batch_size=data["batch_size"],
-        accelerator_config={"split_batches": True},
-        dataloader_drop_last=True,
+    arguments = trainer_arguments(recipe)
+    subsets, held_out = hold_out(subsets, data["held_out"], seed=arguments.data_seed or 0)
+    sampler = MultiDatasetBatchSamplers(arguments.multi_dataset_batch_sampler)
+    lines = unused_rows(
+        {name: len(subset) for name, subset in subsets.items()},
+        data["batch_size"],
+        homogeneous=data["homogeneous"],
+        round_robin=sampler == MultiDatasetBatchSamplers.ROUND_ROBIN,
     )
-    if data["batch_size"] % arguments.world_size:
-        raise ValueError(
-            f"data.batch_size={data['batch_size']} must be a multiple of the number of processes, "
-            f"{arguments.world_size}"
-        )
-    held_out = {}
-    if data["held_out"]:
-        parts = {
-            name: subset.train_test_split(test_size=data["held_out"], seed=arguments.data_seed or 0)
-            for name, subset in subsets.items()
-        }
-        subsets = {name: part["train"] for name, part in parts.items()}
-        held_out = {name: part["test"] for name, part in parts.items()}
     size = loss.pop("mini_batch_size")
     loss_fn: torch.nn.Module
     if size is None:
@@ -202,10 +138,89 @@ def fit(
         evaluator=SimilarityOverlap(held_out) if held_out else None,
     )
     trainer.check_sharding(data["homogeneous"])
-    folder = Path(arguments.output_dir)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    trainer.save_whole(folder / "model")
+    folder, rows = Path(arguments.output_dir), {name: len(part) for name, part in subsets.items()}
+    with arguments.main_process_first(local=False):
+        lines += runs.check(folder, recipe, rows)
+        checkpoint = last_checkpoint(folder)
+        if trainer.is_world_process_zero():
+            runs.record(folder, recipe, rows)
+    done = checkpoint is not None and runs.step_of(checkpoint) >= trainer.total_steps()
+    if checkpoint is not None and not done and arguments.save_only_model:
+        raise ValueError(
+            f"{checkpoint} has no state of the optimizer to go on with, because "
+            "trainer.save_only_model is true; choose another trainer.output_dir"
+        )
+    if done:
+        lines = [f"{checkpoint} is the end of a finished run: nothing is trained"]
+    if trainer.is_world_process_zero():
+        print(*lines, sep="\n", end="\n" * bool(lines))
+    if done:
+        trainer.restore(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if not trainer.state.global_step:  # of copies a sampler may make no batch
+            raise ValueError(
+                f"nothing was trained: trainer.batch_sampler={arguments.batch_sampler.value} made "
+                f"no batch of {data['batch_size']} rows; lower data.batch_size"
+            )
+    if done and (folder / "model" / "modules.json").exists():
+        trainer.merge_adapters()
+    else:
+        trainer.save_whole(folder / "model")
     return model
+
+
+def hold_out(
+    subsets: dict[str, Dataset], size: int, *, seed: int
+) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
+    """What is trained on, and ``size`` pairs of each subset that are not; none where it is 0."""
+    if not size:
+        return subsets, {}
+    parts = {}
+    for name, subset in subsets.items():
+        if len(subset) <= size:
+            raise ValueError(
+                f"data.held_out={size} leaves nothing of subset {name}, which has "
+                f"{len(subset)} rows; lower it"
+            )
+        parts[name] = subset.train_test_split(test_size=size, seed=seed)
+    train, test = ({name: part[kind] for name, part in parts.items()} for kind in ("train", "test"))
+    return train, test
+
+
+def unused_rows(
+    rows: dict[str, int], batch_size: int, *, homogeneous: bool, round_robin: bool = False
+) -> list[str]:
+    """A line for each subset of which rows are in no batch of an epoch.
+
+    Args:
+        rows: of each subset.
+        batch_size: every batch is whole.
+        homogeneous: each batch is of one subset.
+        round_robin: of each subset as many batches as of the smallest.
+
+    Raises:
+        ValueError: there is no whole batch.
+    """
+    if not homogeneous:
+        rows = {"all subsets": sum(rows.values())}
+    batches = {name: count // batch_size for name, count in rows.items()}
+    if round_robin and homogeneous:
+        batches = dict.fromkeys(batches, min(batches.values()))
+    if not any(batches.values()):
+        counts = ", ".join(f"{name} {count}" for name, count in rows.items())
+        raise ValueError(
+            f"data.batch_size={batch_size}: nothing would be trained, there is no whole batch "
+            f"(rows: {counts}); lower it"
+        )
+    lines = []
+    for name, count in rows.items():
+        why = f"they make no whole batch of {batch_size}"
+        if batches[name]:
+            why = f"an epoch, which draws anew, has {batches[name]} whole batches of {batch_size}"
+        if left := count - batches[name] * batch_size:
+            lines.append(f"{name}: {left} of {count} rows never appear; {why}")
+    return lines
 
 
 def joined(subsets: dict[str, Dataset]) -> Dataset:
@@ -223,26 +238,10 @@ def joined(subsets: dict[str, Dataset]) -> Dataset:
     return whole
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; unfinished ones are set aside."""
-    numbered = [
-        (int(path.name.removeprefix("checkpoint-")), path)
-        for path in folder.glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit()
-    ]
-    for step, path in sorted(numbered, reverse=True):
-        try:  # written last
-            state = json.loads((path / "trainer_state.json").read_text())
-            if state["global_step"] == step:
-                return str(path)
-        except (OSError, ValueError, KeyError):
-            pass
-        path.rename(path.with_name(f"unfinished-{path.name}-{os.getpid()}"))
-    return None
-
-
 class SimilarityOverlap(SentenceEvaluator):
     """Overlap of the similarity histograms of positives and negatives (paper, Figure 1).
+
+    A copy of a pair's positive is no negative of it.
 
     The histograms go to ``output_path``, in ``similarities-STEP.json``: counts by subset, in 100
     equal bins over [-1, 1].
@@ -269,11 +268,13 @@ class SimilarityOverlap(SentenceEvaluator):
         histograms = {}
         for name, subset in self.subsets.items():
             rows = subset[:]
-            pair = (
-                model.encode(list(rows[c]), convert_to_tensor=True, normalize_embeddings=True)
-                for c in ("anchor", "positive")
-            )
-            result = similarity_statistics(*(x.float() for x in pair))
+            pair = []
+            for side in ("anchor", "positive"):
+                vectors = model.encode(list(rows[side]), normalize_embeddings=True)
+                refuse_not_finite(vectors, f"subset {name}, held-out {side} {{}}".format)
+                pair.append(torch.from_numpy(vectors).float())
+            ids = torch.tensor([content_id(item) for item in rows["positive"]])
+            result = similarity_statistics(*pair, query_ids=ids, target_ids=ids)
             found[f"{name}_similarity_overlap"] = float(result.overlap)
             found[f"{name}_positive_mean"] = float(result.positive_mean)
             found[f"{name}_negative_mean"] = float(result.negative_mean)
@@ -298,7 +299,7 @@ def build_model(
 
     Raises:
         ImportError: ``lora`` is set and peft is not installed.
-        ValueError: ``frozen`` is in no parameter's name.
+        ValueError: ``frozen`` is in no parameter's name, or in every one's.
     """
     backbone = settings["backbone"]
     if settings["scratch"] is not None:
@@ -310,18 +311,18 @@ def build_model(
         model_kwargs={"dtype": settings["dtype"]},
     )
     if settings["lora"]:
-        try:
-            from peft import LoraConfig
-        except ImportError as error:
-            raise ImportError(
-                f"model.lora={settings['lora']} needs peft: pip install peft"
-            ) from error
+        adapters = lora_config(settings["lora"])
         torch.manual_seed(seed)
-        model.add_adapter(LoraConfig(**settings["lora"]))
+        model.add_adapter(adapters)
     if settings["frozen"]:  # adapters too
         names = [name for name, _ in model.named_parameters() if settings["frozen"] in name]
         if not names:
             raise ValueError(f"model.frozen={settings['frozen']!r} is in no parameter's name")
         for name in names:
             model.get_parameter(name).requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                f"model.frozen={settings['frozen']!r} is in every trained parameter's name: "
+                "nothing would be trained"
+            )
     return model

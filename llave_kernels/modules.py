@@ -25,7 +25,8 @@ class HardnessWeightedContrastiveLoss(nn.Module):
             ``hardness_weighted_contrastive_loss``.
         learnable: train the scale. The parameter is ``log_logit_scale``, a 0-d float32 logarithm
             as in CLIP, which keeps the scale positive.
-        max_logit_scale: upper bound of a learnable scale (CLIP: 100).
+        max_logit_scale: upper bound of a learnable scale (CLIP: 100). A step that leads over it is
+            taken back in the next call, so that a later one leads below it again.
         gather_group: a process group, or ``"world"`` for all processes: the loss is
             ``llave_kernels.distributed.distributed_contrastive_loss``, for gradients that are
             averaged over the processes (DDP, FSDP). Default: this process alone.
@@ -89,7 +90,9 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         """kappa as the loss uses it: the float, or the bounded exponential of the parameter."""
         if self.log_logit_scale is None:
             return self.initial_logit_scale
-        return self.log_logit_scale.exp().clamp(max=self.max_logit_scale)
+        excess = (self.log_logit_scale - math.log(self.max_logit_scale)).clamp(min=0)
+        # Subtracted as a constant: the gradient of a clamp over its bound is 0, for ever.
+        return (self.log_logit_scale - excess.detach()).exp()
 
     def forward(
         self,
@@ -102,6 +105,9 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         target_ids: Tensor | None = None,
     ) -> Tensor:
         """Loss of queries (N, D) and targets (M, D); 0-d, or (N,) with ``reduction="none"``."""
+        if self.log_logit_scale is not None:
+            with torch.no_grad():
+                self.log_logit_scale.clamp_(max=math.log(self.max_logit_scale))
         loss = hardness_weighted_contrastive_loss
         if self.gather_group is not None:
             group = None if isinstance(self.gather_group, str) else self.gather_group

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -44,6 +46,45 @@ def test_learnable_scale_trains_and_stays_bounded() -> None:
     assert scales[0] == pytest.approx(5.0)
     assert scales[0] < scales[-1] <= 8.0 * (1 + 1e-6)
     assert set(module.state_dict()) == {"log_logit_scale"}
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_a_scale_at_its_bound_comes_back(optimizer: type[torch.optim.Optimizer]) -> None:
+    module = HardnessWeightedContrastiveLoss(100.0, learnable=True)
+    query, _ = embeddings(8, 8, 64)
+    step = optimizer(module.parameters(), lr=1e-2)
+
+    def scale_after(steps: int, gradient: float | None = None) -> float:
+        for _ in range(steps):
+            step.zero_grad()
+            module(query, -query).backward()  # far apart: a smaller scale is better
+            if gradient is not None:
+                module.log_logit_scale.grad.fill_(gradient)
+            module.log_logit_scale.grad.clamp_(-1, 1)
+            step.step()
+        module(query, query)
+        return float(module.logit_scale.detach())
+
+    assert scale_after(5) < 99.0
+    # However long it was wanted larger.
+    assert scale_after(300, gradient=-1.0) == pytest.approx(100.0, rel=1e-6)
+    assert scale_after(30) < 99.0
+
+
+@pytest.mark.parametrize("value", [100.0, 100.1, 1e6])
+def test_a_scale_over_its_bound_has_the_bounds_loss_and_gradient(value: float) -> None:
+    module = HardnessWeightedContrastiveLoss(learnable=True)
+    with torch.no_grad():
+        module.log_logit_scale.fill_(math.log(value))
+    assert float(module.logit_scale.detach()) == pytest.approx(100.0, rel=1e-5)
+    query, target = embeddings(8, 8, 4)
+    loss = module(query, target)
+    loss.backward()
+    scale = torch.tensor(100.0, requires_grad=True)
+    expected = hardness_weighted_contrastive_loss(query, target, logit_scale=scale)
+    expected.backward()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert float(module.log_logit_scale.grad) == pytest.approx(100 * float(scale.grad), rel=1e-5)
 
 
 def test_repr_says_what_the_loss_is() -> None:

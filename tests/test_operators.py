@@ -97,6 +97,11 @@ def test_compiled_module_with_learnable_scale() -> None:
     module.log_logit_scale.grad = None
     module(query, target).backward()
     assert relative_error(traced, module.log_logit_scale.grad) < 1e-5
+    with torch.no_grad():
+        module.log_logit_scale.fill_(5.0)  # over the bound
+    compiled(query, target)
+    assert float(module.logit_scale.detach()) == pytest.approx(100.0, rel=1e-6)
+    assert float(module.log_logit_scale.detach()) < 4.7
 
 
 def test_autocast_casts_embeddings_and_keeps_float32_sums() -> None:

@@ -82,6 +82,16 @@ def test_train_evaluate_embed_and_search(
     short = [*where, "--out", "short", "--max-seq-length", "40"]  # too few for an image's tokens
     assert main(["evaluate", "tiny/model", "--tasks", "colours", *short]) == 2
     assert "increase `max_length`" in capsys.readouterr().err
+    for setting, value, message in (
+        ("--max-seq-length", "0", "max_seq_length=0 leaves no room: the closing turn takes"),
+        ("--max-seq-length", "3", "max_seq_length=3 leaves no room"),
+        ("--batch-size", "0", "batch_size must be at least 1, got 0"),
+    ):
+        wrong = [*where, "--out", "wrong", setting, value]
+        assert main(["evaluate", "tiny/model", "--tasks", "colours", *wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["train", "tiny", *overrides]) == 0
+    assert "end of a finished run: nothing is trained" in capsys.readouterr().out
     assert main(["embed", "tiny/model", "emoji/images", "--out", "vectors"]) == 0
     capsys.readouterr()
     assert main(["search", "vectors", "the colour red", "--model", "tiny/model", "-k", "2"]) == 0

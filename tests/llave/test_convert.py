@@ -18,6 +18,7 @@ from sentence_transformers.sentence_transformer.modules import Transformer
 
 import llave
 from llave import convert
+from llave.cli import main
 from tests.llave import tiny
 from tests.llave.test_modeling import picture
 
@@ -254,6 +255,108 @@ def test_incomplete_folders_are_refused(backbone, tmp_path):
         convert.convert(tmp_path, tmp_path)
 
 
+DAMAGE = {
+    "empty": lambda data: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "cut at the end": lambda data: data[:-2],
+    "zeros": lambda data: bytes(len(data)),
+    "a pointer": lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    "a page": lambda data: b"<!doctype html><html>Not found</html>",
+    "a list": lambda data: b"[]",
+    "an archive": lambda data: b"PK\x03\x04" + bytes(100),
+}
+
+
+@pytest.mark.parametrize("kind", ["whole", "shards", "separate", "pickled"])
+def test_a_damaged_file_is_named(backbone, tmp_path, kind):
+    src = tmp_path / "src"
+    src.mkdir()
+    state = write_checkpoint(src, backbone[0])
+    if kind == "separate":
+        write_separate_tokenizer_files(src)
+    if kind == "pickled":
+        torch.save(state, src / "pytorch_model.bin")
+    else:
+        write_shards(src, state, 2 if kind == "shards" else 1)
+    for file in sorted(src.iterdir()):
+        whole = file.read_bytes()
+        for name, damage in DAMAGE.items():
+            file.write_bytes(damage(whole))
+            if file.suffix == ".json" and name == "cut at the end":
+                file.write_bytes(whole.rstrip()[:-1])
+            with pytest.raises(ValueError, match=rf"^[^\n]*{file.name} [^\n]*$") as error:
+                convert.convert(src, tmp_path / "dst", allow_pickle=True)
+            assert "download it again" in str(error.value), (file, name)
+            assert [entry.name for entry in tmp_path.iterdir()] == ["src"]
+        file.write_bytes(whole)
+    convert.convert(src, tmp_path / "dst", allow_pickle=True)
+
+
+def test_cut_merges_would_be_another_tokenizer(backbone, tmp_path):
+    write_shards(tmp_path, write_checkpoint(tmp_path, backbone[0]), 1)
+    whole = json.loads((tmp_path / "tokenizer.json").read_text())
+    merges = whole["model"]["merges"]
+    whole["model"]["merges"] = merges[:-3]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    last = "".join(merges[-1])
+    with pytest.raises(
+        ValueError, match=rf"tokenizer\.json has no merge for 3 of .* {last!r}: it is"
+    ):
+        convert.convert(tmp_path, tmp_path / "dst")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "896"},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": -1},
+        {"architectures": 5, "model_type": None},
+        {"image_grid_pinpoints": []},
+        {"image_grid_pinpoints": [["a", "b"]]},
+    ],
+)
+def test_a_config_of_other_types_is_named(backbone, tmp_path, change):
+    write_shards(tmp_path, write_checkpoint(tmp_path, backbone[0]), 1)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | change))
+    with pytest.raises(ValueError, match=r"config\.json"):
+        convert.convert(tmp_path, tmp_path / "dst")
+
+
+def test_a_damaged_file_is_one_line_of_the_command(backbone, tmp_path, capsys):
+    write_shards(tmp_path, write_checkpoint(tmp_path, backbone[0]), 1)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    assert main(["convert", str(tmp_path), str(tmp_path / "dst")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert f"llave convert: error: {file} cannot be read" in said[0]
+    # The image of --check is looked at first.
+    file.write_bytes(whole)
+    (tmp_path / "cat.jpg").write_bytes(b"no image")
+    picture = ["--check", str(tmp_path / "cat.jpg")]
+    assert main(["convert", str(tmp_path), str(tmp_path / "dst"), *picture]) == 2
+    assert "cat.jpg" in capsys.readouterr().err
+    assert not (tmp_path / "dst").exists()
+
+
+def test_a_damaged_model_is_named_when_it_is_loaded(reference, tmp_path, capsys):
+    model = tmp_path / "model"
+    reference.save(str(model), create_model_card=False)
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "modules.json"):
+        whole = (model / name).read_bytes()
+        (model / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match=rf"{name} cannot be read"):
+            llave.load(model)
+        (model / name).write_bytes(whole)
+    (model / "model.safetensors").write_bytes(b"version https://git-lfs")
+    arguments = ["search", "nowhere", "a dog", "--model", str(model)]
+    assert main(arguments) == 2
+    assert "model.safetensors cannot be read" in capsys.readouterr().err
+
+
 def test_check_prints_the_cards_scores(reference, tmp_path, capsys, monkeypatch):
     reference.save(str(tmp_path / "model"), create_model_card=False)
     seen = []
@@ -270,3 +373,12 @@ def test_check_prints_the_cards_scores(reference, tmp_path, capsys, monkeypatch)
     assert f"<image> {question}<|im_end|>" in seen[0]
     assert list(scores) == ["A cat and a dog", "A cat and a tiger"]
     assert f"A cat and a dog = {scores['A cat and a dog']:.4f}" in capsys.readouterr().out
+
+
+def test_check_refuses_scores_that_are_not_finite(reference, tmp_path):
+    reference.save(str(tmp_path / "model"), create_model_card=False)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    next(tensor for name, tensor in weights.items() if name.endswith("norm.weight"))[0] = np.nan
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="model' gives embeddings that are not finite"):
+        convert.check(tmp_path / "model", picture())

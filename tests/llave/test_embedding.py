@@ -154,19 +154,23 @@ def finish(running: list[Any]) -> None:
 
 def test_killed_runs_leave_no_trace(start: Any, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    running = start(whole, {})
-    begin = time.monotonic()
-    finish(running)
-    duration = time.monotonic() - begin
+    finish(start(whole, {}))
     moments = random.Random(0)
+
+    def files() -> int:
+        return len(list(killed.glob("*.parquet")))
+
     progress = []
-    for _ in range(10):
+    for count in range(0, len(list(whole.glob("*.parquet"))), 2):
         (process,) = start(killed, {})
-        time.sleep(moments.uniform(0, duration / 4))
+        # By files, not by time, which on a busy machine says nothing.
+        while process.is_alive() and files() < count:
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.01))
         process.kill()
         process.join()
         assert process.exitcode in (-9, 0)
-        progress.append(len(list(killed.glob("*.parquet"))))
+        progress.append(files())
     assert len(set(progress)) > 2  # killed at work, not before or after it
     # What a run killed between writing and renaming leaves.
     (killed / f"{ranges(read_manifest(killed))[0].file}.0.tmp").write_bytes(b"half")

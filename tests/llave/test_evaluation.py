@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,122 @@ def test_known_answers_ties_and_one_encoding_each(
 
     with pytest.raises(ValueError, match=r"colours\.json holds the score of another model"):
         evaluate(Another(), ["colours"], data=data, images=images, out=tmp_path / "out")
+
+
+def test_a_copy_of_the_right_candidate_is_right(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    data, images = folders
+    for copy in ("red2", "red3"):
+        Image.new("RGB", (4, 4), COLOURS["red"]).save(images / f"{copy}.png")
+    # As bright as red, yet another picture: a tie.
+    Image.new("RGB", (8, 8), COLOURS["red"]).save(images / "larger.png")
+    blues = [f"blue{n}" for n in range(11)]
+    for blue in blues:
+        Image.new("RGB", (4, 4), COLOURS["blue"]).save(images / f"{blue}.png")
+    pictures = {
+        "same path": ["red.png", "blue.png", "red.png"],
+        "same content": ["red.png", "red2.png", "blue.png", "red3.png"],
+        "another picture": ["red.png", "larger.png"],
+        "far": ["green.png", "blue.png", "green.png"],
+        "copies of a wrong one": ["green.png", *(f"{blue}.png" for blue in blues)],
+    }
+    for name, paths in pictures.items():
+        query = "blue thing" if name in ("far", "copies of a wrong one") else "red thing"
+        write(data, name, (query, "", [""] * len(paths), paths))
+    results = evaluate(ByColour(), list(pictures), data=data, images=images, out=tmp_path / "out")
+    assert [(r.precision, r.ties) for r in results] == [(100, 0), (100, 0), (0, 1), (0, 0), (0, 0)]
+    # Behind eleven copies of one picture it is the second.
+    assert results[-1].recall_5 == 100.0
+    # The text alone, and the right candidates of other rows.
+    write(data, "texts", *[("red thing", "", ["red", "blue", "red"], [""] * 3)] * 3)
+    (result,) = evaluate(ByColour(), ["texts"], data=data, images=images, out=tmp_path / "out")
+    assert (result.precision, result.ties, sum(result.negatives)) == (100.0, 0, 0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("broken", ["blue", "green.png", "red thing"])
+def test_embeddings_that_are_not_finite_are_refused(
+    folders: tuple[Path, Path], tmp_path: Path, value: float, broken: str
+) -> None:
+    data, images = folders
+
+    class Broken(ByColour):
+        def encode(self, items: list[Any], **settings: Any) -> np.ndarray:
+            vectors = super().encode(items, **settings)
+            for item, vector in zip(items, vectors, strict=True):
+                green = isinstance(item, dict) and item["image"].getpixel((0, 0))[1] == 255
+                if item == broken or (green and broken == "green.png"):
+                    vector[1] = value
+            return vectors
+
+    write(data, "colours", ("red thing", "", ["red", "blue", ""], ["", "", "green.png"]))
+    place = "text '', image 'green" if "png" in broken else f"text '{broken}', image ''"
+    with pytest.raises(ValueError, match=f"task colours: {place}.*: the embedding is not finite"):
+        evaluate(Broken(), ["colours"], data=data, images=images, out=tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_results_are_of_what_they_scored(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    data, images = folders
+    out, model = tmp_path / "out", ByColour()
+    row = ("red thing", "", ["", ""], ["red.png", "blue.png"])
+    settings = {"data": data, "images": images, "out": out}
+
+    def scored(**changed: Any) -> float:
+        (result,) = evaluate(model, ["colours"], **settings | changed)
+        return result.precision
+
+    write(data, "colours", row)
+    assert scored() == 100.0
+    # The same data elsewhere.
+    moved = tmp_path / "moved"
+    shutil.copytree(images, moved)
+    encoded = model.encoded
+    assert scored(images=moved, batch_size=1) == 100.0
+    assert model.encoded == encoded
+    # Other pictures of the same names and sizes; other rows, candidates, right ones, instructions.
+    Image.new("RGB", (4, 4), COLOURS["blue"]).save(moved / "red.png")
+    with pytest.raises(ValueError, match=r"colours\.json holds the score of other data; choose an"):
+        scored(images=moved)
+    names = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
+    for rows in (
+        [row, row],
+        [("blue thing", *row[1:])],
+        [(*row[:3], ["blue.png", "red.png"])],
+        [(*row[:2], ["", "red"], ["red.png", ""])],
+        [(*row[:3], ["red.png", "green.png"])],
+    ):
+        write(data, "colours", *rows)
+        with pytest.raises(ValueError, match="holds the score of other data"):
+            scored()
+    instructed = dict(zip(names, row, strict=True)) | {"qry_inst": "red things:"}
+    (data / "colours.jsonl").write_text(json.dumps(instructed))
+    with pytest.raises(ValueError, match="holds the score of other data"):
+        scored()
+    write(data, "colours", row)
+    assert scored() == 100.0
+    model.max_seq_length = 40
+    with pytest.raises(ValueError, match="the score of max_seq_length None, not 40; choose an"):
+        scored()
+    del model.max_seq_length
+    # Of an earlier version, cut short, or no result.
+    file = out / "colours.json"
+    whole = json.loads(file.read_text())
+    for text in (
+        json.dumps({k: v for k, v in whole.items() if k != "data"}),
+        json.dumps({k: v for k, v in whole.items() if k != "ties"}),
+        file.read_text()[:40],
+        "[]",
+    ):
+        file.write_text(text)
+        with pytest.raises(
+            ValueError, match=r"colours\.json is no result that says what it scored"
+        ):
+            scored()
+
+
+def test_batches_of_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        evaluate(ByColour(), ["colours"], data=tmp_path, out=tmp_path / "out", batch_size=0)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -56,6 +58,24 @@ def test_exact_equals_brute_force(folder: Path, k: int, monkeypatch: pytest.Monk
     assert len(found[0]) == min(k, ROWS)
 
 
+def test_rows_that_are_not_finite_are_named_and_embedded_again(
+    folder: Path, tmp_path: Path
+) -> None:
+    expected = search(folder, queries())
+    file = sorted(folder.glob("part-*.parquet"))[2]
+    table = pq.read_table(file)
+    values = table["embedding"].combine_chunks().flatten().to_numpy().copy()
+    values[3 * DIMENSION + 1] = np.nan
+    broken = pa.FixedSizeListArray.from_arrays(pa.array(values), DIMENSION)
+    table = table.set_column(1, table.schema.field("embedding"), broken)
+    pq.write_table(table, file, write_page_checksum=True)
+    for backend in ("exact", "faiss"):
+        with pytest.raises(ValueError, match=rf"{file.name} .*id 'doc 35': the embedding is not"):
+            search(folder, queries(), backend=backend)
+    quick(tmp_path / "corpus.jsonl", folder, shard_rows=16)
+    assert search(folder, queries()) == expected
+
+
 def test_all_tied(folder: Path) -> None:
     first = sorted(read(folder)[0])[:10]
     assert search(folder, np.zeros((1, DIMENSION), np.float32)) == [[Hit(i, 0.0) for i in first]]
@@ -104,7 +124,8 @@ def test_damaged_file(folder: Path) -> None:
     [
         (queries()[:, :4], {}, r"queries must have shape \(queries, 8\), .* got \(7, 4\)"),
         (queries()[0], {}, r"got \(8,\)"),
-        (queries() * np.inf, {}, "queries must be finite"),
+        (queries() * np.inf, {}, "queries must be finite, query 0: "),
+        (np.where(np.arange(7)[:, None] == 3, np.nan, queries()), {}, "finite, query 3: "),
         (["a"], {}, "model is needed"),
         ("a", {"model": model()}, "queries must be a list of inputs, got 'a'"),
         (["a"], {"model": model(1)}, "the folder was embedded with"),

@@ -1,9 +1,10 @@
-"""Recipes, resuming, several processes."""
+"""Resuming, several processes, runs that are finished or others."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,21 @@ import pytest
 for needed in ("sentence_transformers", "datasets", "accelerate", "yaml", "torchvision"):
     pytest.importorskip(needed)
 
+import numpy as np  # noqa: E402
+from datasets import Dataset  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 
-from llave.mmeb import TASKS  # noqa: E402
-from llave.training import SECTIONS, last_checkpoint, read_recipe  # noqa: E402
+from llave import training  # noqa: E402
+from llave.training import (  # noqa: E402
+    SimilarityOverlap,
+    last_checkpoint,
+    read_recipe,
+    train,
+    unused_rows,
+)
+from tests.llave import train_worker  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted(p.stem for p in (ROOT / "llave" / "recipes").glob("*.yaml"))
 
 
 def run(
@@ -98,6 +107,9 @@ def test_two_processes_have_the_losses_of_one(uninterrupted: Path, tmp_path: Pat
     out = tmp_path / "two"
     run(out, processes=2)
     assert logged(out) == pytest.approx(logged(uninterrupted), rel=1e-3)
+    before = contents(out)
+    run(out, processes=2)  # it is finished
+    assert contents(out) == before
 
 
 def test_checkpoints_without_an_end_are_set_aside(tmp_path: Path) -> None:
@@ -111,40 +123,176 @@ def test_checkpoints_without_an_end_are_set_aside(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("unfinished-*"))) == 2
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_our_recipes_are_whole(name: str) -> None:
-    recipe = read_recipe(name)
-    assert set(recipe) == set(SECTIONS)
-    assert recipe["loss"]["scale"] == 50.0
-    assert recipe["loss"]["alpha"] == 9.0
-    if name != "tiny":
-        # MMEB's training subsets have the evaluation's names, but for one.
-        known = [task.replace("ImageNet-1K", "ImageNet_1K") for task in TASKS]
-        assert recipe["data"]["subsets"] == [
-            name for name, task in zip(known, TASKS.values(), strict=True) if task.in_distribution
-        ]
-
-
-def test_overrides_are_read_as_yaml() -> None:
-    recipe = read_recipe("tiny", ["--loss.alpha", "0", "--trainer.learning_rate", "2.0e-5"])
-    assert recipe["loss"]["alpha"] == 0
-    assert recipe["trainer"]["learning_rate"] == 2e-5
-    assert read_recipe("tiny", ["--model.frozen", "null"])["model"]["frozen"] is None
-
-
+# Settings that change the losses, the data's rows, and the trainer's own.
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["--loss.alhpa", "5"], "loss.alhpa of tiny is no setting; there are scale, alpha"),
-        (["--optim.lr", "5"], "section 'optim' of tiny is none of model, data, loss, trainer"),
-        (["--alpha", "5"], "'--alpha' is no override; expected --section.setting"),
-        (["--loss.alpha"], "overrides come in pairs"),
-        (["--model.backbone", "x"], "needs one of backbone and scratch"),
-        (["--data.train", "null"], "data.train of tiny is missing"),
+        (("--loss.alpha", "5"), r"loss\.alpha is 9\.0 there and 5\.0 here"),
+        (("--trainer.learning_rate", "2e-3"), r"trainer\.learning_rate is 0\.001 there and 0\.002"),
+        (("--trainer.save_steps", "3"), r"trainer\.save_steps is 4\.0 there and 3\.0 here"),
+        (("--trainer.seed", "7"), r"trainer\.seed is 42 there and 7 here"),
+        (("--data.held_out", "10"), r"data\.held_out is 8 there and 10 here"),
+        (("--model.frozen", "vision"), r"model\.frozen is None there and 'vision' here"),
+        (("--data.subsets", "[plus]"), r"rows\.minus is 56 there and None here"),
     ],
 )
-def test_what_a_recipe_may_not_say(overrides: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        read_recipe("tiny", overrides)
-    with pytest.raises(FileNotFoundError, match=r"no recipe 'huge'; there are llave-0\.5b"):
-        read_recipe("huge")
+def test_a_run_does_not_go_on_with_other_settings(
+    uninterrupted: Path, overrides: tuple[str, ...], message: str
+) -> None:
+    before = contents(uninterrupted)
+    with pytest.raises(ValueError, match=f"whole' holds a run with other settings: .*{message}"):
+        train_worker.train(str(uninterrupted), *overrides)
+    assert contents(uninterrupted) == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["saved", "killed before the model was"])
+def test_a_finished_run_is_not_trained_again(
+    uninterrupted: Path, tmp_path: Path, saved: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "again"
+    shutil.copytree(uninterrupted, out)
+    expected = SentenceTransformer(str(out / "model"), device="cpu").encode(["one and two"])
+    if not saved:
+        shutil.rmtree(out / "model")
+    before = contents(out)
+    for _ in range(2):
+        model = train_worker.train(str(out))
+        assert "checkpoint-12 is the end of a finished run" in capsys.readouterr().out
+        np.testing.assert_allclose(model.encode(["one and two"]), expected, atol=1e-6)
+        found = SentenceTransformer(str(out / "model"), device="cpu").encode(["one and two"])
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    after = contents(out)
+    assert sorted(after) == sorted(contents(uninterrupted))
+    assert {name: after[name] for name in before} == before
+
+
+def test_a_finished_run_of_whole_epochs_and_adapters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft")
+    out, lora = tmp_path / "run", ("--model.lora", "{r: 2, target_modules: [q_proj]}")
+    epochs = ("--trainer.max_steps", "-1", "--trainer.num_train_epochs", "1.5", *lora)
+    first = train_worker.train(str(out), *epochs).encode(["one and two"])
+    before = contents(out)
+    again = train_worker.train(str(out), *epochs).encode(["one and two"])
+    np.testing.assert_allclose(again, first, atol=1e-6)
+    assert contents(out) == before
+    # Longer than it was: it goes on, and says so.
+    train_worker.train(str(out), *lora, "--trainer.max_steps", "12")
+    said = capsys.readouterr().out
+    assert "goes on with other settings: trainer.max_steps is -1 there and 12 here" in said
+    assert list(logged(out)) == list(range(1, 13))
+
+
+def test_checkpoints_without_an_optimizer_are_no_place_to_go_on(tmp_path: Path) -> None:
+    out, bare = tmp_path / "run", ("--trainer.save_only_model", "true")
+    train_worker.train(str(out), *bare, "--trainer.max_steps", "4")
+    train_worker.train(str(out), *bare, "--trainer.max_steps", "4")
+    with pytest.raises(ValueError, match="checkpoint-4 has no state of the optimizer"):
+        train_worker.train(str(out), *bare, "--trainer.max_steps", "8")
+
+
+def test_the_best_model_is_the_one_of_least_overlap(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    best = {"load_best_model_at_end": "true", "metric_for_best_model": "similarity_overlap"}
+    best |= {"greater_is_better": "false", "save_steps": "6"}
+    words = [word for key, value in best.items() for word in (f"--trainer.{key}", value)]
+    train_worker.train(str(out), *words)
+    state = json.loads((out / "checkpoint-12" / "trainer_state.json").read_text())
+    overlap = logged(out, "eval_similarity_overlap")
+    assert state["best_metric"] == min(overlap.values())
+
+
+def test_a_model_without_a_checkpoint_is_kept(uninterrupted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bare"
+    shutil.copytree(uninterrupted / "model", out / "model")
+    with pytest.raises(ValueError, match="bare' holds a model and no checkpoint"):
+        train_worker.train(str(out))
+
+
+def test_what_trains_nothing_is_an_error(tmp_path: Path) -> None:
+    for mixed in ("true", "false"):
+        with pytest.raises(ValueError, match=r"data\.batch_size=128: nothing would be trained"):
+            train_worker.train(
+                str(tmp_path / "run"), "--data.batch_size", "128", "--data.homogeneous", mixed
+            )
+        assert not (tmp_path / "run" / "model").exists()
+    with pytest.raises(ValueError, match=r"held_out=64 leaves nothing of subset plus, .* 64 rows"):
+        train_worker.train(str(tmp_path / "run"), "--data.held_out", "64")
+    with pytest.raises(ValueError, match=r"frozen='\.' is in every trained parameter's name"):
+        train_worker.train(str(tmp_path / "run"), "--model.frozen", "'.'")
+
+
+def test_a_sampler_that_makes_no_batch_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = Dataset.from_dict({"anchor": ["one and two"] * 64, "positive": ["one plus two"] * 64})
+    monkeypatch.setattr(train_worker, "subsets", lambda: {"plus": same})
+    settings = {"data.subsets": "[plus]", "trainer.batch_sampler": "no_duplicates"}
+    words = [word for key, value in settings.items() for word in (f"--{key}", value)]
+    with pytest.raises(ValueError, match=r"nothing was trained: .*no_duplicates made no batch"):
+        train_worker.train(str(tmp_path / "run"), *words)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_rows_that_never_appear_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_worker.train(str(tmp_path / "run"), "--trainer.max_steps", "1", "--data.held_out", "10")
+    said = capsys.readouterr().out
+    for name in ("plus", "minus"):
+        assert f"{name}: 6 of 54 rows never appear; an epoch, which draws anew, has 3 whole" in said
+    drawn = "an epoch, which draws anew, has {} whole batches of 16"
+    rows = {"large": 40, "small": 15, "even": 32}
+    assert unused_rows(rows, 16, homogeneous=True) == [
+        f"large: 8 of 40 rows never appear; {drawn.format(2)}",
+        "small: 15 of 15 rows never appear; they make no whole batch of 16",
+    ]
+    assert unused_rows(rows, 16, homogeneous=False) == [
+        f"all subsets: 7 of 87 rows never appear; {drawn.format(5)}"
+    ]
+    assert unused_rows({"a": 40, "b": 16}, 16, homogeneous=True, round_robin=True) == [
+        f"a: 24 of 40 rows never appear; {drawn.format(1)}"
+    ]
+    with pytest.raises(ValueError, match="nothing would be trained"):
+        unused_rows(rows, 16, homogeneous=True, round_robin=True)
+
+
+def test_what_cannot_be_had_here_is_refused_before_the_data_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "available_backends", lambda: {"cuda": "no GPU"})
+    file = tmp_path / "recipe.yaml"
+    file.write_text(train_worker.RECIPE % (tmp_path / "run"))
+    wrong = (
+        (["--data.images", "nowhere"], r"data\.images='nowhere' is no folder"),
+        (["--loss.backend", "cuda"], r"loss\.backend='cuda' cannot run here: no GPU"),
+    )
+    for overrides, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            train(read_recipe(str(file), overrides))
+
+
+class Numbers:
+    """Embeds a number as an angle in degrees."""
+
+    def encode(self, items: list[str], **_: object) -> np.ndarray:
+        angles = np.deg2rad([float(item) for item in items])
+        return np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+
+
+def test_a_copy_of_the_positive_is_no_negative_of_the_overlap(tmp_path: Path) -> None:
+    pairs = {"anchor": ["0", "1", "90"], "positive": ["0", "0", "90"]}
+    SimilarityOverlap({"x": Dataset.from_dict(pairs)})(Numbers(), str(tmp_path))
+    found = json.loads((tmp_path / "similarities--1.json").read_text())["x"]
+    assert (sum(found["positives"]), sum(found["negatives"])) == (3, 4)
+
+
+def test_an_overlap_of_embeddings_that_are_not_finite_is_refused() -> None:
+    pairs = {"anchor": ["0", "1"], "positive": ["0", "nan"]}
+    with pytest.raises(ValueError, match="subset x, held-out positive 1: the embedding is not fin"):
+        SimilarityOverlap({"x": Dataset.from_dict(pairs)})(Numbers())

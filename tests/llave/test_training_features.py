@@ -124,7 +124,7 @@ def test_lora(tmp_path: Path) -> None:
 
     run(killed, *LORA, kill_at=7)
     train_worker.train(str(killed), *LORA)
-    assert logged(killed) == pytest.approx(logged(whole), rel=1e-5)
+    assert logged(killed) == pytest.approx(logged(whole), rel=1e-6)
     assert not list(killed.glob("checkpoint-*/model.safetensors"))
 
     # Only what is adapted has changed.

@@ -64,6 +64,16 @@ def hash_of(text: str) -> int:
 
 
 def train(out: str, *overrides: str) -> SentenceTransformer:
+    """A run on one thread: sums of others round differently, which Adam makes visible."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _train(out, *overrides)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(out: str, *overrides: str) -> SentenceTransformer:
     data = subsets()
     recipe_file = Path(out).with_suffix(f".{os.environ.get('RANK', '0')}.yaml")
     recipe_file.write_text(RECIPE % out)
@@ -74,7 +84,6 @@ def train(out: str, *overrides: str) -> SentenceTransformer:
 
 
 def main(out: str, kill_at: str = "0", *overrides: str) -> None:
-    torch.set_num_threads(1)
     step, training_step = 0, SentenceTransformerTrainer.training_step
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,220 @@
+"""Recipes: what is read, in which type, and what is refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+for needed in ("sentence_transformers", "datasets", "accelerate", "yaml", "torchvision"):
+    pytest.importorskip(needed)
+
+from llave.mmeb import TASKS  # noqa: E402
+from llave.recipe import INEFFECTIVE, SECTIONS, read_recipe  # noqa: E402
+from llave.training import trainer_arguments  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(p.stem for p in (ROOT / "llave" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_our_recipes_are_whole(name: str) -> None:
+    recipe = read_recipe(name)
+    assert set(recipe) == set(SECTIONS)
+    assert recipe["loss"]["scale"] == 50.0
+    assert recipe["loss"]["alpha"] == 9.0
+    if name != "tiny":
+        # MMEB's training subsets have the evaluation's names, but for one.
+        known = [task.replace("ImageNet-1K", "ImageNet_1K") for task in TASKS]
+        assert recipe["data"]["subsets"] == [
+            name for name, task in zip(known, TASKS.values(), strict=True) if task.in_distribution
+        ]
+
+
+def test_overrides_are_read_as_yaml() -> None:
+    recipe = read_recipe("tiny", ["--loss.alpha", "0", "--trainer.learning_rate", "2.0e-5"])
+    assert recipe["loss"]["alpha"] == 0
+    assert recipe["trainer"]["learning_rate"] == 2e-5
+    assert read_recipe("tiny", ["--model.frozen", "null"])["model"]["frozen"] is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--loss.alhpa", "5"], "loss.alhpa of tiny is no setting; there are scale, alpha"),
+        (["--optim.lr", "5"], "section 'optim' of tiny is none of model, data, loss, trainer"),
+        (["--alpha", "5"], "'--alpha' is no override; expected --section.setting"),
+        (["--loss.alpha"], "overrides come in pairs"),
+        (["--model.backbone", "x"], "needs one of backbone and scratch"),
+        (["--data.train", "null"], "data.train of tiny is missing"),
+    ],
+)
+def test_what_a_recipe_may_not_say(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_recipe("tiny", overrides)
+    with pytest.raises(FileNotFoundError, match=r"no recipe 'huge'; there are llave-0\.5b"):
+        read_recipe("huge")
+
+
+@pytest.mark.parametrize(
+    ("setting", "written", "value"),
+    [
+        ("trainer.learning_rate", "2e-5", 2e-5),
+        ("trainer.learning_rate", "'2e-5'", 2e-5),
+        ("trainer.weight_decay", "1E-2", 0.01),
+        ("trainer.warmup_steps", ".03", 0.03),
+        ("trainer.eval_strategy", "no", "no"),
+        ("trainer.save_strategy", "epoch", "epoch"),
+        ("trainer.use_cpu", "yes", True),
+        ("trainer.fsdp", "true", True),
+        ("trainer.report_to", "[tensorboard]", ["tensorboard"]),
+        ("trainer.lr_scheduler_kwargs", "{min_lr: 1e-6}", {"min_lr": 1e-6}),
+        ("loss.alpha", "9e0", 9.0),
+        ("loss.alpha", "5", 5.0),
+        ("loss.mini_batch_size", "4", 4),
+        ("data.cap", "5e4", 50_000),
+        ("data.cap", "50_000", 50_000),
+        ("data.subsets", "[no, 1:30, 2e-5x]", ["no", "1:30", "2e-5x"]),
+        ("model.pinpoints", "[[32, 64]]", [[32, 64]]),
+        ("model.scratch", "{text: {rms_norm_eps: 1e-6}}", {"text": {"rms_norm_eps": 1e-6}}),
+        ("model.lora", "{r: 8, lora_dropout: 1e-1}", {"r": 8, "lora_dropout": 0.1}),
+    ],
+)
+def test_settings_have_their_types(
+    tmp_path: Path, setting: str, written: str, value: object
+) -> None:
+    section, name = setting.split(".")
+    # In the file as on the command line.
+    file = tmp_path / "mine.yaml"
+    lines = {section: f"  {name}: {written}"}
+    lines["data"] = "  train: x\n" + lines.get("data", "")
+    lines["trainer"] = "  output_dir: x\n" + lines.get("trainer", "")
+    lines.setdefault("model", "")
+    if name != "scratch":
+        lines["model"] += "\n  backbone: x"
+    file.write_text("\n".join(f"{key}:\n{text}" for key, text in lines.items()))
+    for recipe in (read_recipe(str(file)), read_recipe("tiny", [f"--{setting}", written])):
+        found = recipe[section][name]
+        assert found == value
+        assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "written", "message"),
+    [
+        ("loss.alpha", "nine", "should be a valid number"),
+        ("loss.alpha", "-1", "greater than or equal to 0"),
+        ("loss.alpha", ".nan", "should be a finite number"),
+        ("loss.alpha", "true", "should be a valid number"),
+        ("loss.alpha", "null", "should be a valid number"),
+        ("loss.scale", "0", "greater than 0"),
+        ("loss.mini_batch_size", "0", "greater than 0"),
+        ("loss.backend", "fast", "should be 'auto', 'torch', 'triton' or 'cuda'"),
+        ("data.batch_size", "2.5", "should be a valid integer"),
+        ("data.batch_size", "0", "greater than 0"),
+        ("data.subsets", "plus", "should be a valid list"),
+        ("data.subsets", "[]", "at least 1 item"),
+        ("data.subsets", "[a, a]", "repeats a"),
+        ("data.on_error", "ignore", "should be 'raise' or 'skip'"),
+        ("data.homogeneous", "2", "should be a valid boolean"),
+        ("data.held_out", "8", "no effect without an evaluation"),
+        ("model.dtype", "half", "should be 'float32'"),
+        ("model.pinpoints", "[[32]]", "at least 2 items"),
+        ("model.frozen", "''", "at least 1 character"),
+        ("model.scratch", "{vocabulary: 100}", "greater than or equal to 261"),
+        ("model.scratch", "{tile: 20}", "tile=20 must be a multiple of patch=8"),
+        ("model.scratch", "{sed: 1}", "sed is no setting"),
+        ("model.scratch", "{vision: {layers: 3}}", "vision.layers is no setting of Siglip"),
+        ("model.scratch", "{vision: {patch_size: 3}}", "patch_size follows from the other"),
+        ("model.scratch", "{text: {hidden_size: a}}", "expected int, got str"),
+        ("model.scratch", "{text: {hidden_size: 30}}", "must be a multiple of num_attention_heads"),
+        ("model.lora", "{rank: 8}", "rank is no setting"),
+        ("model.lora", "{r: many}", "should be a valid integer"),
+        ("trainer.weight_decay", "-1", "must not be negative"),
+        ("trainer.adam_beta1", "1", "less than 1"),
+        ("trainer.max_steps", "0", "at least 1, or -1"),
+        ("trainer.num_train_epochs", "0", "greater than 0"),
+        ("trainer.gradient_accumulation_steps", "0", "greater than 0"),
+        ("trainer.eval_strategy", "stpes", "should be 'no', 'steps' or 'epoch'"),
+        ("trainer.eval_strategy", "steps", "needs pairs to evaluate on; set data.held_out"),
+        ("trainer.lr_scheduler_type", "cos", "should be 'linear', 'cosine'"),
+        ("trainer.seed", "null", "should be a valid integer"),
+        ("trainer.batch_sampler", "group_by_label", "needs labels of classes"),
+        *((f"trainer.{name}", "1", "has no effect") for name in INEFFECTIVE),
+    ],
+)
+def test_a_wrong_value_names_its_setting(setting: str, written: str, message: str) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        read_recipe("tiny", [f"--{setting}", written])
+    assert setting in str(error.value)
+    assert message in str(error.value)
+
+
+def test_every_setting_has_a_type(tmp_path: Path) -> None:
+    """Nothing takes just anything: each refuses an object that no file can write."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {backbone: x}\ndata: {train: x}\ntrainer: {output_dir: x}")
+    for section, settings in SECTIONS.items():
+        for setting in settings:
+            overrides = [f"--{section}.{setting}", "[[[{}]]]"]
+            with pytest.raises(ValueError, match=rf"{section}\.{setting}"):
+                read_recipe(str(file), overrides)
+
+
+def test_settings_that_need_others() -> None:
+    evaluated = ["--data.held_out", "8", "--trainer.eval_strategy", "steps"]
+    for best in (
+        ["--trainer.load_best_model_at_end", "true"],
+        ["--trainer.save_strategy", "best"],
+        ["--trainer.lr_scheduler_type", "greedy"],
+        # By default the host takes more for better, and of overlap less is.
+        ["--trainer.save_strategy", "best", "--trainer.metric_for_best_model", "x"],
+    ):
+        with pytest.raises(ValueError, match=r"trainer\.greater_is_better must say which"):
+            read_recipe("tiny", evaluated + best)
+    settings = ["--trainer.metric_for_best_model", "x", "--trainer.greater_is_better", "false"]
+    assert read_recipe("tiny", [*evaluated, *settings, "--trainer.save_strategy", "best"])
+    robin = ["--trainer.multi_dataset_batch_sampler", "round_robin"]
+    assert read_recipe("tiny", robin)
+    with pytest.raises(ValueError, match=r"no effect where data\.homogeneous is false"):
+        read_recipe("tiny", [*robin, "--data.homogeneous", "false"])
+
+
+def test_a_folder_has_no_splits(tmp_path: Path) -> None:
+    overrides = ["--data.train", str(tmp_path), "--data.split", "test"]
+    with pytest.raises(ValueError, match=r"data\.split='test' has no effect: .* is a folder"):
+        read_recipe("tiny", overrides)
+    assert read_recipe("tiny", ["--data.train", "of/thehub", "--data.split", "test"])
+
+
+def test_sections_and_files_of_another_kind(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    for text, message in (
+        ("- loss", "holds no sections"),
+        ("loss: 5", "section loss of .* is 5; expected settings"),
+        ("loss: {alpha: 5", "is no YAML"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_recipe(str(file))
+    with pytest.raises(ValueError, match=r"--loss\.alpha is no YAML"):
+        read_recipe("tiny", ["--loss.alpha", "[5"])
+
+
+def test_lora_needs_peft_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"model\.lora=.* needs peft: pip install peft"):
+        read_recipe("tiny", ["--model.lora", "{r: 8}"])
+
+
+def test_settings_reach_the_trainer(tmp_path: Path) -> None:
+    words: dict[str, Any] = {
+        "trainer.output_dir": tmp_path / "run",
+        "trainer.learning_rate": "2e-5",
+        "trainer.save_strategy": "no",
+    }
+    overrides = [word for key, value in words.items() for word in (f"--{key}", str(value))]
+    arguments = trainer_arguments(read_recipe("tiny", overrides))
+    assert (arguments.learning_rate, arguments.save_strategy) == (2e-5, "no")
