@@ -72,6 +72,17 @@ def subset_files(source: Path, names: list[str] | None, split: str) -> dict[str,
     return {name: _of_split(name, parts, split) for name, parts in chosen.items()}
 
 
+def has_splits(source: Path) -> bool:
+    """Whether any file of a folder says of which split it is."""
+    folder = snapshot(source)
+    return any(
+        label or _SHARD.fullmatch(file.stem) or (file / "dataset_dict.json").is_file()
+        for parts in (_of_card(folder) | _of_names(folder, "")).values()
+        for label, files in parts.items()
+        for file in files
+    )
+
+
 def read_files(files: list[Path], columns: Features, split: str) -> Dataset:
     """The rows of a subset's files, of these columns those that a file has, in their types.
 
