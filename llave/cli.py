@@ -97,7 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--shard-rows", type=int, default=4096)
     embed.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     embed.add_argument("--image-root", help="folder the image paths are relative to")
-    embed.add_argument("--on-error", choices=("raise", "skip"), default="raise")
+    embed.add_argument(
+        "--on-error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="skip: leave out, count and name rows that cannot be used",
+    )
 
     search = command(
         "search",

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from llave.files import reading
-from llave.modeling import build, chat_template, inputs, load
+from llave.modeling import build, inputs, load
 
 logger = logging.getLogger(__name__)
 
@@ -169,10 +169,10 @@ def check(path: str | os.PathLike[str], image: Any) -> dict[str, float]:
         precision.
     """
     model = load(path)
-    question = "Represent the given image with the following question: What is in the image"
     # The cards put a space behind the image where training had a newline.
-    card = {"chat_template": {"chat_template": chat_template(separator=" ")}}
-    query = model.encode([inputs(question, image)], processing_kwargs=card, convert_to_tensor=True)
+    instruction = "<|image_1|> Represent the given image with the following question: "
+    question = instruction + "What is in the image"
+    query = model.encode([inputs(question, image)], convert_to_tensor=True)
     texts = ["A cat and a dog", "A cat and a tiger"]
     found = model.similarity(query, model.encode(texts, convert_to_tensor=True))[0].tolist()
     if not np.isfinite(found).all():

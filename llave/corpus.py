@@ -4,111 +4,152 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llave.files import LFS_POINTER, left_behind, snapshot
+from llave.images import IMAGE_SUFFIXES, MISSING, open_rgb
 from llave.modeling import text_input
-from llave.video import open_rgb
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp"}
 FIELDS = ("id", "text", "image")
+OnError = Literal["raise", "skip"]
 
 
 class Row(NamedTuple):
-    """One checked row: a text, an image's path, or both."""
+    """One row: a text, an image (a path, or a file's content), or both; or why it has neither."""
 
     number: int
     id: str
-    text: str | None
-    image: Path | None
+    text: str | None = None
+    image: Path | bytes | None = None
+    problem: str | None = None
 
 
 class Source:
-    """Rows of a JSONL file, a parquet file or a folder of images, streamed from a range's start."""
+    """Rows of a JSONL file, a parquet file or a folder of images, streamed from a range's start.
+
+    Attributes:
+        ignored: of a folder, how many entries are not taken, by why.
+    """
 
     def __init__(self, path: Path, image_root: Path | None, shard_rows: int) -> None:
         self.path = path
         self.stride = shard_rows
+        self.ignored: Counter[str] = Counter()
+        self._repeats: dict[int, int] = {}  # rows with an earlier row's id, and which row that is
+        self._ranges_with_images: set[int] = set()
         if path.is_dir():
             if image_root is not None:
                 raise ValueError(
                     f"image_root={image_root} has no meaning with the folder {path} as source; "
                     "leave it out"
                 )
-            self.root = path
-            self.files = sorted(
-                file.relative_to(path).as_posix()
-                for file in path.rglob("*")
-                if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
-            )
+            self.root = snapshot(path)
+            self.files = sorted(self._scan())
             self._records: Callable[[int], Iterator[Any]] = self._images
             return
         if not path.exists():
             raise FileNotFoundError(f"source {path} does not exist")
         self.root = image_root if image_root is not None else path.parent
-        if path.suffix == ".jsonl":
-            self.offsets = array("Q")  # of every stride-th row, filled as rows are first read
-            self._records = self._jsonl
-        elif path.suffix == ".parquet":
-            self._records = self._parquet
-        else:
+        if path.suffix.lower() not in (".jsonl", ".parquet"):
             raise ValueError(
                 f"source must be a .jsonl file, a .parquet file or a folder of images, got {path}"
             )
+        with path.open("rb") as file:
+            if file.read(64).startswith(LFS_POINTER):
+                raise ValueError(f"{path} is a pointer of git-lfs, not yet the file: git lfs pull")
+        if path.suffix.lower() == ".jsonl":
+            self.offsets = array("Q")  # of every stride-th row, filled as rows are first read
+            self._records = self._jsonl
+        else:
+            self._records = self._parquet
 
     def rows(self, first: int, stop: int | None = None) -> Iterator[Row]:
         """Rows ``first``, a multiple of the stride, to ``stop - 1``."""
         count = None if stop is None else stop - first
         for number, record in enumerate(islice(self._records(first), count), first):
-            yield self._row(number, record)
+            if number in self._repeats:
+                problem = f"row {number} has the id of row {self._repeats[number]}"
+                yield Row(number, str(number), problem=f"{problem}; ids must be unique")
+                continue
+            try:
+                yield self._row(number, record)
+            except ValueError as error:
+                yield Row(number, str(number), problem=str(error))
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Size, rows and hashes of the source; refuses ids that repeat."""
+    def shows_images(self, first: int) -> bool:
+        """Whether any row has an image in the range from ``first``, a multiple of the stride.
+
+        It is known once ``fingerprint`` has read the source.
+        """
+        return first // self.stride in self._ranges_with_images
+
+    def fingerprint(self, on_error: OnError) -> dict[str, Any]:
+        """Size, rows and hashes of the source.
+
+        Args:
+            on_error: ``"raise"`` refuses a row that cannot be used and an id that repeats; with
+                ``"skip"`` they are rows with a problem from then on.
+        """
         ids = hashlib.blake2b(digest_size=16)
         hashes = array("Q")
         for row in self.rows(0):
-            try:
-                name = row.id.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"{self.path}, row {row.number}: the id {row.id!r} is not valid Unicode"
-                ) from error
+            if row.problem and on_error == "raise":
+                raise ValueError(f"{self.path}, {row.problem}")
+            if row.image is not None:
+                self._ranges_with_images.add(row.number // self.stride)
+            name = row.id.encode()
             short = hashlib.blake2b(name, digest_size=8).digest()
             hashes.append(int.from_bytes(short, sys.byteorder))
             ids.update(b"%d:%s" % (len(name), name))
         if not hashes:
-            raise ValueError(f"source {self.path} has no rows")
-        self._refuse_duplicates(np.frombuffer(hashes, dtype=np.uint64))
+            left = f"; left out: {self.left_out()}" if self.ignored else ""
+            raise ValueError(f"source {self.path} has no rows{left}")
+        self._repeats = self._find_repeats(np.frombuffer(hashes, dtype=np.uint64), on_error)
         size, content = self._content()
         return {"size": size, "rows": len(hashes), "ids": ids.hexdigest(), "content": content}
 
-    def _refuse_duplicates(self, hashes: np.ndarray) -> None:
+    def left_out(self) -> str:
+        """What of a folder is not taken, and why."""
+        return ", ".join(f"{count} {why}" for why, count in sorted(self.ignored.items()))
+
+    def _find_repeats(self, hashes: np.ndarray, on_error: OnError) -> dict[int, int]:
         values, counts = np.unique(hashes, return_counts=True)
         if len(values) == len(hashes):
-            return
+            return {}
         # Different ids may share a hash: the rows in question are read again.
         suspects = np.isin(hashes, values[counts > 1])
         seen: dict[str, int] = {}
+        repeats = {}
         for row in self.rows(0):
-            if suspects[row.number] and seen.setdefault(row.id, row.number) != row.number:
-                raise ValueError(
-                    f"{self.path}: rows {seen[row.id]} and {row.number} have the same id "
-                    f"{row.id!r}; ids must be unique: rename or remove one"
-                )
+            if row.problem or not suspects[row.number]:
+                continue
+            earlier = seen.setdefault(row.id, row.number)
+            if earlier != row.number:
+                if on_error == "raise":
+                    raise ValueError(
+                        f"{self.path}: rows {earlier} and {row.number} have the same id "
+                        f"{row.id!r}; ids must be unique: rename or remove one"
+                    )
+                repeats[row.number] = earlier
+        return repeats
 
     def _content(self) -> tuple[int, str]:
         content = hashlib.blake2b(digest_size=16)
         if self.path.is_dir():
-            sizes = [(self.path / name).stat().st_size for name in self.files]
+            sizes = [(self.root / name).stat().st_size for name in self.files]
             content.update(json.dumps([self.files, sizes]).encode())
             return sum(sizes), content.hexdigest()
         with self.path.open("rb") as file:
@@ -117,21 +158,71 @@ class Source:
         return self.path.stat().st_size, content.hexdigest()
 
     def _row(self, number: int, record: Any) -> Row:
-        where = f"{self.path}, row {number}"
+        """ValueError: the row cannot be used."""
+        if isinstance(record, ValueError):
+            raise record
         if not isinstance(record, dict):
-            raise ValueError(f"{where} must be an object with text or image, got {record!r:.80}")
+            raise ValueError(
+                f"row {number} must be an object with text or image, got {record!r:.80}"
+            )
         identifier = record.get("id")
         if identifier is None:
             identifier = number
         if isinstance(identifier, int) and not isinstance(identifier, bool):
             identifier = str(identifier)
         text, image = record.get("text"), record.get("image")
-        for name, value in (("id", identifier), ("text", text), ("image", image)):
+        if isinstance(image, dict) and {"bytes", "path"} & image.keys():  # as the hub holds images
+            image = image.get("bytes") or image.get("path")
+        if not isinstance(image, str | bytes | None):
+            raise ValueError(
+                f"row {number}: image must be a path, or in parquet a file's content (bytes), "
+                f"got {image!r:.80}"
+            )
+        for name, value in (("id", identifier), ("text", text)):
             if not isinstance(value, str | None):
-                raise ValueError(f"{where}: {name} must be a string, got {value!r:.80}")
+                raise ValueError(f"row {number}: {name} must be a string, got {value!r:.80}")
+            try:
+                (value or "").encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"row {number}: the {name} {value!r:.80} is not valid Unicode"
+                ) from error
         if not text and not image:
-            raise ValueError(f"{where} has neither text nor image; fill one in or remove the row")
-        return Row(number, identifier, text or None, self.root / image if image else None)
+            raise ValueError(
+                f"row {number} has neither text nor image; fill one in or remove the row"
+            )
+        if isinstance(image, str):
+            image = self.root / image if image else None
+        return Row(number, identifier, text or None, image or None)
+
+    def _scan(self) -> Iterator[str]:
+        """Relative paths of a folder's images; the rest is counted."""
+
+        def refuse(error: OSError) -> None:
+            raise error
+
+        for parent, folders, files in os.walk(self.root, onerror=refuse):
+            hidden = [name for name in (*folders, *files) if left_behind(name)]
+            self.ignored["hidden or left by a system"] += len(hidden)
+            folders[:] = [name for name in folders if not left_behind(name)]
+            links = [name for name in folders if Path(parent, name).is_symlink()]
+            self.ignored["links to folders (pass those folders)"] += len(links)
+            for name in files:
+                path = Path(parent, name)
+                suffix = path.suffix.lower()
+                if left_behind(name):
+                    continue
+                if not path.is_file():
+                    self.ignored["broken links or devices"] += 1
+                elif suffix in MISSING:
+                    self.ignored[f"{suffix} ({MISSING[suffix]})"] += 1
+                elif suffix in (".jsonl", ".parquet"):
+                    self.ignored[f"{suffix} (a source by itself: pass the file)"] += 1
+                elif suffix not in IMAGE_SUFFIXES:
+                    self.ignored[f"{suffix or 'without a suffix'} (no image that is read)"] += 1
+                else:
+                    yield path.relative_to(self.root).as_posix()
+        self.ignored = +self.ignored  # without zeros
 
     def _images(self, first: int) -> Iterator[dict[str, str]]:
         for name in self.files[first:]:
@@ -148,43 +239,70 @@ class Source:
                     try:
                         yield json.loads(line)
                     except ValueError as error:
-                        raise ValueError(
-                            f"{self.path}, row {number} is not JSON ({error}): {line!r:.80}"
-                        ) from error
+                        yield ValueError(f"row {number} is not JSON ({error}): {line!r:.80}")
                     number += 1
                 offset += len(line)
 
-    def _parquet(self, first: int) -> Iterator[dict[str, Any]]:
-        with pq.ParquetFile(self.path) as file:
-            columns = [name for name in FIELDS if name in file.schema_arrow.names]
-            group = 0
+    def _parquet(self, first: int) -> Iterator[Any]:
+        try:
+            opened = pq.ParquetFile(self.path)
+        except pa.ArrowException as error:
+            raise ValueError(f"{self.path} is no whole parquet file ({error})") from error
+        with opened as file:
+            schema = file.schema_arrow
+            columns = [name for name in FIELDS if name in schema.names]
+            if not {"text", "image"} & set(columns):
+                raise ValueError(
+                    f"{self.path} has the columns {', '.join(schema.names)}; it must have text or "
+                    "image: rename one"
+                )
+            # Rows that hold whole image files are read a few at a time.
+            image = schema.field("image").type if "image" in columns else pa.null()
+            whole = pa.types.is_struct(image) or str(image).endswith("binary")
+            size = min(self.stride, 64 if whole else 4096)
+            group, number = 0, first
             while first and first >= (rows := file.metadata.row_group(group).num_rows):
                 first -= rows
                 group += 1
-            for batch in file.iter_batches(
-                min(self.stride, 4096), range(group, file.num_row_groups), columns
-            ):
-                yield from batch.slice(first).to_pylist()
+            for batch in file.iter_batches(size, range(group, file.num_row_groups), columns):
+                for record in _records(batch.slice(first), number):
+                    yield record
+                    number += 1
                 first = max(0, first - len(batch))
 
 
+def _records(batch: pa.RecordBatch, number: int) -> list[Any]:
+    """A batch's rows from ``number`` on; an error stands for a row of invalid Unicode."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if len(batch) == 1:
+            return [ValueError(f"row {number} is not valid Unicode ({error})")]
+        half = len(batch) // 2
+        return _records(batch[:half], number) + _records(batch[half:], number + half)
+
+
 def load_inputs(
-    rows: list[Row], step: int, pool: ThreadPoolExecutor, modalities: list[Any]
+    rows: Iterator[Row], step: int, pool: ThreadPoolExecutor, modalities: list[Any]
 ) -> Iterator[list[tuple[Row, Any]]]:
-    """Chunks of ``step`` rows with what ``model.encode`` takes, or the error an image gave.
+    """Chunks of ``step`` rows with what ``model.encode`` takes, or the error a row gave.
 
     The next chunk is read while the caller encodes this one.
     """
-    chunks = [rows[first : first + step] for first in range(0, len(rows), step)]
     load = partial(_input, modalities=modalities)
-    ahead = pool.map(load, chunks[0])
-    for chunk, following in zip(chunks, [*chunks[1:], []], strict=True):
+    chunk = list(islice(rows, step))
+    ahead = pool.map(load, chunk)
+    while chunk:
         inputs = list(ahead)
+        following = list(islice(rows, step))
         ahead = pool.map(load, following)
         yield list(zip(chunk, inputs, strict=True))
+        chunk = following
 
 
 def _input(row: Row, modalities: list[Any]) -> Any:
+    if row.problem is not None:
+        return ValueError(row.problem)
     if row.image is None:
         return text_input(row.text, modalities)
     try:

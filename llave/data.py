@@ -4,7 +4,9 @@ Training rows have ``qry, qry_image_path, pos_text, pos_image_path, neg_text, ne
 evaluation rows ``qry_text, qry_img_path, tgt_text, tgt_img_path`` with lists of candidates, the
 first the right one; newer sets add ``qry_inst`` and ``tgt_inst``. Missing values are empty strings,
 paths are relative to an image folder. Where a path is that of a video or of a folder of frames, it
-is a video of at most 32 frames (``llave.video.load_frames``).
+is a video of at most 32 frames (``llave.video.load_frames``). Images of MMEB's own sets, known by
+their names, are taken as they are stored, those of other subsets and tasks as a person sees them
+(``llave.images``).
 """
 
 from __future__ import annotations
@@ -12,21 +14,33 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from datasets import Dataset, load_dataset
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, Features, List, Value, load_dataset
 
+from llave import mmeb
+from llave.chat import placeholder_problem
+from llave.corpus import OnError
+from llave.files import snapshot
+from llave.images import Pixels, open_rgb
 from llave.modeling import text_input
-from llave.video import load_frames, open_rgb
+from llave.subsets import PROBLEM, read_files, subset_files, typed
+from llave.video import load_frames
 
 SIDES = (("qry", "qry_image_path"), ("pos_text", "pos_image_path"), ("neg_text", "neg_image_path"))
 COLUMNS = ("anchor", "positive", "negative")
-SUFFIXES = (".parquet", ".jsonl", ".json")
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm")
 FIND_VIDEO = "Find me an video that matches the given caption: "  # "an" is the authors'
-OnError = Literal["raise", "skip"]
+_TEXT, _TEXTS = Value("string"), List(Value("string"))
+TRAINING = Features({column: _TEXT for side in SIDES for column in side})
+EVALUATION = Features(
+    dict.fromkeys(("qry_inst", "qry_text", "qry_img_path", "tgt_inst", "caption", "video"), _TEXT)
+    | dict.fromkeys(("tgt_text", "tgt_img_path"), _TEXTS)
+)
 
 
 class BrokenImageError(ValueError):
@@ -34,10 +48,18 @@ class BrokenImageError(ValueError):
 
 
 class Images:
-    """Images and videos below one folder, by relative path. Paths that lead out are refused."""
+    """Images and videos below one folder, by relative path. Paths that lead out are refused.
 
-    def __init__(self, root: str | Path | None) -> None:
-        self.root = None if root is None else Path(root)
+    Links inside a snapshot of the hub's cache may lead to its blobs.
+
+    Args:
+        root: the folder.
+        pixels: what an image's are: as they are stored, MMEB's way, or ``"seen"`` by a person.
+    """
+
+    def __init__(self, root: str | Path | None, pixels: Pixels = "stored") -> None:
+        self.root = None if root is None else snapshot(Path(root))
+        self.pixels = pixels
 
     def path(self, name: str) -> Path:
         """The file or folder of frames of a path as it stands in the data.
@@ -50,11 +72,21 @@ class Images:
             raise ValueError(f"image {name!r} needs an image folder; pass images=")
         root = self.root.resolve()
         found = (root / name).resolve()
-        if not found.is_relative_to(root):
+        cache = [p.parent / "blobs" for p in (root, *root.parents) if p.name == "snapshots"]
+        if not any(map(found.is_relative_to, [root, *cache])):
             raise ValueError(f"image path {name!r} leaves the image folder {self.root}")
         if not found.exists() or found == root:
-            raise FileNotFoundError(f"image {name!r} is not in {self.root}")
+            packed = "; it has archives to unpack" if self._packed else ""
+            raise FileNotFoundError(f"image {name!r} is not in {self.root}{packed}")
         return found
+
+    @cached_property
+    def _packed(self) -> bool:
+        """Whether the folder has archives, as large image sets are published."""
+        ends = (".zip", ".tar", ".tar.gz")
+        return self.root is not None and any(
+            path.name.endswith(ends) for deep in ("*", "*/*") for path in self.root.glob(deep)
+        )
 
     def load(self, name: str) -> dict[str, Any]:
         """The part of an input that shows it: ``image``, in RGB, or ``video``, a list of frames.
@@ -63,10 +95,12 @@ class Images:
             ValueError, FileNotFoundError: as in ``path``; BrokenImageError: it cannot be read.
         """
         path = self.path(name)
-        if path.suffix.lower() in VIDEO_SUFFIXES or path.is_dir():
+        # Of the name: in the hub's cache the file itself has none.
+        if Path(name).suffix.lower() in VIDEO_SUFFIXES or path.is_dir():
             kind, read, errors = "video", load_frames, ValueError
         else:
-            kind, read, errors = "image", open_rgb, Exception  # decoders raise errors of many types
+            kind, read = "image", partial(open_rgb, pixels=self.pixels)
+            errors = Exception  # decoders raise errors of many types
         try:
             return {kind: read(path)}
         except errors as error:
@@ -114,38 +148,46 @@ def load_training(
 
     Args:
         source: a folder with a ``NAME.parquet``, ``.jsonl`` or ``.json``, or a folder NAME of such
-            files, per subset; or a hub dataset with a configuration per subset.
+            files, per subset, or as the hub's tools leave one (``llave.subsets``); or a hub dataset
+            with a configuration per subset.
         images: folder the image paths are relative to.
-        split: of a hub dataset; a folder has none.
+        split: of a hub dataset, and of a folder where its files say which split they are of.
         subsets: names; default all in the folder (of a hub dataset they must be given).
         cap: rows of a subset at most, chosen by ``seed``; None: all. The paper has 50,000.
         negatives: whether to give mined negatives, of subsets that have any. Without, all subsets
             have the same columns and can be mixed in a batch.
-        on_error: ``"raise"`` stops at an image that is missing, unreadable or outside the folder,
-            naming subset, row and path; ``"skip"`` looks at every image first and leaves such rows
-            out, with one line that counts them. A path outside the folder is always an error.
+        on_error: ``"raise"`` stops at a row that cannot be used, naming subset and row: a query or
+            positive of neither text nor image, a value that is no text, a placeholder such as
+            ``<|image_1|>`` without an image, an image that is missing, unreadable or outside the
+            folder (images when they are opened). ``"skip"`` looks at every image first and leaves
+            such rows out, with a line that counts them. A path outside the folder is always an
+            error.
 
     Raises:
-        ValueError: no subsets, unknown names, missing columns, a bad image path.
+        ValueError: no subsets, unknown names, missing columns, a row that cannot be used.
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error must be raise or skip, got {on_error!r}")
-    pictures = Images(images)
     loaded = {}
-    for name, rows in _subsets(source, subsets, split):
+    for name, rows in _subsets(source, subsets, split, TRAINING):
         missing = {column for side in SIDES[:2] for column in side} - set(rows.column_names)
         if missing:
             raise ValueError(
                 f"subset {name} of {source} lacks the columns {', '.join(sorted(missing))}"
             )
-        rows = rows.add_column("row", list(range(len(rows))))  # as the source counts them
+        pictures = Images(images, mmeb.pixels(name))
+        rows = rows.add_column("row", np.arange(len(rows)))  # as the source counts them
         if cap is not None and len(rows) > cap:
             rows = rows.shuffle(seed=seed).select(range(cap))
+        used = negatives and set(SIDES[2]) <= set(rows.column_names)
+        rows = _without_unusable(name, rows, SIDES[: 3 if used else 2], on_error)
         if on_error == "skip":
             rows = _without_broken(name, rows, pictures)
         sides = SIDES[: 3 if negatives and _has_negatives(rows) else 2]
+        # These columns alone, so that subsets can be joined whatever else they hold.
+        rows = rows.select_columns([*(column for side in sides for column in side), "row"])
         rows = rows.add_column("subset", [name] * len(rows))
-        rows.set_transform(partial(_batch, sides=sides, images=pictures))
+        rows.set_transform(partial(_batch, sides=sides, root=images))
         loaded[name] = rows
     return loaded
 
@@ -174,9 +216,12 @@ def load_evaluation(source: str | Path, task: str) -> list[Candidates]:
     Raises:
         ValueError: no such task, missing columns, or a row without candidates.
     """
-    ((_, rows),) = _subsets(source, [task], "test")
+    ((_, rows),) = _subsets(source, [task], "test", EVALUATION)
+    for number, problem in enumerate(rows[PROBLEM] if PROBLEM in rows.column_names else ()):
+        if problem:
+            raise ValueError(f"row {number} of task {task}: {problem}")
     if {"caption", "video"} <= set(rows.column_names):
-        return _retrieval(rows)
+        return _retrieval(rows, task)
     columns = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
     if missing := set(columns) - set(rows.column_names):
         raise ValueError(
@@ -200,7 +245,10 @@ def load_evaluation(source: str | Path, task: str) -> list[Candidates]:
     return made
 
 
-def _retrieval(rows: Dataset) -> list[Candidates]:
+def _retrieval(rows: Dataset, task: str) -> list[Candidates]:
+    for number, (caption, video) in enumerate(zip(rows["caption"], rows["video"], strict=True)):
+        if not caption or not video:
+            raise ValueError(f"row {number} of task {task} lacks its caption or its video's path")
     places = {video: place for place, video in enumerate(dict.fromkeys(rows["video"]))}
     videos = [("Represent the given video.", video) for video in places]
     return [
@@ -214,36 +262,51 @@ def _instructed(instruction: str | None, text: str | None) -> str:
 
 
 def _subsets(
-    source: str | Path, names: list[str] | None, split: str
+    source: str | Path, names: list[str] | None, split: str, columns: Features
 ) -> Iterator[tuple[str, Dataset]]:
     folder = Path(source)
-    if not folder.is_dir():
-        if names is None:
-            raise ValueError(f"{source} is no folder; a hub dataset needs its subsets named")
-        for name in names:
-            yield name, load_dataset(str(source), name, split=split)
+    if folder.is_dir():
+        for name, files in subset_files(folder, names, split).items():
+            yield name, read_files(files, columns, split)
         return
-    found = {
-        path.stem if path.is_file() else path.name: path
-        for path in sorted(folder.iterdir())
-        if path.is_dir() or path.suffix in SUFFIXES
-    }
-    if not found:
-        raise ValueError(f"{source} holds no {', '.join(SUFFIXES)} files")
-    for name in names if names is not None else found:
-        if name not in found:
-            raise ValueError(f"{name} is not in {source}; there are {', '.join(found)}")
-        path = found[name]
-        files = [path] if path.is_file() else [p for p in path.iterdir() if p.suffix in SUFFIXES]
-        kind = "parquet" if files[0].suffix == ".parquet" else "json"
-        yield name, load_dataset(kind, data_files=sorted(map(str, files)), split="train")
+    if names is None:
+        raise ValueError(f"{source} is no folder; a hub dataset needs its subsets named")
+    for name in names:
+        yield name, typed(load_dataset(str(source), name, split=split), columns, name)
 
 
 def _has_negatives(rows: Dataset) -> bool:
     if not {"neg_text", "neg_image_path"} <= set(rows.column_names):
         return False
-    pairs = zip(rows["neg_text"], rows["neg_image_path"], strict=True)
-    return any(text or image for text, image in pairs)
+    table = rows.with_format("arrow")[:]
+    texts, images = (pc.not_equal(pc.fill_null(table[column], ""), "") for column in SIDES[2])
+    return bool(pc.any(pc.or_(texts, images)).as_py())
+
+
+def _without_unusable(
+    name: str, rows: Dataset, sides: tuple[tuple[str, str], ...], on_error: OnError
+) -> Dataset:
+    """Rows whose columns can be used; the reading of their images comes later."""
+    table = rows.with_format("arrow")[:]
+    there = PROBLEM in table.column_names
+    problems = table[PROBLEM].to_pylist() if there else [None] * len(rows)
+    for side, (text, image) in zip(("query", "positive", "negative"), sides, strict=False):
+        pairs = zip(table[text].to_pylist(), table[image].to_pylist(), strict=True)
+        for place, (said, shown) in enumerate(pairs):
+            problem = problems[place]
+            if side != "negative" and not said and not shown:
+                problem = problem or f"the {side} has neither text ({text}) nor image ({image})"
+            problems[place] = problem or placeholder_problem(said or "", 1 if shown else 0)
+    unusable = [place for place, problem in enumerate(problems) if problem]
+    if not unusable:
+        return rows
+    first = f"row {table['row'][unusable[0]]}: {problems[unusable[0]]}"
+    if on_error == "raise":
+        raise ValueError(
+            f"subset {name}, {first}; mend it, or leave such rows out with on_error='skip'"
+        )
+    print(f"{name}: {len(unusable)} of {len(rows)} rows left out, the first {first}")
+    return rows.select([place for place, problem in enumerate(problems) if not problem])
 
 
 def _without_broken(name: str, rows: Dataset, images: Images) -> Dataset:
@@ -254,12 +317,16 @@ def _without_broken(name: str, rows: Dataset, images: Images) -> Dataset:
             for path in filter(None, (row[column] for column in paths)):
                 images.load(path)
             kept.append(number)
-        except (FileNotFoundError, BrokenImageError):
-            continue
+        except (FileNotFoundError, BrokenImageError) as error:
+            if len(kept) == number:
+                first = f"row {row['row']}: {error}"
         except ValueError as error:
             raise ValueError(f"subset {name}, row {row['row']}: {error}") from error
     if len(kept) < len(rows):
-        print(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows left out for broken images")
+        print(
+            f"{name}: {len(rows) - len(kept)} of {len(rows)} rows left out for broken images, the "
+            f"first {first}"
+        )
     return rows.select(kept)
 
 
@@ -267,16 +334,17 @@ def _batch(
     batch: dict[str, list[Any]],
     *,
     sides: tuple[tuple[str, str], ...],
-    images: Images,
+    root: str | Path | None,
 ) -> dict[str, list[Any]]:
-    """Inputs of a batch; what the trainer asks for by column, in the order it reads them."""
+    """Inputs of a batch, of any subsets; what the trainer asks for, in the order it reads them."""
+    pictures = {name: Images(root, mmeb.pixels(name)) for name in set(batch["subset"])}
     made: dict[str, list[Any]] = {}
     for column, (text, image) in zip(COLUMNS, sides, strict=False):
         made[column] = []
         columns = (batch[name] for name in ("subset", "row", text, image))
         for subset, row, said, shown in zip(*columns, strict=True):
             try:
-                made[column].append(make_input(said or "", shown or "", images))
+                made[column].append(make_input(said or "", shown or "", pictures[subset]))
             except (ValueError, OSError) as error:
                 raise ValueError(f"subset {subset}, row {row}: {error}") from error
     if "negative" in made:

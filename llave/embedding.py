@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,12 +27,13 @@ from jinja2 import TemplateError
 from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
-from llave.corpus import Row, Source, load_inputs
+from llave.corpus import OnError, Row, Source, load_inputs
 from llave.files import publish, sweep
 
 MANIFEST = "manifest.json"
 # Enough values of each weight to notice any training step, few enough for a model of any size.
 SAMPLED_VALUES = 1024
+SHOWN = 10  # skipped rows that are printed
 
 
 @dataclass
@@ -43,7 +45,9 @@ class EmbedReport:
     reused: int = 0
     """Rows found done."""
     skipped: list[dict[str, Any]] = field(default_factory=list)
-    """Rows left out for a broken image: ``{"row", "id", "error"}`` each."""
+    """Rows left out because they cannot be used: ``{"row", "id", "error"}`` each."""
+    ignored: dict[str, int] = field(default_factory=dict)
+    """Entries of a folder that are not taken: how many, by why."""
     seconds: float = 0.0
 
 
@@ -77,7 +81,7 @@ def embed(
     dtype: Literal["float32", "float16"] = "float32",
     prompt: str | None = None,
     image_root: str | Path | None = None,
-    on_error: Literal["raise", "skip"] = "raise",
+    on_error: OnError = "raise",
     rank: int | None = None,
     world_size: int | None = None,
 ) -> EmbedReport:
@@ -93,8 +97,10 @@ def embed(
         model: on the device to use.
         source: a ``.jsonl`` or ``.parquet`` file with the fields ``text`` and/or ``image`` (a path)
             and optionally ``id`` (default: the row number); or a folder of images, taken
-            recursively, sorted, with the relative path as the id. That an image's content changed
-            is not noticed, other than by its size in a folder.
+            recursively, sorted, with the relative path as the id. In parquet an image may also be
+            its file's content, or ``{bytes, path}`` as the hub's data sets hold it. Images are
+            taken as a person sees them (``llave.images``). That an image's content changed is not
+            noticed, other than by its size in a folder.
         out: the folder, created if need be. It may be shared by processes on many machines.
         batch_size: inputs per forward pass. 32 by default.
         shard_rows: rows per file. 4096 by default.
@@ -102,9 +108,11 @@ def embed(
         dtype: of the stored embeddings, ``"float32"`` (default) or ``"float16"``.
         prompt: the prompt given to ``model.encode``. By default the model's own.
         image_root: what relative image paths are relative to. By default the source file's folder.
-        on_error: what an unreadable image does: ``"raise"`` (default), or ``"skip"``, which leaves
-            the row out and records it in the file's metadata. Files with skipped rows are computed
-            again by a call with ``"raise"``, for after the images are repaired.
+        on_error: what a row does that cannot be used: one of neither text nor image, malformed, of
+            a repeated id, with an unreadable image, which the model refuses, or of an embedding
+            that is not finite. ``"raise"`` (default) stops and names it; ``"skip"`` leaves it out
+            and records it in the file's metadata. Files with skipped rows are computed again by a
+            call with ``"raise"``, for after images are repaired.
         rank: this process's number. By default the environment's ``RANK``, or 0.
         world_size: the number of processes. By default the environment's ``WORLD_SIZE``, or 1.
 
@@ -114,8 +122,8 @@ def embed(
     Raises:
         TypeError: ``model`` is not a SentenceTransformer.
         FileNotFoundError: there is no ``source``.
-        ValueError: a setting is out of range, the source has no rows, a malformed row or a repeated
-            id, an image cannot be read, an embedding is not finite, or ``out`` holds another run.
+        ValueError: a setting is out of range, the source has no rows or one that cannot be used,
+            or ``out`` holds another run.
     """
     if rank is None:
         rank = int(os.environ.get("RANK", "0"))
@@ -125,7 +133,7 @@ def embed(
     root = None if image_root is None else Path(image_root)
     rows = Source(Path(source), root, shard_rows)
     manifest = {
-        "source": rows.fingerprint(),
+        "source": rows.fingerprint(on_error),
         "image_root": None if root is None else str(root),
         "model": model_fingerprint(model),
         "dimension": model.get_embedding_dimension(),
@@ -138,7 +146,9 @@ def embed(
     folder.mkdir(parents=True, exist_ok=True)
     _enter_manifest(folder, manifest)
 
-    report = EmbedReport()
+    report = EmbedReport(ignored=dict(rows.ignored))
+    if rank == 0 and rows.ignored:
+        print(f"{source}: left out {rows.left_out()}", file=sys.stderr)
     start = time.monotonic()
     mine = ranges(manifest)[rank::world_size]
     encode = partial(
@@ -156,10 +166,9 @@ def embed(
             path = folder / span.file
             shard = _finished(path, span, manifest, on_error)
             if shard is None:
-                chunk = list(rows.rows(*span))
                 # Texts go in one call, which sorts them by length. Images would fill the memory.
-                step = batch_size if any(row.image for row in chunk) else len(chunk)
-                loaded = load_inputs(chunk, step, pool, model.modalities)
+                step = batch_size if rows.shows_images(span.first) else shard_rows
+                loaded = load_inputs(rows.rows(*span), step, pool, model.modalities)
                 shard = _encode(loaded, encode, manifest, on_error)
                 note = {
                     "manifest": _digest(manifest),
@@ -174,6 +183,10 @@ def embed(
             report.skipped += shard.skipped
             bar.update(span.stop - span.first)
     report.seconds = time.monotonic() - start
+    for skipped in report.skipped[:SHOWN]:
+        print(f"skipped {skipped['id']!r}: {skipped['error']}", file=sys.stderr)
+    if len(report.skipped) > SHOWN:
+        print(f"and {len(report.skipped) - SHOWN} more", file=sys.stderr)
     if rank == 0:
         print(
             f"rank 0 of {world_size}: {report.rows} rows in {report.seconds:.1f} s "
@@ -312,7 +325,7 @@ def _digest(manifest: dict[str, Any]) -> str:
     ).hexdigest()
 
 
-def _finished(path: Path, span: Range, manifest: dict[str, Any], on_error: str) -> Shard | None:
+def _finished(path: Path, span: Range, manifest: dict[str, Any], on_error: OnError) -> Shard | None:
     if not path.exists():
         return None
     try:
@@ -326,43 +339,66 @@ def _encode(
     chunks: Iterator[list[tuple[Row, Any]]],
     encode: Callable[[list[Any]], np.ndarray],
     manifest: dict[str, Any],
-    on_error: str,
+    on_error: OnError,
 ) -> Shard:
     shard = Shard([], np.empty((0, manifest["dimension"]), manifest["dtype"]), [])
     parts = [shard.vectors]
+
+    def refuse(row: Row, problem: str, error: Exception | None) -> None:
+        if on_error == "raise":
+            remedy = "repair it, or leave such rows out with on_error='skip'"
+            raise ValueError(f"row {row.number} (id {row.id!r}): {problem}; {remedy}") from error
+        shard.skipped.append({"row": row.number, "id": row.id, "error": problem[:200]})
+
     for chunk in chunks:
         good: list[tuple[Row, Any]] = []
         for row, value in chunk:
             if not isinstance(value, Exception):
                 good.append((row, value))
+            elif row.problem:
+                refuse(row, row.problem, value)
+            elif on_error == "raise":
+                shown = "in it" if isinstance(row.image, bytes) else row.image
+                refuse(row, f"the image {shown} cannot be read ({value})", value)
+            else:  # without folders, which differ between machines
+                name = row.image.name if isinstance(row.image, Path) else "its content"
+                refuse(row, f"{type(value).__name__} from {name}", value)
+        for rows, vectors in _encoded(good, encode):
+            if isinstance(vectors, Exception):
+                refuse(rows[0], str(vectors), vectors)
                 continue
-            if on_error == "raise":
+            vectors = vectors.astype(manifest["dtype"])
+            if vectors.shape[1] != manifest["dimension"]:
                 raise ValueError(
-                    f"row {row.number} (id {row.id!r}): the image {row.image} cannot be read "
-                    f"({value}); repair it, or leave such rows out with on_error='skip'"
-                ) from value
-            assert row.image is not None  # texts cannot be unreadable
-            error = f"{type(value).__name__} from {row.image.name}"
-            shard.skipped.append({"row": row.number, "id": row.id, "error": error})
-        if not good:
-            continue
-        try:
-            vectors = encode([value for _, value in good]).astype(manifest["dtype"])
-        except (ValueError, TemplateError) as error:
-            first, last = good[0][0], good[-1][0]
-            raise ValueError(
-                f"rows {first.number} to {last.number} (ids {first.id!r} to {last.id!r}): {error}"
-            ) from error
-        if vectors.shape[1] != manifest["dimension"]:
-            raise ValueError(
-                f"model gave embeddings of {vectors.shape[1]} values, but says it gives "
-                f"{manifest['dimension']}; correct its get_embedding_dimension()"
-            )
-        named = [f"row {row.number} (id {row.id!r})" for row, _ in good]
-        refuse_not_finite(vectors, named.__getitem__)
-        parts.append(vectors)
-        shard.ids.extend(row.id for row, _ in good)
+                    f"model gave embeddings of {vectors.shape[1]} values, but says it gives "
+                    f"{manifest['dimension']}; correct its get_embedding_dimension()"
+                )
+            finite = np.isfinite(vectors).all(axis=1)
+            for place in np.flatnonzero(~finite):
+                dtype = manifest["dtype"]
+                refuse(rows[place], f"the embedding is not finite in {dtype}", None)
+            parts.append(vectors[finite])
+            shard.ids.extend(row.id for row, kept in zip(rows, finite, strict=True) if kept)
+    shard.skipped.sort(key=itemgetter("row"))
     return shard._replace(vectors=np.concatenate(parts))
+
+
+def _encoded(
+    items: list[tuple[Row, Any]], encode: Callable[[list[Any]], np.ndarray]
+) -> Iterator[tuple[list[Row], np.ndarray | Exception]]:
+    """Embeddings in one call; where that fails, of the halves, down to the rows at fault."""
+    if not items:
+        return
+    try:
+        found: np.ndarray | Exception = encode([value for _, value in items])
+    except (ValueError, TypeError, TemplateError) as error:  # not the memory's or the device's
+        if len(items) > 1:
+            half = len(items) // 2
+            yield from _encoded(items[:half], encode)
+            yield from _encoded(items[half:], encode)
+            return
+        found = error
+    yield [row for row, _ in items], found
 
 
 def _write_shard(path: Path, *, shard: Shard, note: dict[str, Any]) -> None:

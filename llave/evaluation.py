@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from sentence_transformers import SentenceTransformer
 
 from llave.data import Candidates, Images, content_id, load_evaluation, make_input
 from llave.embedding import model_fingerprint, refuse_not_finite
 from llave.files import publish
-from llave.mmeb import METAS, PUBLISHED, PUBLISHED_VIDEO, TASKS
-from llave.modeling import encode
+from llave.mmeb import METAS, PUBLISHED, PUBLISHED_VIDEO, TASKS, pixels
+from llave.modeling import RefusedItemError, encode
 from llave_kernels import similarity_statistics
 
 
@@ -89,7 +88,7 @@ def evaluate(
     }
     results = []
     for task in TASKS if list(tasks) == ["all"] else tasks:
-        file, pictures = folder / f"{task}.json", Images(images)
+        file, pictures = folder / f"{task}.json", Images(images, pixels(task))
         try:
             rows = load_evaluation(data, task)
             scored = identity | {"data": data_fingerprint(rows, pictures)}
@@ -97,7 +96,7 @@ def evaluate(
                 results.append(_read(file, scored))
                 continue
             result = score(model, task, rows, pictures, batch_size)
-        except (ValueError, OSError, TemplateError) as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"task {task}: {error}") from error
         text = json.dumps(scored | result._asdict(), indent=1)
         publish(file, partial(Path.write_text, data=text))
@@ -162,10 +161,10 @@ def score(
     distinct = list(places)
     parts, contents = [], []
     for at in range(0, len(distinct), batch_size):
-        items = [make_input(text, image, images) for text, image in distinct[at : at + batch_size]]
-        contents += [content_id(item) for item in items]
-        settings = {"normalize_embeddings": True, "show_progress_bar": False}
-        parts.append(encode(model, items, batch_size=batch_size, **settings))
+        items = distinct[at : at + batch_size]
+        made = [make_input(text, image, images) for text, image in items]
+        contents += [content_id(one) for one in made]
+        parts.append(_embedded(model, items, made, batch_size))
     vectors, ids = np.concatenate(parts).astype(np.float32), np.array(contents)
     named = "text {0[0]!r:.80}, image {0[1]!r}".format
     refuse_not_finite(vectors, lambda place: named(distinct[place]))
@@ -206,6 +205,19 @@ def score(
         similarities.positive.tolist(),
         similarities.negative.tolist(),
     )
+
+
+def _embedded(
+    model: SentenceTransformer, items: list[tuple[str, str]], made: list[Any], batch_size: int
+) -> np.ndarray:
+    """Normalised embeddings of inputs; ValueError names the (text, path) that a model refuses."""
+    settings = {"normalize_embeddings": True, "show_progress_bar": False}
+    try:
+        return encode(model, made, batch_size=batch_size, **settings)
+    except RefusedItemError as error:
+        text, image = items[error.place]
+        shown = f" with {image}" if image else ""
+        raise ValueError(f"the text {text!r:.80}{shown}: {error.reason}") from error
 
 
 def summarise(results: Sequence[Result]) -> dict[str, float]:

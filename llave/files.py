@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and errors that name those which are damaged."""
+"""Files that appear whole, errors that name damaged ones, and what a system leaves beside."""
 
 from __future__ import annotations
 
@@ -9,6 +9,40 @@ from pathlib import Path
 from uuid import uuid4
 
 from safetensors import safe_open
+
+LFS_POINTER = b"version https://git-lfs"  # what a clone has in place of a file not yet fetched
+# Made by Windows, macOS in archives, Synology and QNAP; hidden names are left behind anyway.
+_LEFTOVERS = {
+    "$recycle.bin", "__macosx", "@eadir", "@recycle", "desktop.ini", "ehthumbs.db", "icon\r",
+    "lost+found", "system volume information", "thumbs.db",
+}  # fmt: skip
+
+
+def left_behind(name: str) -> bool:
+    """Whether a file or folder of that name is hidden or made by a system, not by a user."""
+    return name.startswith(".") or name.lower() in _LEFTOVERS
+
+
+def snapshot(folder: Path) -> Path:
+    """The newest revision of a data set in the hub's cache; other folders as they are.
+
+    Raises:
+        ValueError: there are several revisions and it is not said which is the newest.
+    """
+    revisions = folder / "snapshots"
+    if not (revisions.is_dir() and (folder / "refs").is_dir()):
+        return folder
+    main = folder / "refs" / "main"
+    there = sorted(path.name for path in revisions.iterdir() if path.is_dir())
+    revision = main.read_text().strip() if main.is_file() else ""
+    if revision not in there:
+        if len(there) != 1:
+            raise ValueError(
+                f"{folder} holds the revisions {', '.join(there) or 'none'}; pass the folder of "
+                "one, below its snapshots"
+            )
+        (revision,) = there
+    return revisions / revision
 
 
 def publish(path: Path, write: Callable[[Path], object]) -> None:

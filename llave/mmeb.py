@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from llave.images import Pixels
+
 
 class Task(NamedTuple):
     """A set's meta-task, and whether its training set is among the 20 of the training mix."""
@@ -34,6 +36,8 @@ TASKS: dict[str, Task] = {
     for name in names.split()
 }
 METAS = tuple(_SETS)
+# The training subsets have the same names, but for one.
+_NAMES = {*TASKS, "ImageNet_1K"}
 # Precision@1 per meta-task, in distribution, out of distribution, overall.
 PUBLISHED: dict[str, tuple[float, ...]] = {
     "VLM2Vec 0.5B": (54.6, 44.7, 56.8, 76.5, 59.8, 49.1, 55.0),
@@ -48,3 +52,11 @@ PUBLISHED_VIDEO: dict[str, tuple[float, ...]] = {
     "MSR-VTT": (46.8, 71.1, 80.0),
     "MSVD": (52.9, 80.1, 87.0),
 }
+
+
+def pixels(name: str) -> Pixels:
+    """What the pixels of a subset's or a task's images mean: MMEB's are taken as they are stored.
+
+    So its authors and the published scores take them; a user's own are as a person sees them.
+    """
+    return "stored" if name in _NAMES else "seen"

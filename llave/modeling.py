@@ -2,13 +2,8 @@
 
 The model is made of sentence-transformers' own modules (``Transformer``, ``Pooling``,
 ``Normalize``), so a folder it is saved to loads with ``SentenceTransformer(path)`` where this
-package is not installed. What is particular to LLaVE is data inside that folder:
-
-* the chat template: system and user turns, images before the text, each followed by a newline;
-* the tokenizer's post-processor: the closing turn. A tokenizer makes room for what its
-  post-processor adds before it truncates, so an over-long text is cut inside the user turn and
-  the pooled token, the last one, is always there. A template's end would be cut off;
-* the image grids, the padding side and the maximum length.
+package is not installed. What is particular to LLaVE is data inside that folder: the input format
+(``llave.chat``), the image grids, the padding side and the maximum length.
 """
 
 from __future__ import annotations
@@ -20,107 +15,22 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jinja2 import TemplateError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modality import infer_modality
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from tokenizers.processors import TemplateProcessing
 from transformers import PretrainedConfig
 
+from llave.chat import chat_template, formatted
 from llave.files import refuse_damaged
-from llave.video import load_frames, to_rgb
+from llave.images import to_rgb
+from llave.pickling import make_picklable
+from llave.video import load_frames
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+    from transformers import PreTrainedModel, ProcessorMixin
 
-CLOSING_TURN = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
-
-# Per model type: the image and the video token, and how each stands in the text.
-_MARKERS = {
-    "llava_onevision": ("<image>", "<video>", "{}"),
-    "qwen2_vl": ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>{}<|vision_end|>"),
-}
-_MARKERS["qwen2_5_vl"] = _MARKERS["qwen2_vl"]
-
-_TEMPLATE = """
-{%- set ns = namespace(prompt='', text='', images=0, videos=0) -%}
-{%- for message in messages -%}
-{%- if message.role not in ['system', 'user'] -%}
-{{- raise_exception('an input is one user turn; it has a message of role ' ~ message.role) -}}
-{%- endif -%}
-{%- set content = message.content -%}
-{%- for item in ([{'type': 'text', 'text': content}] if content is string else content) -%}
-{%- if item.type == 'image' -%}
-{%- set ns.images = ns.images + 1 -%}
-{%- elif item.type == 'video' -%}
-{%- set ns.videos = ns.videos + 1 -%}
-{%- elif message.role == 'system' -%}
-{%- set ns.prompt = ns.prompt ~ item.text -%}
-{%- else -%}
-{%- set ns.text = ns.text ~ ('\\n' if ns.text else '') ~ item.text -%}
-{%- endif -%}
-{%- endfor -%}
-{%- endfor -%}
-{%- for kind, marker in [('an image', 'IMAGE_TOKEN'), ('a video', 'VIDEO_TOKEN')] -%}
-{%- if marker in ns.prompt ~ ns.text -%}
-{{- raise_exception('the text contains the marker ' ~ marker ~ ', which stands for ' ~ kind
-    ~ ' itself: take it out') -}}
-{%- endif -%}
-{%- endfor -%}
-{%- for i in range(1, ns.images + ns.videos + 1) -%}
-{%- set name = '<|image_' ~ i ~ '|>' -%}
-{%- if name in ns.text -%}
-{%- set ns.text = ns.text.replace(name, '') | trim -%}
-{%- endif -%}
-{%- endfor -%}
-{%- if '<|image_' in ns.prompt ~ ns.text -%}
-{{- raise_exception('the text has an image placeholder <|image_N|> but the input has '
-    ~ ns.images ~ ' image(s) and ' ~ ns.videos ~ ' video(s): pass them or take the placeholder out')
--}}
-{%- endif -%}
-{%- if not (ns.prompt ~ ns.text) | trim -%}
-{%- if ns.videos -%}
-{%- set ns.text = 'Represent the given video.' -%}
-{%- elif ns.images -%}
-{%- set ns.text = 'Represent the given image.' -%}
-{%- endif -%}
-{%- endif -%}
-{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n<|im_start|>user\\n' -}}
-{%- for i in range(ns.images) -%}{{- 'IMAGE' ~ 'SEPARATOR' -}}{%- endfor -%}
-{%- for i in range(ns.videos) -%}{{- 'VIDEO' ~ 'SEPARATOR' -}}{%- endfor -%}
-{{- ns.prompt ~ ns.text -}}
-"""
-
-
-def chat_template(model_type: str = "llava_onevision", *, separator: str = "\\n") -> str:
-    """The Jinja template of an input, up to the closing turn, which the tokenizer adds.
-
-    A system message is what sentence-transformers makes of a ``prompt``: it goes in front of the
-    user's text, because the system turn of the format is fixed.
-
-    Args:
-        model_type: the backbone's, one of ``llava_onevision``, ``qwen2_vl``, ``qwen2_5_vl``.
-        separator: what follows an image, as inside a Jinja string. The format has a newline; the
-            examples of the published model cards have a space.
-
-    Raises:
-        ValueError: ``model_type`` is another.
-    """
-    if model_type not in _MARKERS:
-        raise ValueError(
-            f"model_type={model_type!r} is not one of {sorted(_MARKERS)}; an authors' checkpoint "
-            "(llava_qwen) goes through llave.convert first"
-        )
-    image, video, around = _MARKERS[model_type]
-    template = _TEMPLATE.strip()
-    for name, value in {
-        "IMAGE_TOKEN": image,
-        "VIDEO_TOKEN": video,
-        "IMAGE": around.format(image),
-        "VIDEO": around.format(video),
-        "SEPARATOR": separator,
-    }.items():
-        template = template.replace(f"'{name}'", f"'{value}'")
-    return template
+_REFUSALS = (ValueError, TemplateError)  # what a model raises against an input
 
 
 def build(
@@ -190,14 +100,21 @@ def build(
         )
     # Some processors sample: from frames without times they drop some, or fail.
     transformer.processor.video_processor.do_sample_frames = False
-    _set_closing_turn(transformer.tokenizer, max_seq_length)
+    tokenizer = formatted(transformer.tokenizer, max_seq_length)
+    transformer.processor.tokenizer = tokenizer
+    transformer.processor.chat_template = chat_template(model_type, tokenizer.get_added_vocab())
     width = transformer.get_embedding_dimension()
     modules = [transformer, Pooling(width, pooling_mode="lasttoken"), Normalize()]
-    return SentenceTransformer(modules=modules, device=device)
+    made = SentenceTransformer(modules=modules, device=device)
+    make_picklable(made)
+    return made
 
 
 def load(path: str | os.PathLike[str], **kwargs: Any) -> SentenceTransformer:
     """``SentenceTransformer(path, **kwargs)``, refusing a model that does not pool the last token.
+
+    The model can be pickled after use, as ``start_multi_process_pool`` does. One that
+    ``SentenceTransformer`` loaded cannot once it has encoded an image, for transformers' hooks.
 
     Args:
         path: a folder saved from :func:`build` or by :func:`llave.convert.convert`, or a hub name.
@@ -223,6 +140,7 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> SentenceTransformer:
     modes = [module.pooling_mode for module in model if isinstance(module, Pooling)]
     if modes not in (["lasttoken"], [("lasttoken",)]):
         raise ValueError(f"path={path!r} has pooling {modes}, not the last token's; {remedy}")
+    make_picklable(model)
     return model
 
 
@@ -250,14 +168,16 @@ def inputs(
 
     ``encode`` itself takes a text, an image, and dicts of ``text``, ``image`` (one or a list) and
     ``video``. This helper adds grey arrays, ``pathlib`` paths, the paper's sampling of a video, and
-    one conversion to RGB for every kind of image: the alpha channel dropped, as the authors do.
-    (Given a PIL image with an alpha channel, ``encode`` lays it on white.)
+    one conversion to RGB for every kind of image, as a person sees it (:mod:`llave.images`): the
+    alpha channel dropped, as the authors do. (Given a PIL image, ``encode`` lays an alpha channel
+    on white, turns nothing and cuts 16 bits off at 255.)
 
     Args:
         text: the user's text. ``<|image_1|>``, ``<|image_2|>``, ..., which count images and videos
-            together, are taken out: images, then videos go first. The backbone's own markers, such
-            as ``<image>``, raise when encoded. Without a text an image gets "Represent the given
-            image.", a video "Represent the given video.".
+            together, are taken out: images, then videos go first, each with a newline. One that
+            begins the text of a single image stays there, without a newline of ours. All else is
+            text, names of the tokenizer's tokens such as ``<image>`` included. Without a text an
+            image gets "Represent the given image.", a video "Represent the given video.".
         images: one image or a list: PIL, path, URL, or an array (height, width[, channels]).
             Several images get one tile each, and need sentence-transformers 6.1; a single one is
             cut into up to four.
@@ -300,8 +220,21 @@ def text_input(text: str, modalities: list[Any] | None = None) -> str | dict[str
     return text if infer_modality(text, modalities) == "text" else {"text": text}
 
 
+class RefusedItemError(ValueError):
+    """An item that the model does not take.
+
+    Attributes:
+        place: of the item.
+        reason: the model's error.
+    """
+
+    def __init__(self, place: int, item: Any, reason: Exception) -> None:
+        super().__init__(f"input {place}, {item!r:.80}: {reason}")
+        self.place, self.reason = place, reason
+
+
 def encode(model: SentenceTransformer, items: Sequence[Any], **kwargs: Any) -> np.ndarray:
-    """``model.encode(items, **kwargs)`` with videos of different lengths.
+    """``model.encode(items, **kwargs)`` with videos of different lengths, naming a refused item.
 
     LLaVA-OneVision stacks the videos of a batch, which must then have the same number of frames;
     items are encoded together with those of their own number.
@@ -313,12 +246,23 @@ def encode(model: SentenceTransformer, items: Sequence[Any], **kwargs: Any) -> n
 
     Returns:
         The embeddings, of shape (items, D) and ``encode``'s dtype.
+
+    Raises:
+        RefusedItemError: the model does not take an item.
     """
     groups: dict[int, list[int]] = {}
     for place, item in enumerate(items):
         frames = item.get("video", ()) if isinstance(item, dict) else ()
         groups.setdefault(len(frames), []).append(place)
-    found = [model.encode([items[i] for i in group], **kwargs) for group in groups.values()]
+    try:
+        found = [model.encode([items[i] for i in group], **kwargs) for group in groups.values()]
+    except _REFUSALS:
+        for place, item in enumerate(items):
+            try:
+                model.encode([item], **kwargs)
+            except _REFUSALS as error:
+                raise RefusedItemError(place, item, error) from error
+        raise
     if len(found) < 2:
         return found[0] if found else model.encode([], **kwargs)
     return np.concatenate(found)[np.argsort(np.concatenate(list(groups.values())))]
@@ -337,23 +281,3 @@ def _set_pinpoints(transformer: Transformer, pinpoints: list[list[int]] | None) 
     grids = [list(grid) for grid in pinpoints]
     transformer.config.image_grid_pinpoints = grids
     transformer.processor.image_processor.image_grid_pinpoints = grids
-
-
-def _set_closing_turn(tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> None:
-    missing = {"<|im_start|>", "<|im_end|>"} - tokenizer.get_vocab().keys()
-    if missing:
-        raise ValueError(f"the backbone's tokenizer lacks {sorted(missing)}; ChatML needs them")
-    tokens = tokenizer.tokenize(CLOSING_TURN, add_special_tokens=False)
-    opening = tokenizer.tokenize(
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
-        add_special_tokens=False,
-    )
-    if max_seq_length <= len(opening) + len(tokens):
-        raise ValueError(
-            f"max_seq_length={max_seq_length} leaves no room: the format alone takes "
-            f"{len(opening) + len(tokens)} tokens"
-        )
-    closing = {"id": "closing", "ids": tokenizer.convert_tokens_to_ids(tokens), "tokens": tokens}
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="$A closing", special_tokens=[closing]
-    )

@@ -24,6 +24,7 @@ from pydantic import (
 from sentence_transformers import SentenceTransformerTrainingArguments
 
 from llave import scratch
+from llave.subsets import has_splits
 from llave_kernels.dispatch import BACKENDS
 
 Text = Annotated[str, Field(min_length=1)]
@@ -55,7 +56,7 @@ class Data:
 
     train: Text | None = None  # folder of MMEB training files, or hub name
     images: Text | None = None
-    split: Text | None = None  # of a hub dataset, default train; a folder has none
+    split: Text | None = None  # default train; of a folder where its files say theirs
     subsets: Annotated[list[Text], Field(min_length=1)] | None = None  # default all of a folder
     cap: PositiveInt | None = 50_000
     batch_size: PositiveInt = 256  # of all processes together
@@ -297,10 +298,11 @@ def _check(recipe: Recipe, name: str) -> None:
             raise ValueError(f"model.scratch of {name}: {error}") from error
     if model["lora"] is not None:
         lora_config(model["lora"])
-    if data["split"] is not None and Path(data["train"]).is_dir():
+    folder = Path(data["train"])
+    if data["split"] is not None and folder.is_dir() and not has_splits(folder):
         raise ValueError(
             f"data.split={data['split']!r} has no effect: data.train={data['train']!r} is a "
-            "folder, which has no splits; set it to null"
+            "folder whose files say no split; set it to null"
         )
     names = data["subsets"] or []
     if repeated := {subset for subset in names if names.count(subset) > 1}:

@@ -18,6 +18,7 @@ from llave.embedding import (
     read_shard,
     refuse_not_finite,
 )
+from llave.modeling import encode
 
 # Queries scored at a time, which bounds the scores in memory to this times a shard's rows.
 QUERY_BLOCK = 256
@@ -61,8 +62,9 @@ def search(
     Raises:
         ImportError: ``backend="faiss"`` without faiss.
         ValueError: ``folder`` has no embeddings, damaged files or missing ones; ``queries`` have
-            another dimension, are not finite or came without ``model``; ``model`` is not the one of
-            the folder; ``k`` or ``backend`` is out of range.
+            another dimension, are not finite or came without ``model``; ``model`` refuses one of
+            them, which is named, or is not the one of the folder; ``k`` or ``backend`` is out of
+            range.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
@@ -107,7 +109,8 @@ def _vectors(
                 f"model has the fingerprint {here}, but the folder was embedded with "
                 f"{manifest['model']}; pass that model, or a numpy array of embeddings"
             )
-        vectors = model.encode(
+        vectors = encode(
+            model,
             list(queries),
             prompt=prompt,
             normalize_embeddings=manifest["normalised"],

@@ -25,6 +25,7 @@ from llave.losses import CachedLLaVELoss, LLaVELoss
 from llave.modeling import build
 from llave.recipe import SECTIONS, Recipe, lora_config, read_recipe
 from llave.runs import last_checkpoint
+from llave.subsets import aligned
 from llave.trainer import EmbeddingTrainer
 from llave_kernels import available_backends, similarity_statistics
 
@@ -231,7 +232,7 @@ def joined(subsets: dict[str, Dataset]) -> Dataset:
             f"They give {columns}"
         )
     first, *_ = subsets.values()
-    whole = concatenate_datasets(list(subsets.values()))
+    whole = concatenate_datasets(aligned(list(subsets.values())))
     if first.format["type"] == "custom":
         whole.set_transform(first.format["format_kwargs"]["transform"])
     return whole

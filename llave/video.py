@@ -4,26 +4,42 @@ from __future__ import annotations
 
 import os
 import re
+from bisect import bisect_right
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers.image_utils import load_image
 
-FRAME_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-_REMOTE = ("http://", "https://", "data:")
+from llave.files import left_behind
+from llave.images import IMAGE_SUFFIXES, REMOTE, existing, to_rgb
+
+# What a display matrix does to the axes (x to (a, b), y to (c, d)), as Pillow names it.
+_TURNS = {
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
 
 
 def load_frames(video: Any, *, fps: float = 3.0, limit: int = 32) -> list[Image.Image]:
     """Frames spread uniformly over a video, in RGB, the first and the last among them.
 
+    They are as a person sees them: turned upright, in square pixels, in the file's own colours.
+
     Args:
         video: a video file, decoded by PyAV, which keeps the taken frames only; a folder of frame
             images, in natural order (2 before 10), other files ignored; a list of frames, each as
-            :func:`to_rgb` takes it; or an array of shape (frames, height, width, channels).
-        fps: frames taken per second of a video file, default the paper's. Where there is no
-            duration, in the other kinds or a file without a frame rate, only ``limit`` counts.
+            :func:`llave.images.to_rgb` takes it; or an array of shape (frames, height, width,
+            channels).
+        fps: frames taken per second of a video file, default the paper's: those on show at moments
+            spread uniformly over its time, each once. Where there is no duration, in the other
+            kinds or a file without a frame rate, only ``limit`` counts.
         limit: frames at most, default the paper's.
 
     Raises:
@@ -35,12 +51,12 @@ def load_frames(video: Any, *, fps: float = 3.0, limit: int = 32) -> list[Image.
         raise ValueError(f"fps={fps!r} must be above 0 and limit={limit!r} at least 1")
     if isinstance(video, (str, os.PathLike)):
         path = os.fspath(video)
-        if path.startswith(_REMOTE):
+        if path.startswith(REMOTE):
             raise ValueError(f"video={path!r} is a URL; download it and pass the file")
         if not Path(path).is_dir():
-            return _decode(_existing(path, "video"), fps, limit)
-        files = (p for p in Path(path).iterdir() if p.suffix.lower() in FRAME_SUFFIXES)
-        frames: list[Any] = sorted((p for p in files if p.name[0] != "."), key=_natural)
+            return _decode(existing(path, "video"), fps, limit)
+        files = (p for p in Path(path).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        frames: list[Any] = sorted((p for p in files if not left_behind(p.name)), key=_natural)
     elif isinstance(video, (list, tuple)) or (isinstance(video, np.ndarray) and video.ndim == 4):
         path, frames = type(video).__name__, list(video)
     else:
@@ -65,50 +81,6 @@ def uniform_indices(total: int, count: int) -> list[int]:
     return [i * (total - 1) // max(count - 1, 1) for i in range(count)]
 
 
-def to_rgb(image: Any, name: str) -> Image.Image:
-    """One image in RGB, an alpha channel dropped.
-
-    Args:
-        image: PIL, path, URL, or a uint8 array (height, width), or with 3 or 4 channels last.
-        name: of the argument, for the errors.
-
-    Raises:
-        ValueError: the file does not exist or cannot be read, or it is no image.
-    """
-    if isinstance(image, (str, os.PathLike)):
-        image = _existing(image, name)
-        name = f"{name}={image!r}"
-    elif isinstance(image, np.ndarray):
-        try:
-            image = Image.fromarray(image)
-        except TypeError as error:
-            raise ValueError(
-                f"{name} is an array of shape {image.shape} and type {image.dtype}; "
-                "pass uint8 of shape (height, width), or with 3 or 4 channels last"
-            ) from error
-    elif not isinstance(image, Image.Image):
-        raise ValueError(
-            f"{name} is a {type(image).__name__}; pass a PIL image, a path, a URL or an array"
-        )
-    try:
-        return load_image(image)
-    except OSError as error:
-        raise ValueError(f"{name} cannot be read: {error}; pass another image") from error
-
-
-def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
-    """An image file's pixels as they are stored, in RGB. Raises what its decoder raises."""
-    with Image.open(path) as image:
-        return image.convert("RGB")
-
-
-def _existing(path: str | os.PathLike[str], name: str) -> str:
-    path = os.fspath(path)
-    if not path.startswith(_REMOTE) and not Path(path).is_file():
-        raise ValueError(f"{name}={path!r} is no file; pass a path that exists")
-    return path
-
-
 def _natural(path: Path) -> tuple[list[str | int], str]:
     parts = re.split(r"([0-9]+)", path.name)  # text and digits in turn
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
@@ -122,18 +94,23 @@ def _decode(path: str, fps: float, limit: int) -> list[Image.Image]:
     frames = []
     try:
         with av.open(path) as container:
-            rate = container.streams.video[0].average_rate if container.streams.video else None
+            videos = container.streams.video
+            # Of several the container knows the main one: others are covers and thumbnails.
+            number = videos.index(container.streams.best("video")) if len(videos) > 1 else 0
             # Counted: the headers of Matroska, WebM and MPEG-TS do not say how many frames follow.
-            packets = container.demux(video=0) if container.streams.video else ()
-            total = sum(1 for packet in packets if packet.size and not packet.is_discard)
-        if total:
-            count = min(limit, max(1, round(float(total / rate) * fps))) if rate else limit
-            indices = uniform_indices(total, count)
+            times, ratio, tick = [], 1, None
+            for packet in container.demux(video=number) if videos else ():
+                if packet.size and not packet.is_discard:
+                    tick, ratio = packet.time_base, packet.stream.sample_aspect_ratio or 1
+                    times.append((packet.pts, packet.duration))
+            rate = videos[number].average_rate if videos else None
+        if times:
+            indices = _indices(times, tick, rate, fps, limit)
             with av.open(path) as container:  # again, since not every container can be rewound
-                container.streams.video[0].thread_type = "AUTO"
-                for i, frame in enumerate(container.decode(video=0)):
+                container.streams.video[number].thread_type = "AUTO"
+                for i, frame in enumerate(container.decode(video=number)):
                     if i in indices:
-                        frames.append(frame.to_image())
+                        frames.append(_as_seen(frame, float(ratio)))
                     if i == indices[-1]:
                         break
     except av.FFmpegError as error:
@@ -141,3 +118,47 @@ def _decode(path: str, fps: float, limit: int) -> list[Image.Image]:
     if not frames:
         raise ValueError(f"video={path!r} has no frames; pass a file that plays")
     return frames
+
+
+def _indices(
+    packets: list[tuple[int | None, int | None]],
+    tick: Fraction,
+    rate: Fraction | None,
+    fps: float,
+    limit: int,
+) -> list[int]:
+    """The frames on show at moments spread uniformly over a video's time.
+
+    Args:
+        packets: each frame's time and duration in ticks, in the file's order.
+        tick: in seconds.
+        rate: frames per second on average.
+        fps, limit: as :func:`load_frames` has them.
+    """
+    if not rate:
+        return uniform_indices(len(packets), limit)
+    times = sorted(packet for packet in packets if packet[0] is not None)
+    if len(times) < len(packets):  # raw streams have no times, and so one rate
+        return uniform_indices(len(packets), min(limit, max(1, round(len(packets) / rate * fps))))
+    starts = [start for start, _ in times]
+    span = starts[-1] - starts[0]
+    seconds = float((span + (times[-1][1] or 1 / rate / tick)) * tick)
+    count = min(limit, max(1, round(seconds * fps)))
+    # Containers round times to ticks, so that equal distances only look unequal.
+    steps = len(starts) - 1
+    if all(abs((t - starts[0]) * steps - k * span) <= steps for k, t in enumerate(starts)):
+        return uniform_indices(len(starts), count)
+    moments = [starts[0] + i * span // max(count - 1, 1) for i in range(count)]
+    return sorted({bisect_right(starts, moment) - 1 for moment in moments})
+
+
+def _as_seen(frame: Any, ratio: float) -> Image.Image:
+    """A frame in RGB with square pixels, given the ratio of a pixel's sides, and upright."""
+    image = frame.to_image(width=max(1, round(frame.width * ratio)))
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return image
+    # 3 x 3: where (1, 0) goes is the start of the first row, where (0, 1) goes of the second.
+    (a, b), (c, d) = np.sign(np.frombuffer(bytes(matrix), np.int32).reshape(3, 3)[:2, :2]).tolist()
+    turn = _TURNS.get((a, b, c, d))
+    return image if turn is None else image.transpose(turn)

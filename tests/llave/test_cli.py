@@ -98,6 +98,7 @@ def test_train_evaluate_embed_and_search(
     hits = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[:1] == "{"]
     assert len(hits) == 2
     assert hits[0]["score"] >= hits[1]["score"]
-    assert main(["search", "vectors", "an <image>", "--model", "tiny/model"]) == 2
-    assert "contains the marker <image>" in capsys.readouterr().err
+    assert main(["search", "vectors", "an <image>", "--model", "tiny/model"]) == 0
+    assert main(["search", "vectors", "an <|image_1|>", "--model", "tiny/model"]) == 2
+    assert "the text has an image placeholder" in capsys.readouterr().err
     assert {hit["id"] for hit in hits} <= {f"{name}.png" for name in COLOURS}

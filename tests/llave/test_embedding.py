@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule
@@ -346,17 +347,39 @@ def test_broken_images(pictures: Path, tmp_path: Path) -> None:
     assert read(out)[0] == ["0", "1", "2", "3"]
 
 
-def test_rows_that_the_model_refuses_are_named(
+@pytest.mark.parametrize("refusal", [ValueError, TypeError, TemplateError])
+def test_rows_that_the_model_refuses_are_named_or_left_out(
+    source: Path, tmp_path: Path, refusal: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing = model()
+    encode = refusing.encode
+
+    def refuse(inputs: list[str], **settings: Any) -> np.ndarray:
+        if any(text in inputs for text in refused):
+            raise refusal("too long")
+        return encode(inputs, **settings)
+
+    refused = [texts(ROWS)[n]["text"] for n in (2, 3, 150)]
+    monkeypatch.setattr(refusing, "encode", refuse)
+    with pytest.raises(ValueError, match=r"row 2 \(id 'doc 2'\): too long.*on_error='skip'"):
+        embed(refusing, source, tmp_path / "out", shard_rows=64)
+    report = embed(refusing, source, tmp_path / "out", shard_rows=64, on_error="skip")
+    assert report.skipped == [
+        {"row": n, "id": f"doc {n}", "error": "too long"} for n in (2, 3, 150)
+    ]
+    assert read(tmp_path / "out")[0] == [f"doc {n}" for n in range(ROWS) if n not in (2, 3, 150)]
+
+
+def test_an_error_that_is_no_row_s_is_raised(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise ValueError("too long")
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
 
-    refusing = model()
-    monkeypatch.setattr(refusing, "encode", refuse)
-    message = r"rows 0 to 3 \(ids 'doc 0' to 'doc 3'\): too long"
-    with pytest.raises(ValueError, match=message):
-        embed(refusing, source, tmp_path / "out", shard_rows=4)
+    failing = model()
+    monkeypatch.setattr(failing, "encode", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        embed(failing, source, tmp_path / "out", on_error="skip")
 
 
 def test_embeddings_that_are_not_finite(source: Path, tmp_path: Path) -> None:
@@ -364,6 +387,8 @@ def test_embeddings_that_are_not_finite(source: Path, tmp_path: Path) -> None:
     broken[0].weight.data[:] = torch.nan
     with pytest.raises(ValueError, match=r"row 0 \(id 'doc 0'\): the embedding is not finite"):
         embed(broken, source, tmp_path / "out")
+    report = embed(broken, source, tmp_path / "out", on_error="skip")
+    assert (report.rows, len(report.skipped)) == (0, ROWS)
 
 
 @pytest.mark.parametrize(

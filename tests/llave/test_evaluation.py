@@ -241,6 +241,22 @@ def test_a_bad_row_is_named(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_text_that_the_model_refuses_is_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    class Refusing(ByColour):
+        def encode(self, items: list[Any], **_: Any) -> np.ndarray:
+            for item in items:
+                if "bad" in (item["text"] if isinstance(item, dict) else item):
+                    raise ValueError("it is bad")
+            return super().encode(items)
+
+    data, images = folders
+    write(data, "a", ("red", "", ["blue", "bad thing", "green"], ["", "", ""]))
+    write(data, "b", ("red", "", ["blue", "bad thing"], ["", "blue.png"]))
+    for task, named in (("a", "'bad thing'"), ("b", "'bad thing' with blue.png")):
+        with pytest.raises(ValueError, match=f"task {task}: the text {named}: it is bad"):
+            evaluate(Refusing(), [task], data=data, images=images, out=tmp_path / "out")
+
+
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(
     folders: tuple[Path, Path], tmp_path: Path
 ) -> None:

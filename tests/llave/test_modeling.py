@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
 import llave
-from llave.modeling import inputs
+from llave.modeling import RefusedItemError, encode, inputs
 from tests.llave import tiny
 
 GRIDS = [[24, 24], [24, 48], [48, 24], [48, 48]]
@@ -48,14 +47,6 @@ def saved(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "model"
     model.save(str(folder), create_model_card=False)
     return folder
-
-
-def prompt_of(model: SentenceTransformer, item) -> str:
-    """The tokens of an input as text, a run of image or video tokens shown once."""
-    ids = model.preprocess([item])["input_ids"][0].tolist()
-    media = {model[0].processor.image_token_id, model[0].processor.video_token_id}
-    shown = [ids[i] for i in range(len(ids)) if ids[i] not in media or ids[i] != ids[i - 1]]
-    return model.tokenizer.decode(shown)
 
 
 def plain(backbone, prompt: str, images: list[Image.Image]) -> np.ndarray:
@@ -92,48 +83,9 @@ def test_the_modules_are_sentence_transformers_own(model, saved):
     assert model[0].processor.image_processor.image_grid_pinpoints == GRIDS
 
 
-@pytest.mark.parametrize(
-    ("item", "user"),
-    [
-        ("A cat and a dog", "A cat and a dog"),
-        (" padded \n", " padded \n"),
-        (picture(), "<image>\nRepresent the given image."),
-        ({"image": picture(), "text": "What is in it"}, "<image>\nWhat is in it"),
-        ({"text": "<|image_1|>\nWhat is in it", "image": picture()}, "<image>\nWhat is in it"),
-        ({"text": "See <|image_1|>.", "image": picture()}, "<image>\nSee ."),
-        ({"text": "<|image_1|>", "image": picture()}, "<image>\nRepresent the given image."),
-        (
-            {"text": "<|image_1|> and <|image_2|>", "image": [picture(), picture(seed=1)]},
-            "<image>\n<image>\nand",
-        ),
-        ({"video": [picture(), picture()]}, "<video>\nRepresent the given video."),
-        ({"text": "<|image_1|>\nSee it", "video": [picture(), picture()]}, "<video>\nSee it"),
-        (
-            {"text": "<|image_1|> <|image_2|> See", "image": picture(), "video": [picture()]},
-            "<image>\n<video>\nSee",
-        ),
-        (inputs("See it", video=np.zeros((2, 30, 40, 3), np.uint8)), "<video>\nSee it"),
-        ([{"role": "user", "content": "A cat"}], "A cat"),
-    ],
-)
-def test_token_ids_are_the_published_format(model, item, user):
-    expected = OPENING + user + CLOSING
-    assert prompt_of(model, item) == expected
-    if "<" not in user:
-        ids = model.tokenizer(expected, add_special_tokens=False)["input_ids"]
-        assert model.preprocess([item])["input_ids"][0].tolist() == ids
-
-
 def test_the_pooled_token_is_the_newline_behind_the_last_turn(model):
     ids = model.preprocess(["A cat"])["input_ids"][0]
     assert model.tokenizer.convert_ids_to_tokens(ids[-2:]) == ["<|im_end|>", "Ċ"]
-
-
-def test_a_prompt_goes_into_the_user_turn(model):
-    image = picture()
-    with_prompt = model.encode(["a cat", {"image": image, "text": "a cat"}], prompt="Find: ")
-    without = model.encode(["Find: a cat", {"image": image, "text": "Find: a cat"}])
-    np.testing.assert_allclose(with_prompt, without, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -269,29 +221,18 @@ def test_images_that_do_not_fit_are_an_error(saved):
 
 
 @pytest.mark.parametrize(
-    ("item", "message"),
+    ("bad", "message"),
     [
-        ({"text": "<|image_1|> what", "image": []}, "0 image"),
-        ("<|image_1|> what", "image placeholder"),
-        ({"text": "<|image_2|>", "image": picture()}, "1 image"),
-        ([{"role": "assistant", "content": "yes"}], "assistant"),
-        ({"text": "<|image_2|>", "video": [picture()]}, r"0 image\(s\) and 1 video"),
-        ("an <image> in the text", "marker <image>, which stands for an image itself: take it out"),
-        ({"text": "<image>\nwhat", "image": picture()}, "marker <image>"),
-        ({"text": "a <video>", "image": picture()}, "marker <video>, which stands for a video"),
-        ({"text": "a <video>", "video": [picture()]}, "marker <video>"),
-        ((picture(), "a pair"), "pair"),
+        ("see <|image_1|>", r"input 2, 'see <\|image_1\|>': the text has an image placeholder"),
+        ("a \ud800", r"input 2, 'a \\ud800': .*surrogates not allowed"),
+        ({"text": 3}, r"input 2, \{'text': 3\}: a text must be a string, got 3"),
+        (None, "input 2, None: Unsupported input type"),
     ],
 )
-def test_inputs_the_format_has_no_place_for(model, item, message):
-    with pytest.raises(Exception, match=message):
-        model.encode([item])
-
-
-@pytest.mark.parametrize("prompt", ["Find <image> ", "<|image_1|> Find "])
-def test_placeholders_in_a_prompt_are_an_error(model, prompt):
-    with pytest.raises(Exception, match=r"take (it|the placeholder) out"):
-        model.encode([picture()], prompt=prompt)
+def test_encode_names_the_item_that_is_refused(model, bad, message):
+    with pytest.raises(RefusedItemError, match=message) as caught:
+        encode(model, ["a <image>", {"video": [picture()]}, bad, bad], batch_size=3)
+    assert caught.value.place == 2
 
 
 @pytest.mark.parametrize(
@@ -366,10 +307,6 @@ def test_qwen_vl(version, tmp_path):
     np.testing.assert_allclose(again.encode(items), found, atol=1e-6)
     with pytest.raises(ValueError, match="pinpoints="):
         llave.build((network, processor), pinpoints=GRIDS)
-    for marker, kind in (("<|image_pad|>", "an image"), ("<|video_pad|>", "a video")):
-        for extra in ({}, {"image": picture()}, {"video": [picture()]}):
-            with pytest.raises(Exception, match=re.escape(f"{marker}, which stands for {kind}")):
-                built.encode([{"text": f"a {marker}", **extra}])
 
 
 def test_importing_the_package_stays_cheap():

@@ -182,10 +182,16 @@ def test_settings_that_need_others() -> None:
         read_recipe("tiny", [*robin, "--data.homogeneous", "false"])
 
 
-def test_a_folder_has_no_splits(tmp_path: Path) -> None:
+def test_a_folder_may_have_no_splits(tmp_path: Path) -> None:
     overrides = ["--data.train", str(tmp_path), "--data.split", "test"]
     with pytest.raises(ValueError, match=r"data\.split='test' has no effect: .* is a folder"):
         read_recipe("tiny", overrides)
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(ValueError, match=r"data\.split='test' has no effect: .* is a folder"):
+        read_recipe("tiny", overrides)
+    (tmp_path / "GQA").mkdir()
+    (tmp_path / "GQA" / "test-00000-of-00001.parquet").touch()
+    assert read_recipe("tiny", overrides)
     assert read_recipe("tiny", ["--data.train", "of/thehub", "--data.split", "test"])
 
 

@@ -35,6 +35,21 @@ def brute_force(folder: Path, vectors: np.ndarray, k: int) -> list[list[Hit]]:
     return [sorted(row, key=lambda hit: (-hit.score, hit.id))[:k] for row in hits]
 
 
+def test_a_query_that_the_model_refuses_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing = model()
+
+    def encode(inputs: list[Any], **_: Any) -> np.ndarray:
+        if "bad" in inputs:
+            raise ValueError("it is bad")
+        return queries(len(inputs))
+
+    monkeypatch.setattr(refusing, "encode", encode)
+    with pytest.raises(ValueError, match="input 1, 'bad': it is bad"):
+        search(folder, ["good", "bad"], model=refusing)
+
+
 @pytest.mark.parametrize("k", [1, 3, 10, 100, 1000])
 def test_exact_equals_brute_force(folder: Path, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llave.search.QUERY_BLOCK", 3)

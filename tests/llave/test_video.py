@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 
 import llave
 from llave.modeling import encode, inputs
-from llave.video import load_frames, uniform_indices
+from llave.video import _indices, load_frames, uniform_indices
 from tests.llave import tiny
 
 STEP = 20  # of brightness, which lossy compression shifts by less than half
@@ -38,10 +39,11 @@ def numbers(frames: list[Image.Image]) -> list[int]:
     return [12 * round(high) + round(low) for high, low in halves]
 
 
-def write_video(path: Path, count: int, rate: int = 10) -> Path:
+def write_video(path: Path, count: int, rate: int | Fraction = 10) -> Path:
     av = pytest.importorskip("av")
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate, width=32, height=32, pix_fmt="yuv420p")
+        codec = "wmv2" if path.suffix == ".wmv" else "libx264"
+        stream = container.add_stream(codec, rate=rate, width=32, height=32, pix_fmt="yuv420p")
         for number in range(count):
             container.mux(stream.encode(av.VideoFrame.from_image(numbered(number))))
         container.mux(stream.encode())
@@ -115,6 +117,171 @@ def test_a_file_without_a_frame_rate_gives_the_limit(tmp_path, monkeypatch):
     path = write_video(tmp_path / "video.mp4", 100)
     monkeypatch.setattr(av, "open", WithoutRate)
     assert numbers(load_frames(path)) == uniform_indices(100, 32)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "webm", "ts", "avi", "flv"])
+def test_a_file_of_variable_rate_is_sampled_by_time(tmp_path, suffix):
+    """20 frames in the first second, then one every 12 seconds."""
+    av = pytest.importorskip("av")
+    milliseconds = [50 * n for n in range(20)] + [1000 + 12000 * n for n in range(1, 6)]
+    path = tmp_path / f"video.{suffix}"
+    codec = {"webm": "libvpx-vp9", "avi": "mpeg4"}.get(suffix, "libx264")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10, width=32, height=32, pix_fmt="yuv420p")
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for number, time in enumerate(milliseconds):
+            frame = av.VideoFrame.from_image(numbered(number))
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    # On show at 32 moments of the 61 seconds; each once.
+    assert numbers(load_frames(path)) == [0, 19, 20, 21, 22, 23, 24]
+    assert numbers(load_frames(path, limit=5)) == [0, 20, 21, 22, 24]
+    assert numbers(load_frames(path, limit=2)) == [0, 24]
+    assert numbers(load_frames(path, fps=50, limit=3000)) == list(range(25))
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "avi", "flv", "wmv"])
+@pytest.mark.parametrize("rate", [24, 25, Fraction(30000, 1001), 60])
+def test_a_constant_rate_gives_frames_at_equal_distances(tmp_path, suffix, rate):
+    """Also where the container rounds the frames' times."""
+    path = write_video(tmp_path / f"video.{suffix}", 100, rate=rate)
+    assert numbers(load_frames(path)) == uniform_indices(100, round(300 / rate))
+    assert numbers(load_frames(path, fps=100)) == uniform_indices(100, 32)
+
+
+def test_times_that_a_container_rounds():
+    milliseconds = [round(1000 * n / 30) for n in range(100)]
+    packets = [(time, 33) for time in milliseconds]
+    rate, tick = Fraction(30), Fraction(1, 1000)
+    assert _indices(packets, tick, rate, 3.0, 32) == uniform_indices(100, 10)
+    packets[3:5] = [(None, None), packets[3]]  # a raw stream's: one rate
+    assert _indices(packets, tick, rate, 3.0, 32) == uniform_indices(100, 10)
+
+
+def quarters() -> np.ndarray:
+    """A picture of four colours, which looks different from every side."""
+    pixels = np.empty((32, 64, 3), np.uint8)
+    pixels[:16, :32], pixels[:16, 32:] = (230, 20, 20), (20, 230, 20)
+    pixels[16:, :32], pixels[16:, 32:] = (20, 20, 230), (230, 230, 20)
+    return pixels
+
+
+def write_picture(path: Path, pixels: np.ndarray, codec: str = "libx264", **settings) -> Path:
+    """A video of that picture; settings of the stream, and ``pixel``, its format."""
+    av = pytest.importorskip("av")
+    matrix, turn = settings.pop("matrix", None), settings.pop("turn", None)
+    pixel, space = settings.pop("pixel", "yuv444p"), settings.pop("space", 5)
+    height, width, _ = pixels.shape
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=5, width=width, height=height, pix_fmt=pixel)
+        for name, value in settings.items():
+            setattr(stream.codec_context, name, value)
+        if (turn, matrix) != (None, None) and not hasattr(stream, "set_display_matrix"):
+            pytest.skip("this PyAV writes no display matrix")
+        if turn is not None:
+            stream.set_display_rotation(turn)
+        if matrix is not None:
+            stream.set_display_matrix(matrix)
+        for _ in range(3):
+            frame = av.VideoFrame.from_ndarray(pixels)
+            full = "JPEG" if settings.get("color_range") == 2 else "MPEG"
+            frame = frame.reformat(format=pixel, dst_colorspace=space, dst_color_range=full)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def corners(image: Image.Image) -> list[tuple[int, ...]]:
+    """The colours of the four quarters, to the nearest hundred."""
+    width, height = image.size
+    places = [(x * width // 4, y * height // 4) for y in (1, 3) for x in (1, 3)]
+    return [tuple(round(v / 100) * 100 for v in image.getpixel(place)) for place in places]
+
+
+ONE = 1 << 16
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv"])
+@pytest.mark.parametrize("turn", [0, 90, -90, 180])
+def test_a_turned_video_is_upright(tmp_path, suffix, turn):
+    path = write_picture(tmp_path / f"video.{suffix}", quarters(), turn=turn)
+    expected = Image.fromarray(quarters()).rotate(turn, expand=True)  # both turn to the left
+    (*_, found) = load_frames(path)
+    assert found.size == expected.size
+    assert corners(found) == corners(expected)
+
+
+@pytest.mark.parametrize(
+    ("axes", "way"),
+    [
+        ((-ONE, 0, 0, ONE), Image.Transpose.FLIP_LEFT_RIGHT),
+        ((ONE, 0, 0, -ONE), Image.Transpose.FLIP_TOP_BOTTOM),
+        ((0, ONE, ONE, 0), Image.Transpose.TRANSPOSE),
+        ((0, -ONE, -ONE, 0), Image.Transpose.TRANSVERSE),
+    ],
+)
+def test_a_mirrored_video_is_as_a_player_shows_it(tmp_path, axes, way):
+    a, b, c, d = axes
+    matrix = (a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path = write_picture(tmp_path / "video.mp4", quarters(), matrix=matrix)
+    expected = Image.fromarray(quarters()).transpose(way)
+    found = load_frames(path)[0]
+    assert found.size == expected.size
+    assert corners(found) == corners(expected)
+
+
+def test_pixels_that_are_not_square_are_made_so(tmp_path):
+    for ratio, width in ((Fraction(2), 128), (Fraction(1, 2), 32), (Fraction(1), 64)):
+        path = write_picture(tmp_path / "video.mp4", quarters(), sample_aspect_ratio=ratio)
+        found = load_frames(path)[0]
+        assert found.size == (width, 32)
+        assert corners(found) == corners(Image.fromarray(quarters()))
+
+
+def test_pixels_are_made_square_before_the_turn(tmp_path):
+    path = tmp_path / "video.mp4"
+    write_picture(path, quarters(), sample_aspect_ratio=Fraction(2), turn=90)
+    assert load_frames(path)[0].size == (32, 128)
+
+
+@pytest.mark.parametrize(
+    ("codec", "settings"),
+    [
+        ("libx264", {"pixel": "yuv420p"}),
+        ("libx264", {"pixel": "yuvj420p", "color_range": 2}),  # what phones write
+        ("libx264", {"pixel": "yuv420p", "colorspace": 1, "space": 1}),
+        ("libx264", {"pixel": "yuv420p", "colorspace": 1, "space": 1, "color_range": 2}),
+        ("libx264", {"pixel": "yuv422p10le"}),
+        ("libx265", {"pixel": "yuv420p10le", "colorspace": 9, "space": 9}),
+        ("libx265", {"pixel": "yuv444p12le"}),
+        ("mjpeg", {"pixel": "yuvj420p", "color_range": 2}),
+        ("ffv1", {"pixel": "gbrp16le"}),
+        ("ffv1", {"pixel": "bgr0"}),
+    ],
+)
+def test_depths_ranges_and_matrices_of_colours(tmp_path, codec, settings):
+    pixels = np.full((32, 64, 3), (200, 60, 30), np.uint8)
+    path = write_picture(tmp_path / "video.mkv", pixels, codec, **settings)
+    found = np.asarray(load_frames(path)[0]).astype(int)
+    assert np.abs(found - pixels).max() <= 8
+
+
+def test_a_cover_is_not_the_video(tmp_path):
+    av = pytest.importorskip("av")
+    path = tmp_path / "video.mkv"
+    with av.open(str(path), "w") as container:
+        kinds = (("mjpeg", "yuvj420p", 16, 1), ("mpeg4", "yuv420p", 64, 5))
+        streams = [
+            container.add_stream(codec, rate=5, width=size, height=size, pix_fmt=pixel)
+            for codec, pixel, size, _ in kinds
+        ]
+        for stream, (_, pixel, size, count) in zip(streams, kinds, strict=True):
+            black = av.VideoFrame.from_ndarray(np.zeros((size, size, 3), np.uint8))
+            for _ in range(count):
+                container.mux(stream.encode(black.reformat(format=pixel)))
+            container.mux(stream.encode())
+    assert {frame.size for frame in load_frames(path)} == {(64, 64)}
 
 
 def test_a_folder_is_read_in_natural_order(tmp_path):

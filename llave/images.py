@@ -1,0 +1,188 @@
+"""Still images in RGB: as a person sees them, or as they are stored.
+
+As a person sees them: turned upright by their orientation tag (EXIF, XMP, HEIF), grey of 16 bits
+or of floats brought to 8 bits, colours by the embedded profile brought to sRGB, CMYK and Lab
+included. As stored: what Pillow's ``convert("RGB")`` makes of the file, with none of that. In both
+an alpha channel is dropped, as LLaVE's authors do, and of several pictures in a file (GIF, TIFF,
+WebP) the first is taken.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any, Literal
+from urllib.request import Request, urlopen
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, features
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
+
+from llave.files import LFS_POINTER
+
+try:
+    from pillow_heif import register_heif_opener
+except ImportError:
+    HEIF = False
+else:
+    register_heif_opener()
+    HEIF = True
+
+Pixels = Literal["seen", "stored"]
+# Of files that hold a picture and that Pillow reads; others in a folder of images are left out.
+IMAGE_SUFFIXES = {
+    ".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".hif", ".j2k", ".jfif", ".jp2",
+    ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm",
+    ".tga", ".tif", ".tiff", ".webp",
+}  # fmt: skip
+# What reads the suffixes of which this environment's Pillow lacks the decoder.
+MISSING = {
+    suffix: remedy
+    for suffixes, there, remedy in (
+        ((".heic", ".heif", ".hif"), HEIF, "pip install pillow-heif"),
+        ((".avif",), features.check("avif"), "pip install 'pillow>=11.3'"),
+    )
+    for suffix in suffixes
+    if not there
+}
+REMOTE = ("http://", "https://", "data:")
+_SRGB = ImageCms.createProfile("sRGB")
+
+
+def open_rgb(file: str | os.PathLike[str] | bytes, pixels: Pixels = "seen") -> Image.Image:
+    """An image file in RGB, ``"seen"`` or ``"stored"`` as this module says.
+
+    Args:
+        file: a path, or a file's content.
+        pixels: which of the two. Default: as a person sees it.
+
+    Raises:
+        UnidentifiedImageError: it is no image, or of a kind that needs a plugin; the message says
+            which. Decoders raise errors of many other types.
+    """
+    source = io.BytesIO(file) if isinstance(file, bytes) else file
+    try:
+        with Image.open(source) as image:
+            return as_seen(image) if pixels == "seen" else image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise UnidentifiedImageError(f"{error}; {_no_image(file)}") from error
+
+
+def to_rgb(image: Any, name: str) -> Image.Image:
+    """One image in RGB as a person sees it.
+
+    Args:
+        image: PIL, path, URL, or an array (height, width), or uint8 with 3 or 4 channels last. Grey
+            is uint8, uint16, or another type, of which the smallest of 1 (floats), 255 and 65535
+            that no value is above is white.
+        name: of the argument, for the errors.
+
+    Raises:
+        ValueError: the file does not exist or cannot be read, or it is no image.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        file = existing(image, name)
+        name = f"{name}={file!r}"
+    elif isinstance(image, np.ndarray):
+        try:
+            image = Image.fromarray(image)
+        except TypeError as error:
+            raise ValueError(
+                f"{name} is an array of shape {image.shape} and type {image.dtype}; "
+                "pass uint8 of shape (height, width), or with 3 or 4 channels last"
+            ) from error
+    elif not isinstance(image, Image.Image):
+        raise ValueError(
+            f"{name} is a {type(image).__name__}; pass a PIL image, a path, a URL or an array"
+        )
+    try:
+        if isinstance(image, Image.Image):
+            return as_seen(image)
+        if file.startswith(REMOTE):
+            with urlopen(Request(file, headers={"User-Agent": "llave"}), timeout=60) as response:
+                return open_rgb(response.read())
+        return open_rgb(file)
+    except Exception as error:  # decoders raise errors of many types
+        raise ValueError(f"{name} cannot be read: {error}; pass another image") from error
+
+
+def existing(path: str | os.PathLike[str], name: str) -> str:
+    """A path or URL as a string; ValueError, naming the argument, where there is no such file."""
+    path = os.fspath(path)
+    if not path.startswith(REMOTE) and not Path(path).is_file():
+        raise ValueError(f"{name}={path!r} is no file; pass a path that exists")
+    return path
+
+
+def as_seen(image: Image.Image) -> Image.Image:
+    """A PIL image in RGB as a person sees it."""
+    image.load()
+    seen = _srgb(_eight_bits(image), image.info.get("icc_profile"))
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged metadata, which a viewer passes over
+        orientation = 1
+    # Pillow would write the other tags anew, and fails at some that it reads.
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    seen.info = {"exif": exif.tobytes()}
+    seen = ImageOps.exif_transpose(seen)
+    seen.info = {}
+    return seen
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits or of floats in 8 bits; other images as they are."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})  # of a TIFF file
+    bits = tags.get(BITSPERSAMPLE, (32,))[0] if tags else 32
+    unsigned = tags.get(SAMPLEFORMAT, (1,))[0] == 1
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        white = 2.0 ** min(bits, 16) - 1  # scanners have 12 bits too
+    else:  # their files do not say what is white
+        if tags and image.mode == "I" and bits == 32 and unsigned:
+            values = values.view(np.uint32)
+        most = np.max(values, initial=0, where=np.isfinite(values))
+        full = most if image.mode == "F" else np.iinfo(values.dtype).max
+        whites = (1, 255, 65535, full)[image.mode == "I" :]
+        white = float(next(white for white in whites if most <= white))
+    shares = np.nan_to_num(np.clip(values.astype(np.float64) / white, 0, 1))
+    if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white; in 8 bits Pillow sees to it
+        shares = 1 - shares
+    return Image.fromarray(np.rint(255 * shares).astype(np.uint8))
+
+
+def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """An image of 8 bits in RGB, from the colours of its profile if it has one."""
+    if image.mode in ("P", "PA", "RGBa", "La"):  # palettes may hold alpha; others are multiplied
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    if profile:
+        image = image.convert({"1": "L", "LA": "L", "RGBA": "RGB"}.get(image.mode, image.mode))
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if image.mode != "RGB" or "srgb" not in ImageCms.getProfileName(source).lower():
+                return ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError):
+            pass  # A profile that is damaged or of other colours: a viewer passes over it.
+    return image.convert("RGB")
+
+
+def _no_image(file: str | os.PathLike[str] | bytes) -> str:
+    """Why Pillow knows no such image."""
+    if isinstance(file, bytes):
+        head = file[:32]
+    else:
+        with open(file, "rb") as opened:
+            head = opened.read(32)
+    if not head:
+        return "it is empty"
+    if head.startswith(LFS_POINTER):
+        return "it is a pointer of git-lfs, not yet the file: git lfs pull fetches it"
+    if head[4:8] == b"ftyp":
+        kind = ".avif" if head[8:11] == b"avi" else ".heic"
+        if kind in MISSING:
+            return f"it is an {kind[1:].upper()} file: {MISSING[kind]}"
+    return "it is damaged, or of a kind that Pillow does not read"

@@ -1,0 +1,344 @@
+"""Subsets of a folder: which files are one, and their columns, each of one type.
+
+A folder is a user's own (a file or a folder of files per subset), or what the hub's tools make: a
+download or a clone, with or without the dataset card that lists its configurations; the hub's
+cache, whose files are links; the files that the hub converts to parquet, a folder per split; or
+what ``save_to_disk`` writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
+from huggingface_hub import DatasetCard
+
+from llave.files import LFS_POINTER, left_behind, snapshot
+
+SUFFIXES = (".parquet", ".jsonl", ".json")
+PROBLEM = "problem"  # the column that says why a row cannot be used, in subsets with such rows
+# Data of other kinds, which are not passed over in silence.
+_UNREAD = (".arrow", ".csv", ".feather", ".gz", ".tar", ".tsv", ".xlsx", ".xz", ".zst")
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
+_SPLITS = ("train", "training", "test", "testing", "validation", "valid", "dev", "eval")
+_SAVED = ("state.json", "dataset_dict.json")
+# What the hub and ``save_to_disk`` keep beside the data.
+OTHERS = (*_SAVED, "dataset_info.json", "dataset_infos.json")
+
+
+def subset_files(source: Path, names: list[str] | None, split: str) -> dict[str, list[Path]]:
+    """The files of each subset of a folder; of one that ``save_to_disk`` wrote, its folder.
+
+    Hidden entries, what systems leave behind and folders without data files are passed over.
+
+    Args:
+        source: the folder.
+        names: the subsets to give. Default: all.
+        split: the one to take where files say of which they are: ``SPLIT-00000-of-00001.parquet``,
+            ``SPLIT/0000.parquet``, or as the folder's dataset card has it.
+
+    Raises:
+        ValueError: no subsets, an unknown name, two of the same name, or other splits only.
+    """
+    folder = snapshot(source)
+    found = _of_card(folder)
+    if not found or set(names or ()) - set(found):
+        found = _of_names(folder, split) | found
+    if not found:
+        there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise ValueError(f"{source} holds no {', '.join(SUFFIXES)} files; there is {there}")
+    for name in names or ():
+        if name not in found:
+            raise ValueError(f"{name} is not in {source}; there are {', '.join(found)}")
+    unread = [path.name for path in sorted(folder.iterdir()) if path.suffix.lower() in _UNREAD]
+    if unread and names is None:
+        print(f"{source}: not read: {', '.join(unread)}; convert them to {' or '.join(SUFFIXES)}")
+    chosen = {name: found[name] for name in (names if names is not None else found)}
+    return {name: _of_split(name, parts, split) for name, parts in chosen.items()}
+
+
+def has_splits(source: Path) -> bool:
+    """Whether any file of a folder says of which split it is."""
+    folder = snapshot(source)
+    return any(
+        label or _SHARD.fullmatch(file.stem) or (file / "dataset_dict.json").is_file()
+        for parts in (_of_card(folder) | _of_names(folder, "")).values()
+        for label, files in parts.items()
+        for file in files
+    )
+
+
+def read_files(files: list[Path], columns: Features, split: str) -> Dataset:
+    """The rows of a subset's files, of these columns those that a file has, in their types.
+
+    Text columns take numbers too. Where JSON rows hold anything else, or text that is no Unicode,
+    the dataset has a column ``problem``, which says so for the row.
+
+    Raises:
+        ValueError: a file cannot be read, a column is of another type, or there are no rows.
+    """
+    parts = [_read(file, columns, split) for file in files]
+    there = [name for name in (*columns, PROBLEM) if any(name in p.column_names for p in parts)]
+    if not sum(map(len, parts)):
+        raise ValueError(f"{', '.join(map(str, files))}: there are no rows")
+    return concatenate_datasets([_completed(part, there, columns) for part in parts if len(part)])
+
+
+def typed(rows: Dataset, columns: Features, where: object) -> Dataset:
+    """Of a dataset these columns, those that are there, in their types; ValueError names others."""
+    rows = rows.select_columns([name for name in columns if name in rows.column_names])
+    features = Features({name: columns[name] for name in rows.column_names})
+    _check_types(rows.features.arrow_schema, columns, where)
+    return rows if rows.features == features else rows.cast(features)
+
+
+def aligned(parts: list[Dataset]) -> list[Dataset]:
+    """Datasets whose columns of the same name have the same type: nulls and large text give way."""
+    kinds: dict[str, Any] = {}
+    for part in parts:
+        for name, kind in part.features.items():
+            if kinds.get(name, Value("null")) == Value("null"):
+                kinds[name] = Value("string") if kind == Value("large_string") else kind
+    wanted = [Features({name: kinds[name] for name in part.column_names}) for part in parts]
+    return [
+        part if part.features == features else part.cast(features)
+        for part, features in zip(parts, wanted, strict=True)
+    ]
+
+
+def _of_card(folder: Path) -> dict[str, dict[str, list[Path]]]:
+    """By configuration and split, the files that a dataset card lists and that are there."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return {}
+    try:
+        configurations = DatasetCard.load(card).data.to_dict().get("configs") or []
+    except (ValueError, OSError):  # it is no dataset card
+        return {}
+    found = {}
+    for configuration in configurations:
+        name = configuration.get("config_name", "default")
+        listed = configuration.get("data_files") or []
+        if not listed and "data_dir" in configuration:
+            found[name] = _of_folder(folder / configuration["data_dir"])
+            continue
+        if isinstance(listed, dict):
+            listed = [{"split": part, "path": path} for part, path in listed.items()]
+        parts: dict[str, list[Path]] = {}
+        for entry in listed if isinstance(listed, list) else [listed]:
+            entry = entry if isinstance(entry, dict) else {"split": "train", "path": entry}
+            paths = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
+            local = [path for path in paths if "://" not in path and not Path(path).is_absolute()]
+            files = {file for path in local for file in folder.glob(path) if _is_data(file)}
+            if files:
+                parts.setdefault(entry["split"], []).extend(sorted(files))
+        found[name] = parts
+    return {name: parts for name, parts in found.items() if parts}
+
+
+def _of_names(folder: Path, split: str) -> dict[str, dict[str, list[Path]]]:
+    """By subset and split ("" where names say nothing of it) the files in a folder."""
+    if any((folder / name).is_file() for name in _SAVED):
+        return {folder.name: {"": [folder]}}
+    found: dict[str, dict[str, list[Path]]] = {}
+    shards: set[str] = set()
+    for path in sorted(folder.iterdir()):
+        if left_behind(path.name):
+            continue
+        if path.is_dir():
+            if path.name.startswith("datasets--") and (path / "snapshots").is_dir():
+                raise ValueError(f"{folder} is the hub's cache; pass a folder in it, e.g. {path}")
+            name, parts = path.name, _of_folder(path)
+        elif _is_data(path):
+            shard = _SHARD.fullmatch(path.stem)
+            name, parts = shard[1] if shard else path.stem, {"": [path]}
+            if shard and name in shards and found[name][""][0].suffix == path.suffix:
+                found[name][""].append(path)
+                continue
+            shards |= {name} if shard else set()
+        else:
+            continue
+        if not parts:
+            continue
+        if name in found:
+            first, *_ = next(iter(found[name].values()))
+            raise ValueError(
+                f"{first} and {path} would both be the subset {name}; rename or move one"
+            )
+        found[name] = parts
+    # Shards side by side are the splits of one dataset.
+    others = shards - {split} if split in shards else set()
+    return {name: parts for name, parts in found.items() if name not in others}
+
+
+def _is_data(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and path.name not in OTHERS and path.is_file()
+
+
+def _of_folder(folder: Path) -> dict[str, list[Path]]:
+    if any((folder / name).is_file() for name in _SAVED):
+        return {"": [folder]}
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.rglob("*")):
+        inside = file.relative_to(folder).parts
+        if _is_data(file) and not any(map(left_behind, inside)):
+            shard = _SHARD.fullmatch(file.stem)
+            label = inside[0] if len(inside) > 1 else shard[1] if shard else ""
+            found.setdefault(label, []).append(file)
+    return found
+
+
+def _of_split(name: str, parts: dict[str, list[Path]], split: str) -> list[Path]:
+    if split in parts and "" not in parts:
+        return _whole(name, parts[split])
+    (label, files), *more = parts.items()
+    if not more and label not in _SPLITS:
+        return _whole(name, files)
+    splits = ", ".join(label or parts[""][0].name for label in parts)
+    raise ValueError(
+        f"subset {name} has files of {splits}; split={split!r} must be one of them: choose it "
+        "(data.split of a recipe), or keep only the files to read"
+    )
+
+
+def _whole(name: str, files: list[Path]) -> list[Path]:
+    """The files as they are, with a line where some of their number are missing."""
+    shards = [shard for file in files if (shard := _SHARD.fullmatch(file.stem))]
+    number = sum({shard[1]: int(shard[2]) for shard in shards}.values())
+    if len(shards) < number:
+        print(f"{name}: {len(shards)} of {number} files are there, the first {files[0]}")
+    return files
+
+
+def _read(file: Path, columns: Features, split: str) -> Dataset:
+    if file.is_dir():
+        saved = load_from_disk(file)
+        if isinstance(saved, DatasetDict):
+            if split not in saved:
+                raise ValueError(f"{file} has the splits {', '.join(saved)}, not {split!r}")
+            saved = saved[split]
+        return typed(saved, columns, file)
+    with file.open("rb") as opened:
+        head = opened.read(64)
+    if head.startswith(LFS_POINTER):
+        raise ValueError(f"{file} is a pointer of git-lfs, not yet the file: git lfs pull")
+    if file.suffix.lower() != ".parquet":
+        return _read_json(file, columns)
+    try:
+        schema = pq.read_schema(file)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} is no whole parquet file ({error}); get it again") from error
+    _check_types(schema, columns, file)
+    there = Features({name: columns[name] for name in columns if name in schema.names})
+    if not there:
+        return Dataset.from_dict({})
+    return load_dataset(
+        "parquet", data_files=[str(file)], columns=list(there), features=there, split="train"
+    )
+
+
+def _check_types(schema: pa.Schema, columns: Features, where: object) -> None:
+    for name in set(schema.names) & set(columns):
+        found, wanted = schema.field(name).type, columns[name]
+        kind = "text"
+        if not isinstance(wanted, Value):
+            kind = "lists of texts"
+            if not pa.types.is_null(found):
+                found = getattr(found, "value_type", pa.struct([]))
+        if pa.types.is_dictionary(found):
+            found = found.value_type
+        plain = (pa.types.is_null, pa.types.is_string, pa.types.is_large_string)
+        numbers = (pa.types.is_integer, pa.types.is_floating)
+        if str(found) != "string_view" and not any(is_it(found) for is_it in plain + numbers):
+            raise ValueError(
+                f"{where}: column {name} is of type {schema.field(name).type}; it must hold {kind}"
+            )
+
+
+def _completed(part: Dataset, names: list[str], columns: Features) -> Dataset:
+    for name in names:
+        if name not in part.column_names:
+            kind = columns.get(name, Value("string"))
+            part = part.add_column(name, [None] * len(part), feature=kind)
+    return part.select_columns(names)
+
+
+def _read_json(file: Path, columns: Features) -> Dataset:
+    """In memory, in chunks: JSON is a user's own data, the large sets are parquet."""
+    features = Features({**columns, PROBLEM: Value("string")})
+    seen: set[str] = set()
+    batches = []
+    rows = (_json_row(value, columns, seen) for value in _json_values(file))
+    while chunk := list(islice(rows, 10_000)):
+        batches.append(pa.RecordBatch.from_pylist(chunk, features.arrow_schema))
+    table = pa.Table.from_batches(batches, features.arrow_schema)
+    return Dataset(table).select_columns([name for name in features if name in seen])
+
+
+def _json_values(file: Path) -> Iterator[Any]:
+    """Each row of a file of lines or of a list; an error stands for a line that is not JSON."""
+    with file.open("rb") as opened:
+        head = opened.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
+        opened.seek(3 if opened.seek(0) == 0 and opened.read(3) == b"\xef\xbb\xbf" else 0)
+        pretty = file.suffix.lower() == ".json" and head[:2] in (b"{\n", b"{\r")
+        if pretty or head[:1] == b"[":
+            try:
+                whole = json.load(opened)
+            except ValueError as error:
+                raise ValueError(f"{file} is not JSON ({error}); get it again") from error
+            yield from whole if isinstance(whole, list) else [whole]
+            return
+        for line in opened:
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    yield error
+
+
+def _json_row(value: Any, columns: Features, seen: set[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        seen.add(PROBLEM)
+        return {PROBLEM: f"it is no JSON object: {value!r:.80}"}
+    row = {}
+    try:
+        for name in columns:
+            if name in value:
+                seen.add(name)
+                row[name] = _text(value[name], name, isinstance(columns[name], Value))
+    except ValueError as error:
+        seen.add(PROBLEM)
+        return {PROBLEM: str(error)}
+    return row
+
+
+def _text(value: Any, name: str, single: bool) -> Any:
+    if value is None or value != value:  # NaN, which some tools write for a missing value
+        return None
+    if not single:
+        if not isinstance(value, list):
+            raise ValueError(f"{name} must be a list of texts, got {value!r:.80}")
+        return [_text(item, name, True) for item in value]
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"{name} must be a text, got {value!r:.80}")
+    value = str(value)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} is not valid Unicode: {value!r:.80}") from error
+    return value
