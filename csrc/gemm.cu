@@ -4,6 +4,7 @@
 #include "check.h"
 #include "forward_epilogue.h"
 #include "launch.h"
+#include "per_device.h"
 
 #if LLAVE_ARCHITECTURE == 90
 #include "sm90/gemm.h"
@@ -42,9 +43,13 @@ void launch(const Problem& p, const Outputs& outputs, const cutlass::KernelHardw
                                       nullptr);
 
   auto* kernel = &cutlass::device_kernel<Kernel>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             Kernel::SharedStorageSize),
-        name);
+  static PerDevice<bool> has_shared_memory;
+  has_shared_memory(hardware.device_id, [&] {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               Kernel::SharedStorageSize),
+          name);
+    return true;
+  });
   cudaLaunchConfig_t config = {};
   config.gridDim = Kernel::get_grid_shape(params);
   config.blockDim = Kernel::get_block_shape();
@@ -65,9 +70,12 @@ template <template <class, class, class> class Epilogue, class Outputs>
 int launch_either(const Problem& p, const Outputs& outputs, cudaStream_t stream, const char* name) {
   cutlass::KernelHardwareInfo hardware;
   check(cudaGetDevice(&hardware.device_id), name);
-  check(cudaDeviceGetAttribute(&hardware.sm_count, cudaDevAttrMultiProcessorCount,
-                               hardware.device_id),
-        name);
+  static PerDevice<int> sm_counts;
+  hardware.sm_count = sm_counts(hardware.device_id, [&] {
+    int count = 0;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, hardware.device_id), name);
+    return count;
+  });
   if (choose_size(p, hardware.sm_count) == Size::large) {
     launch<Gemm<Size::large, Epilogue>>(p, outputs, hardware, stream, name);
     return kLargeRows;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llave_kernels import available_backends, dispatch, hardness_weighted_contrastive_loss
 from llave_kernels.backends import cuda, triton_backend
@@ -68,6 +69,23 @@ def test_auto_takes_the_faster_gpu_backend_that_fits(monkeypatch: pytest.MonkeyP
     assert chosen(64, torch.float16) == "triton"
     refusals["triton"] = "no"
     assert chosen(64, torch.float16) == "torch"
+
+
+def test_gpus_without_tiles_of_ours_take_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One older than sm_80, and one of another maker, which torch calls "cuda" too."""
+    for module in (triton_backend, cuda):
+        monkeypatch.setattr(module, "unavailable", lambda: None)
+    capability = (7, 5)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    rules = Rules(torch.arange(4), None, None, None, None, 9.0, 9.0, "in_batch", None, True)
+    with FakeTensorMode():
+        query = torch.empty(4, 8, device="cuda", dtype=torch.float16)
+        assert dispatch.choose("auto", query, query, rules) == "torch"
+        capability = (9, 4)
+        assert dispatch.choose("auto", query, query, rules) == "triton"
+        monkeypatch.setattr(torch.version, "cuda", None)
+        assert dispatch.choose("auto", query, query, rules) == "torch"
+        assert "NVIDIA" in str(triton_backend.supports(query, query, rules))
 
 
 def test_compiled_kernels_refuse_exact_float32() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,8 @@ import llave_kernels
 from llave_kernels.backends.cuda import _cuda as simulated
 
 ROOT = Path(__file__).parents[1]
-BUILT = next(Path(llave_kernels.__file__).parent.glob("_cuda*.so"), None)
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")  # another Python's build may lie beside
+BUILT = next(Path(llave_kernels.__file__).parent.glob(f"_cuda{SUFFIX}"), None)
 needs_build = pytest.mark.skipif(BUILT is None, reason="the CUDA extension is not built")
 ADDRESS = 1 << 20  # aligned, not null, never read
 
@@ -133,6 +136,45 @@ def test_workspace_grows_with_a_strip_not_with_its_square() -> None:
     problem = simulated.Problem(**(PROBLEM | {"n": 1 << 16, "m": 1 << 16}))
     for rows in (128, 1024, 2048):
         assert simulated.forward_workspace(problem, rows) <= rows * (1 << 16) * 2 / 10 + (1 << 20)
+
+
+PER_DEVICE = """
+#include <cstdio>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+#include "per_device.h"
+int main() {
+  llave::PerDevice<int> values;
+  int made[3] = {0, 0, 0};
+  try {
+    values(2, []() -> int { throw std::runtime_error("no device"); });
+  } catch (const std::runtime_error&) {
+  }
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 8; ++t) {
+    threads.emplace_back([&] {
+      for (int i = 0; i < 3000; ++i) {
+        const int d = i % 3, found = values(d, [&] { return 10 * d + ++made[d]; });
+        if (found != 10 * d + 1) throw 1;
+      }
+    });
+  }
+  for (auto& thread : threads) thread.join();
+  std::printf("%d %d %d", made[0], made[1], made[2]);
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler g++")
+def test_a_device_is_asked_once_whatever_the_threads(tmp_path: Path) -> None:
+    """And again where asking failed."""
+    source, program = tmp_path / "program.cpp", tmp_path / "program"
+    source.write_text(PER_DEVICE)
+    command = ["g++", "-std=c++17", "-pthread", f"-I{ROOT / 'csrc'}", source, "-o", program]
+    subprocess.run(command, check=True)
+    found = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    assert found == "1 1 1"
 
 
 def machine_code(path: Path, kind: str = "-sass") -> Iterator[tuple[str, str]]:

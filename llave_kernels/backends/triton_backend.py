@@ -49,7 +49,9 @@ def supports(query: Tensor, target: Tensor, rules: Rules) -> str | None:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16)
     if query.device.type == "cuda":
         dtypes += (torch.bfloat16,)
-        if torch.version.cuda and torch.cuda.get_device_capability(query.device)[0] < 8:
+        if torch.version.cuda is None:
+            return "no tiles for GPUs other than NVIDIA's; use backend='torch'"
+        if torch.cuda.get_device_capability(query.device)[0] < 8:
             return "compute capability below 8.0; use backend='torch'"
     elif query.device.type != "cpu" or not INTERPRETED:
         return f"device {query.device} is not a GPU that Triton runs on; use backend='torch'"
