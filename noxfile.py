@@ -1,9 +1,10 @@
 """Tests with the oldest versions that pyproject.toml claims, some in between, and the newest.
 
-    nox                 all of them
-    nox -s "kernels(oldest)"
+    make matrix                              all of them
+    make matrix ARGS="-s 'kernels(oldest)'"  one
 
-Each needs its Python on PATH (python3.10, python3.12); with pyenv, `PYENV_VERSION=3.10.13:3.12.1`.
+Each needs its Python on PATH (python3.10, python3.12); with pyenv,
+`PYENV_VERSION=$(pyenv versions --bare | paste -sd:)`.
 """
 
 import nox
@@ -21,8 +22,8 @@ SETS = {
 KERNELS = [
     f"tests/test_{name}.py"
     for name in (
-        "devices", "dispatch", "distributed", "errors", "modules", "numerics", "operators", "tiles",
-        "triton_compile",
+        "devices", "dispatch", "distributed", "errors", "modules", "numerics", "operators", "range",
+        "tiles", "triton_compile",
     )
 ]  # fmt: skip
 RUNNER = ["pytest", "hypothesis"]
