@@ -38,8 +38,8 @@ def load_frames(video: Any, *, fps: float = 3.0, limit: int = 32) -> list[Image.
             :func:`llave.images.to_rgb` takes it; or an array of shape (frames, height, width,
             channels).
         fps: frames taken per second of a video file, default the paper's: those on show at moments
-            spread uniformly over its time, each once. Where there is no duration, in the other
-            kinds or a file without a frame rate, only ``limit`` counts.
+            spread uniformly over its time, each once. For the other kinds, and for a file that
+            knows neither times nor a rate, only ``limit`` counts.
         limit: frames at most, default the paper's.
 
     Raises:
@@ -132,20 +132,20 @@ def _indices(
     Args:
         packets: each frame's time and duration in ticks, in the file's order.
         tick: in seconds.
-        rate: frames per second on average.
+        rate: frames per second on average, where the file states it.
         fps, limit: as :func:`load_frames` has them.
     """
-    if not rate:
-        return uniform_indices(len(packets), limit)
     times = sorted(packet for packet in packets if packet[0] is not None)
     if len(times) < len(packets):  # raw streams have no times, and so one rate
-        return uniform_indices(len(packets), min(limit, max(1, round(len(packets) / rate * fps))))
+        wanted = round(len(packets) / rate * fps) if rate else limit
+        return uniform_indices(len(packets), min(limit, max(1, wanted)))
     starts = [start for start, _ in times]
-    span = starts[-1] - starts[0]
-    seconds = float((span + (times[-1][1] or 1 / rate / tick)) * tick)
+    span, steps = starts[-1] - starts[0], len(starts) - 1
+    # ASF does not always state the rate.
+    last = times[-1][1] or (1 / rate / tick if rate else Fraction(span, max(steps, 1)))
+    seconds = float((span + last) * tick)
     count = min(limit, max(1, round(seconds * fps)))
     # Containers round times to ticks, so that equal distances only look unequal.
-    steps = len(starts) - 1
     if all(abs((t - starts[0]) * steps - k * span) <= steps for k, t in enumerate(starts)):
         return uniform_indices(len(starts), count)
     moments = [starts[0] + i * span // max(count - 1, 1) for i in range(count)]
