@@ -238,7 +238,7 @@ class Source:
                         self.offsets.append(offset)
                     try:
                         yield json.loads(line)
-                    except ValueError as error:
+                    except (ValueError, RecursionError) as error:
                         yield ValueError(f"row {number} is not JSON ({error}): {line!r:.80}")
                     number += 1
                 offset += len(line)

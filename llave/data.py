@@ -170,6 +170,9 @@ def load_training(
         raise ValueError(f"on_error must be raise or skip, got {on_error!r}")
     loaded = {}
     for name, rows in _subsets(source, subsets, split, TRAINING):
+        if subsets is None and not set(TRAINING) & set(rows.column_names):
+            print(f"{source}: {name} is passed over, it has none of the columns of the format")
+            continue
         missing = {column for side in SIDES[:2] for column in side} - set(rows.column_names)
         if missing:
             raise ValueError(
@@ -189,6 +192,8 @@ def load_training(
         rows = rows.add_column("subset", [name] * len(rows))
         rows.set_transform(partial(_batch, sides=sides, root=images))
         loaded[name] = rows
+    if not loaded:
+        raise ValueError(f"no file of {source} has the columns {', '.join(TRAINING)}")
     return loaded
 
 
