@@ -104,7 +104,7 @@ def test_files_of_another_format_are_said(
     capsys.readouterr()
     assert queries(tmp_path) == {"train": ["a"]}
     assert "images is passed over" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="subset images of .* lacks the columns pos_image_path"):
+    with pytest.raises(ValueError, match=r"subset images of .* lacks the columns pos_image_path"):
         queries(tmp_path, subsets=["images"])
 
 
