@@ -33,7 +33,10 @@ from llave.video import load_frames
 
 SIDES = (("qry", "qry_image_path"), ("pos_text", "pos_image_path"), ("neg_text", "neg_image_path"))
 COLUMNS = ("anchor", "positive", "negative")
-VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm")
+VIDEO_SUFFIXES = {
+    ".3g2", ".3gp", ".asf", ".avi", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpe",
+    ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv",
+}  # fmt: skip
 FIND_VIDEO = "Find me an video that matches the given caption: "  # "an" is the authors'
 _TEXT, _TEXTS = Value("string"), List(Value("string"))
 TRAINING = Features({column: _TEXT for side in SIDES for column in side})
@@ -66,16 +69,21 @@ class Images:
 
         Raises:
             ValueError: there is no image folder, or the path leaves it.
-            FileNotFoundError: no such file.
+            FileNotFoundError: no such file, nor could there be.
         """
         if self.root is None:
             raise ValueError(f"image {name!r} needs an image folder; pass images=")
         root = self.root.resolve()
-        found = (root / name).resolve()
+        try:
+            found = (root / name).resolve()
+            there = found.exists()
+        except (ValueError, OSError) as error:  # it has a null byte or is too long
+            problem = f"image {name!r:.80} cannot be a path: {error!s:.80}"
+            raise FileNotFoundError(problem) from error
         cache = [p.parent / "blobs" for p in (root, *root.parents) if p.name == "snapshots"]
         if not any(map(found.is_relative_to, [root, *cache])):
             raise ValueError(f"image path {name!r} leaves the image folder {self.root}")
-        if not found.exists() or found == root:
+        if not there or found == root:
             packed = "; it has archives to unpack" if self._packed else ""
             raise FileNotFoundError(f"image {name!r} is not in {self.root}{packed}")
         return found
@@ -219,7 +227,7 @@ def load_evaluation(source: str | Path, task: str) -> list[Candidates]:
     candidates of every caption are all videos. The instructions are the paper's.
 
     Raises:
-        ValueError: no such task, missing columns, or a row without candidates.
+        ValueError: no such task, missing columns, or a row without a query or candidates.
     """
     ((_, rows),) = _subsets(source, [task], "test", EVALUATION)
     for number, problem in enumerate(rows[PROBLEM] if PROBLEM in rows.column_names else ()):
@@ -242,6 +250,8 @@ def load_evaluation(source: str | Path, task: str) -> list[Candidates]:
                 f"{len(paths)} candidate images; expected as many of both, at least one"
             )
         query = _instructed(row.get("qry_inst"), row["qry_text"]), row["qry_img_path"] or ""
+        if not any(query):
+            raise ValueError(f"row {number} of task {task}: the query has neither text nor image")
         targets = [
             (_instructed(row.get("tgt_inst"), text), path or "")
             for text, path in zip(texts, paths, strict=True)
