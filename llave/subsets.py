@@ -27,6 +27,7 @@ from datasets import (
     load_from_disk,
 )
 from huggingface_hub import DatasetCard
+from yaml import YAMLError
 
 from llave.files import LFS_POINTER, left_behind, snapshot
 
@@ -125,31 +126,40 @@ def aligned(parts: list[Dataset]) -> list[Dataset]:
 def _of_card(folder: Path) -> dict[str, dict[str, list[Path]]]:
     """By configuration and split, the files that a dataset card lists and that are there."""
     card = folder / "README.md"
-    if not card.is_file():
+    try:
+        known = DatasetCard.load(card).data.to_dict() if card.is_file() else {}
+    except (ValueError, OSError, YAMLError):  # it is no dataset card
         return {}
     try:
-        configurations = DatasetCard.load(card).data.to_dict().get("configs") or []
-    except (ValueError, OSError):  # it is no dataset card
-        return {}
-    found = {}
-    for configuration in configurations:
-        name = configuration.get("config_name", "default")
-        listed = configuration.get("data_files") or []
-        if not listed and "data_dir" in configuration:
-            found[name] = _of_folder(folder / configuration["data_dir"])
-            continue
-        if isinstance(listed, dict):
-            listed = [{"split": part, "path": path} for part, path in listed.items()]
-        parts: dict[str, list[Path]] = {}
-        for entry in listed if isinstance(listed, list) else [listed]:
-            entry = entry if isinstance(entry, dict) else {"split": "train", "path": entry}
-            paths = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
-            local = [path for path in paths if "://" not in path and not Path(path).is_absolute()]
-            files = {file for path in local for file in folder.glob(path) if _is_data(file)}
-            if files:
-                parts.setdefault(entry["split"], []).extend(sorted(files))
-        found[name] = parts
+        found = {
+            str(configuration.get("config_name", "default")): _listed(folder, configuration)
+            for configuration in known.get("configs") or []
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{card}: its configs are not as the hub has them ({error!r}); mend or remove them"
+        ) from error
     return {name: parts for name, parts in found.items() if parts}
+
+
+def _listed(folder: Path, configuration: dict[str, Any]) -> dict[str, list[Path]]:
+    """By split, the files of a configuration that are there."""
+    listed = configuration.get("data_files") or []
+    if not listed and "data_dir" in configuration:
+        return _of_folder(folder / configuration["data_dir"])
+    if isinstance(listed, dict):
+        listed = [{"split": part, "path": path} for part, path in listed.items()]
+    parts: dict[str, list[Path]] = {}
+    for entry in listed if isinstance(listed, list) else [listed]:
+        entry = entry if isinstance(entry, dict) else {"split": "train", "path": entry}
+        paths = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
+        local = [path for path in paths if "://" not in path and not Path(path).is_absolute()]
+        # On the hub ** ends in files, here in folders.
+        patterns = [f"{path}/*" if path.endswith("**") else path for path in local]
+        files = {file for pattern in patterns for file in folder.glob(pattern) if _is_data(file)}
+        if files:
+            parts.setdefault(entry["split"], []).extend(sorted(files))
+    return parts
 
 
 def _of_names(folder: Path, split: str) -> dict[str, dict[str, list[Path]]]:

@@ -202,8 +202,29 @@ def test_a_dataset_card_says_what_the_subsets_are(tmp_path: Path) -> None:
     assert queries(tmp_path, split="original", subsets=["GQA"]) == {"GQA": EXPECTED["GQA"]}
     with pytest.raises(ValueError, match=r"gone is not in .*; there are GQA, VOC2007, VOC, folder"):
         queries(tmp_path, subsets=["gone"])
-    (tmp_path / "README.md").write_text("# No card\n---\n")
-    assert queries(tmp_path, split="original") == EXPECTED
+    for other in ("# No card\n---\n", "---\n: : [\n---\n"):
+        (tmp_path / "README.md").write_text(other)
+        assert queries(tmp_path, split="original") == EXPECTED
+
+
+def card(tmp_path: Path, configs: str) -> None:
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {configs}\n---\n")
+
+
+@pytest.mark.parametrize("files", ["a/**", "a/**/*.jsonl", "[a/b.jsonl, a/c/**]", "{train: a/**}"])
+def test_patterns_of_a_dataset_card(tmp_path: Path, files: str) -> None:
+    for name in ("b", "c/d"):
+        write(tmp_path / "a" / f"{name}.jsonl", rows(name))
+    card(tmp_path, f"[{{config_name: 2024, data_files: {files}}}]")
+    assert queries(tmp_path) == {"2024": ["b", "c/d"]}
+
+
+@pytest.mark.parametrize("configs", ["x", "[x]", "[{data_files: [{split: train}]}]"])
+def test_a_dataset_card_of_another_form_is_named(tmp_path: Path, configs: str) -> None:
+    write(tmp_path / "train.jsonl", rows("a"))
+    card(tmp_path, configs)
+    with pytest.raises(ValueError, match=r"README\.md: its configs are not as the hub has them"):
+        queries(tmp_path)
 
 
 def cached(root: Path, revision: str, files: dict[str, Path]) -> Path:
