@@ -57,7 +57,7 @@ class Images:
 
     Args:
         root: the folder.
-        pixels: what an image's are: as they are stored, MMEB's way, or ``"seen"`` by a person.
+        pixels: ``"stored"``, which is MMEB's way, or ``"seen"`` (``llave.images``).
     """
 
     def __init__(self, root: str | Path | None, pixels: Pixels = "stored") -> None:
@@ -103,7 +103,7 @@ class Images:
             ValueError, FileNotFoundError: as in ``path``; BrokenImageError: it cannot be read.
         """
         path = self.path(name)
-        # Of the name: in the hub's cache the file itself has none.
+        # The name's suffix: in the hub's cache the file itself has none.
         if Path(name).suffix.lower() in VIDEO_SUFFIXES or path.is_dir():
             kind, read, errors = "video", load_frames, ValueError
         else:
@@ -159,7 +159,7 @@ def load_training(
             files, per subset, or as the hub's tools leave one (``llave.subsets``); or a hub dataset
             with a configuration per subset.
         images: folder the image paths are relative to.
-        split: of a hub dataset, and of a folder where its files say which split they are of.
+        split: the split of a hub dataset, or of a folder whose files say theirs.
         subsets: names; default all in the folder (of a hub dataset they must be given).
         cap: rows of a subset at most, chosen by ``seed``; None: all. The paper has 50,000.
         negatives: whether to give mined negatives, of subsets that have any. Without, all subsets

@@ -42,14 +42,14 @@ _OTHERS = ("state.json", "dataset_dict.json", "dataset_info.json", "dataset_info
 
 
 def subset_files(source: Path, names: list[str] | None, split: str) -> dict[str, list[Path]]:
-    """The files of each subset of a folder; of one that ``save_to_disk`` wrote, its folder.
+    """Each subset's files, or its folder where ``save_to_disk`` wrote it.
 
     Hidden entries, what systems leave behind and folders without data files are passed over.
 
     Args:
         source: the folder.
         names: the subsets to give. Default: all.
-        split: the one to take where files say of which they are: ``SPLIT-00000-of-00001.parquet``,
+        split: the split to take where files say theirs: ``SPLIT-00000-of-00001.parquet``,
             ``SPLIT/0000.parquet``, or as the folder's dataset card has it.
 
     Raises:
@@ -72,7 +72,7 @@ def subset_files(source: Path, names: list[str] | None, split: str) -> dict[str,
 
 
 def has_splits(source: Path) -> bool:
-    """Whether any file of a folder says of which split it is."""
+    """Whether any file of a folder says its split."""
     folder = snapshot(source)
     return any(
         label or _SHARD.fullmatch(file.stem) or (file / "dataset_dict.json").is_file()
@@ -83,7 +83,7 @@ def has_splits(source: Path) -> bool:
 
 
 def read_files(files: list[Path], columns: Features, split: str) -> Dataset:
-    """The rows of a subset's files, of these columns those that a file has, in their types.
+    """The rows of a subset's files, with those of the columns that are there, in their types.
 
     Text columns take numbers too. Where JSON rows hold anything else, or text that is no Unicode,
     the dataset has a column ``problem``, which says so for the row. It is there too, and empty,
@@ -100,7 +100,7 @@ def read_files(files: list[Path], columns: Features, split: str) -> Dataset:
 
 
 def typed(rows: Dataset, columns: Features, where: object) -> Dataset:
-    """Of a dataset these columns, those that are there, in their types; ValueError names others."""
+    """A dataset with those of the columns that are there; ValueError names one of another type."""
     if not set(columns) & set(rows.column_names):
         return _without_columns(len(rows))
     rows = rows.select_columns([name for name in columns if name in rows.column_names])

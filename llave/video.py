@@ -37,7 +37,7 @@ def load_frames(video: Any, *, fps: float = 3.0, limit: int = 32) -> list[Image.
             images, in natural order (2 before 10), other files ignored; a list of frames, each as
             :func:`llave.images.to_rgb` takes it; or an array of shape (frames, height, width,
             channels).
-        fps: frames taken per second of a video file, default the paper's: those on show at moments
+        fps: frames taken per second of a video file, default the paper's: those shown at moments
             spread uniformly over its time, each once. For the other kinds, and for a file that
             knows neither times nor a rate, only ``limit`` counts.
         limit: frames at most, default the paper's.
@@ -95,7 +95,7 @@ def _decode(path: str, fps: float, limit: int) -> list[Image.Image]:
     try:
         with av.open(path) as container:
             videos = container.streams.video
-            # Of several the container knows the main one: others are covers and thumbnails.
+            # The container knows the main one of several: others are covers and thumbnails.
             number = videos.index(container.streams.best("video")) if len(videos) > 1 else 0
             # Counted: the headers of Matroska, WebM and MPEG-TS do not say how many frames follow.
             times, ratio, tick = [], 1, None
@@ -127,7 +127,7 @@ def _indices(
     fps: float,
     limit: int,
 ) -> list[int]:
-    """The frames on show at moments spread uniformly over a video's time.
+    """The frames shown at moments spread uniformly over a video's time.
 
     Args:
         packets: each frame's time and duration in ticks, in the file's order.
