@@ -125,7 +125,7 @@ def as_seen(image: Image.Image) -> Image.Image:
         orientation = 1
     # Pillow would write the other tags anew, and fails at some that it reads.
     exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = orientation
+    exif[ExifTags.Base.Orientation] = int(orientation) if orientation in range(1, 9) else 1
     seen.info = {"exif": exif.tobytes()}
     seen = ImageOps.exif_transpose(seen)
     seen.info = {}
