@@ -1,8 +1,8 @@
 """LLaVE's input format, as data that a saved folder carries.
 
 * The chat template: system and user turns, images before the text. A text is text: where it has
-  the name of one of the tokenizer's tokens, such as ``<image>``, the template breaks the name with
-  a mark, which the tokenizer takes out again behind its search for such names.
+  the name of one of the tokenizer's tokens, such as ``<image>``, the template breaks the name by
+  a mark. The tokenizer takes the mark out again after its search for such names.
 * The tokenizer's post-processor: the closing turn. A tokenizer makes room for what its
   post-processor adds before it truncates, so an over-long text is cut inside the user turn and
   the pooled token, the last one, is always there. A template's end would be cut off.
@@ -168,10 +168,10 @@ def formatted(tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> PreTra
 
 
 def placeholder_problem(text: str, media: int) -> str | None:
-    """What the template would say against a text for its placeholders ``<|image_1|>``, ...
+    """What is wrong with a text's placeholders ``<|image_1|>``, ..., as the template judges them.
 
     Args:
-        text: of an input.
+        text: an input's text.
         media: how many images and videos the input has.
     """
     known = {str(number) for number in range(1, media + 1)}

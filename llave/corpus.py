@@ -41,7 +41,7 @@ class Source:
     """Rows of a JSONL file, a parquet file or a folder of images, streamed from a range's start.
 
     Attributes:
-        ignored: of a folder, how many entries are not taken, by why.
+        ignored: how many entries of a folder are not taken, by reason.
     """
 
     def __init__(self, path: Path, image_root: Path | None, shard_rows: int) -> None:
@@ -122,7 +122,7 @@ class Source:
         return {"size": size, "rows": len(hashes), "ids": ids.hexdigest(), "content": content}
 
     def left_out(self) -> str:
-        """What of a folder is not taken, and why."""
+        """Which entries of a folder are not taken, and why."""
         return ", ".join(f"{count} {why}" for why, count in sorted(self.ignored.items()))
 
     def _find_repeats(self, hashes: np.ndarray, on_error: OnError) -> dict[int, int]:
@@ -238,7 +238,7 @@ class Source:
                         self.offsets.append(offset)
                     try:
                         yield json.loads(line)
-                    except ValueError as error:
+                    except (ValueError, RecursionError) as error:
                         yield ValueError(f"row {number} is not JSON ({error}): {line!r:.80}")
                     number += 1
                 offset += len(line)

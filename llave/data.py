@@ -33,7 +33,10 @@ from llave.video import load_frames
 
 SIDES = (("qry", "qry_image_path"), ("pos_text", "pos_image_path"), ("neg_text", "neg_image_path"))
 COLUMNS = ("anchor", "positive", "negative")
-VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm")
+VIDEO_SUFFIXES = {
+    ".3g2", ".3gp", ".asf", ".avi", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpe",
+    ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv",
+}  # fmt: skip
 FIND_VIDEO = "Find me an video that matches the given caption: "  # "an" is the authors'
 _TEXT, _TEXTS = Value("string"), List(Value("string"))
 TRAINING = Features({column: _TEXT for side in SIDES for column in side})
@@ -54,7 +57,7 @@ class Images:
 
     Args:
         root: the folder.
-        pixels: what an image's are: as they are stored, MMEB's way, or ``"seen"`` by a person.
+        pixels: ``"stored"``, which is MMEB's way, or ``"seen"`` (``llave.images``).
     """
 
     def __init__(self, root: str | Path | None, pixels: Pixels = "stored") -> None:
@@ -66,16 +69,21 @@ class Images:
 
         Raises:
             ValueError: there is no image folder, or the path leaves it.
-            FileNotFoundError: no such file.
+            FileNotFoundError: no such file, nor could there be.
         """
         if self.root is None:
             raise ValueError(f"image {name!r} needs an image folder; pass images=")
         root = self.root.resolve()
-        found = (root / name).resolve()
+        try:
+            found = (root / name).resolve()
+            there = found.exists()
+        except (ValueError, OSError) as error:  # it has a null byte or is too long
+            problem = f"image {name!r:.80} cannot be a path: {error!s:.80}"
+            raise FileNotFoundError(problem) from error
         cache = [p.parent / "blobs" for p in (root, *root.parents) if p.name == "snapshots"]
         if not any(map(found.is_relative_to, [root, *cache])):
             raise ValueError(f"image path {name!r} leaves the image folder {self.root}")
-        if not found.exists() or found == root:
+        if not there or found == root:
             packed = "; it has archives to unpack" if self._packed else ""
             raise FileNotFoundError(f"image {name!r} is not in {self.root}{packed}")
         return found
@@ -95,7 +103,7 @@ class Images:
             ValueError, FileNotFoundError: as in ``path``; BrokenImageError: it cannot be read.
         """
         path = self.path(name)
-        # Of the name: in the hub's cache the file itself has none.
+        # The name's suffix: in the hub's cache the file itself has none.
         if Path(name).suffix.lower() in VIDEO_SUFFIXES or path.is_dir():
             kind, read, errors = "video", load_frames, ValueError
         else:
@@ -151,7 +159,7 @@ def load_training(
             files, per subset, or as the hub's tools leave one (``llave.subsets``); or a hub dataset
             with a configuration per subset.
         images: folder the image paths are relative to.
-        split: of a hub dataset, and of a folder where its files say which split they are of.
+        split: the split of a hub dataset, or of a folder whose files say theirs.
         subsets: names; default all in the folder (of a hub dataset they must be given).
         cap: rows of a subset at most, chosen by ``seed``; None: all. The paper has 50,000.
         negatives: whether to give mined negatives, of subsets that have any. Without, all subsets
@@ -170,6 +178,9 @@ def load_training(
         raise ValueError(f"on_error must be raise or skip, got {on_error!r}")
     loaded = {}
     for name, rows in _subsets(source, subsets, split, TRAINING):
+        if subsets is None and not set(TRAINING) & set(rows.column_names):
+            print(f"{source}: {name} is passed over, it has none of the columns of the format")
+            continue
         missing = {column for side in SIDES[:2] for column in side} - set(rows.column_names)
         if missing:
             raise ValueError(
@@ -189,6 +200,8 @@ def load_training(
         rows = rows.add_column("subset", [name] * len(rows))
         rows.set_transform(partial(_batch, sides=sides, root=images))
         loaded[name] = rows
+    if not loaded:
+        raise ValueError(f"no file of {source} has the columns {', '.join(TRAINING)}")
     return loaded
 
 
@@ -214,7 +227,7 @@ def load_evaluation(source: str | Path, task: str) -> list[Candidates]:
     candidates of every caption are all videos. The instructions are the paper's.
 
     Raises:
-        ValueError: no such task, missing columns, or a row without candidates.
+        ValueError: no such task, missing columns, or a row without a query or candidates.
     """
     ((_, rows),) = _subsets(source, [task], "test", EVALUATION)
     for number, problem in enumerate(rows[PROBLEM] if PROBLEM in rows.column_names else ()):
@@ -237,6 +250,8 @@ def load_evaluation(source: str | Path, task: str) -> list[Candidates]:
                 f"{len(paths)} candidate images; expected as many of both, at least one"
             )
         query = _instructed(row.get("qry_inst"), row["qry_text"]), row["qry_img_path"] or ""
+        if not any(query):
+            raise ValueError(f"row {number} of task {task}: the query has neither text nor image")
         targets = [
             (_instructed(row.get("tgt_inst"), text), path or "")
             for text, path in zip(texts, paths, strict=True)

@@ -47,7 +47,7 @@ class EmbedReport:
     skipped: list[dict[str, Any]] = field(default_factory=list)
     """Rows left out because they cannot be used: ``{"row", "id", "error"}`` each."""
     ignored: dict[str, int] = field(default_factory=dict)
-    """Entries of a folder that are not taken: how many, by why."""
+    """How many entries of a folder are not taken, by reason."""
     seconds: float = 0.0
 
 

@@ -30,13 +30,13 @@ else:
     HEIF = True
 
 Pixels = Literal["seen", "stored"]
-# Of files that hold a picture and that Pillow reads; others in a folder of images are left out.
+# Files that hold a picture and that Pillow reads; others in a folder of images are left out.
 IMAGE_SUFFIXES = {
     ".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".hif", ".j2k", ".jfif", ".jp2",
     ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm",
     ".tga", ".tif", ".tiff", ".webp",
 }  # fmt: skip
-# What reads the suffixes of which this environment's Pillow lacks the decoder.
+# By suffix, what to install where this environment's Pillow lacks the decoder.
 MISSING = {
     suffix: remedy
     for suffixes, there, remedy in (
@@ -73,10 +73,10 @@ def to_rgb(image: Any, name: str) -> Image.Image:
     """One image in RGB as a person sees it.
 
     Args:
-        image: PIL, path, URL, or an array (height, width), or uint8 with 3 or 4 channels last. Grey
-            is uint8, uint16, or another type, of which the smallest of 1 (floats), 255 and 65535
-            that no value is above is white.
-        name: of the argument, for the errors.
+        image: PIL, path, URL, or an array (height, width), or uint8 with 3 or 4 channels last. In
+            grey of other types than uint8 and uint16, white is 1 (floats only), 255 or 65535: the
+            smallest that no value exceeds.
+        name: the argument's name, for the errors.
 
     Raises:
         ValueError: the file does not exist or cannot be read, or it is no image.
@@ -125,7 +125,7 @@ def as_seen(image: Image.Image) -> Image.Image:
         orientation = 1
     # Pillow would write the other tags anew, and fails at some that it reads.
     exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = orientation
+    exif[ExifTags.Base.Orientation] = int(orientation) if orientation in range(1, 9) else 1
     seen.info = {"exif": exif.tobytes()}
     seen = ImageOps.exif_transpose(seen)
     seen.info = {}

@@ -37,7 +37,7 @@ class _Hooks(OrderedDict[int, Any]):
 
 
 class _Hooked(int):
-    """A true value that is pickled as a false one, but not so by ``copy.copy``, of shared parts."""
+    """A true value that pickles as a false one; ``copy.copy``, which shares the hooks, keeps it."""
 
     def __reduce__(self) -> Any:
         return bool, ()

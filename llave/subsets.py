@@ -27,6 +27,7 @@ from datasets import (
     load_from_disk,
 )
 from huggingface_hub import DatasetCard
+from yaml import YAMLError
 
 from llave.files import LFS_POINTER, left_behind, snapshot
 
@@ -36,20 +37,19 @@ PROBLEM = "problem"  # the column that says why a row cannot be used, in subsets
 _UNREAD = (".arrow", ".csv", ".feather", ".gz", ".tar", ".tsv", ".xlsx", ".xz", ".zst")
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
 _SPLITS = ("train", "training", "test", "testing", "validation", "valid", "dev", "eval")
-_SAVED = ("state.json", "dataset_dict.json")
 # What the hub and ``save_to_disk`` keep beside the data.
-OTHERS = (*_SAVED, "dataset_info.json", "dataset_infos.json")
+_OTHERS = ("state.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
 
 
 def subset_files(source: Path, names: list[str] | None, split: str) -> dict[str, list[Path]]:
-    """The files of each subset of a folder; of one that ``save_to_disk`` wrote, its folder.
+    """Each subset's files, or its folder where ``save_to_disk`` wrote it.
 
     Hidden entries, what systems leave behind and folders without data files are passed over.
 
     Args:
         source: the folder.
         names: the subsets to give. Default: all.
-        split: the one to take where files say of which they are: ``SPLIT-00000-of-00001.parquet``,
+        split: the split to take where files say theirs: ``SPLIT-00000-of-00001.parquet``,
             ``SPLIT/0000.parquet``, or as the folder's dataset card has it.
 
     Raises:
@@ -65,15 +65,14 @@ def subset_files(source: Path, names: list[str] | None, split: str) -> dict[str,
     for name in names or ():
         if name not in found:
             raise ValueError(f"{name} is not in {source}; there are {', '.join(found)}")
-    unread = [path.name for path in sorted(folder.iterdir()) if path.suffix.lower() in _UNREAD]
-    if unread and names is None:
-        print(f"{source}: not read: {', '.join(unread)}; convert them to {' or '.join(SUFFIXES)}")
+    if names is None:
+        _say_unread(folder)
     chosen = {name: found[name] for name in (names if names is not None else found)}
     return {name: _of_split(name, parts, split) for name, parts in chosen.items()}
 
 
 def has_splits(source: Path) -> bool:
-    """Whether any file of a folder says of which split it is."""
+    """Whether any file of a folder says its split."""
     folder = snapshot(source)
     return any(
         label or _SHARD.fullmatch(file.stem) or (file / "dataset_dict.json").is_file()
@@ -84,10 +83,11 @@ def has_splits(source: Path) -> bool:
 
 
 def read_files(files: list[Path], columns: Features, split: str) -> Dataset:
-    """The rows of a subset's files, of these columns those that a file has, in their types.
+    """The rows of a subset's files, with those of the columns that are there, in their types.
 
     Text columns take numbers too. Where JSON rows hold anything else, or text that is no Unicode,
-    the dataset has a column ``problem``, which says so for the row.
+    the dataset has a column ``problem``, which says so for the row. It is there too, and empty,
+    where a file has none of the columns.
 
     Raises:
         ValueError: a file cannot be read, a column is of another type, or there are no rows.
@@ -100,7 +100,9 @@ def read_files(files: list[Path], columns: Features, split: str) -> Dataset:
 
 
 def typed(rows: Dataset, columns: Features, where: object) -> Dataset:
-    """Of a dataset these columns, those that are there, in their types; ValueError names others."""
+    """A dataset with those of the columns that are there; ValueError names one of another type."""
+    if not set(columns) & set(rows.column_names):
+        return _without_columns(len(rows))
     rows = rows.select_columns([name for name in columns if name in rows.column_names])
     features = Features({name: columns[name] for name in rows.column_names})
     _check_types(rows.features.arrow_schema, columns, where)
@@ -124,36 +126,45 @@ def aligned(parts: list[Dataset]) -> list[Dataset]:
 def _of_card(folder: Path) -> dict[str, dict[str, list[Path]]]:
     """By configuration and split, the files that a dataset card lists and that are there."""
     card = folder / "README.md"
-    if not card.is_file():
+    try:
+        known = DatasetCard.load(card).data.to_dict() if card.is_file() else {}
+    except (ValueError, OSError, YAMLError):  # it is no dataset card
         return {}
     try:
-        configurations = DatasetCard.load(card).data.to_dict().get("configs") or []
-    except (ValueError, OSError):  # it is no dataset card
-        return {}
-    found = {}
-    for configuration in configurations:
-        name = configuration.get("config_name", "default")
-        listed = configuration.get("data_files") or []
-        if not listed and "data_dir" in configuration:
-            found[name] = _of_folder(folder / configuration["data_dir"])
-            continue
-        if isinstance(listed, dict):
-            listed = [{"split": part, "path": path} for part, path in listed.items()]
-        parts: dict[str, list[Path]] = {}
-        for entry in listed if isinstance(listed, list) else [listed]:
-            entry = entry if isinstance(entry, dict) else {"split": "train", "path": entry}
-            paths = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
-            local = [path for path in paths if "://" not in path and not Path(path).is_absolute()]
-            files = {file for path in local for file in folder.glob(path) if _is_data(file)}
-            if files:
-                parts.setdefault(entry["split"], []).extend(sorted(files))
-        found[name] = parts
+        found = {
+            str(configuration.get("config_name", "default")): _listed(folder, configuration)
+            for configuration in known.get("configs") or []
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{card}: its configs are not as the hub has them ({error!r}); mend or remove them"
+        ) from error
     return {name: parts for name, parts in found.items() if parts}
+
+
+def _listed(folder: Path, configuration: dict[str, Any]) -> dict[str, list[Path]]:
+    """By split, the files of a configuration that are there."""
+    listed = configuration.get("data_files") or []
+    if not listed and "data_dir" in configuration:
+        return _of_folder(folder / configuration["data_dir"])
+    if isinstance(listed, dict):
+        listed = [{"split": part, "path": path} for part, path in listed.items()]
+    parts: dict[str, list[Path]] = {}
+    for entry in listed if isinstance(listed, list) else [listed]:
+        entry = entry if isinstance(entry, dict) else {"split": "train", "path": entry}
+        paths = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
+        local = [path for path in paths if "://" not in path and not Path(path).is_absolute()]
+        # On the hub ** ends in files, here in folders.
+        patterns = [f"{path}/*" if path.endswith("**") else path for path in local]
+        files = {file for pattern in patterns for file in folder.glob(pattern) if _is_data(file)}
+        if files:
+            parts.setdefault(entry["split"], []).extend(sorted(files))
+    return parts
 
 
 def _of_names(folder: Path, split: str) -> dict[str, dict[str, list[Path]]]:
     """By subset and split ("" where names say nothing of it) the files in a folder."""
-    if any((folder / name).is_file() for name in _SAVED):
+    if _is_saved(folder):
         return {folder.name: {"": [folder]}}
     found: dict[str, dict[str, list[Path]]] = {}
     shards: set[str] = set()
@@ -187,11 +198,30 @@ def _of_names(folder: Path, split: str) -> dict[str, dict[str, list[Path]]]:
 
 
 def _is_data(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.name not in OTHERS and path.is_file()
+    return path.suffix.lower() in SUFFIXES and path.name not in _OTHERS and path.is_file()
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether ``save_to_disk`` wrote a folder."""
+    one = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    return one or (folder / "dataset_dict.json").is_file()
+
+
+def _say_unread(folder: Path) -> None:
+    unread = [
+        str(path.relative_to(folder))
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in _UNREAD
+        and not any(map(left_behind, path.relative_to(folder).parts))
+        and not _is_saved(path.parent)
+    ]
+    if unread:
+        more = f" and {len(unread) - 8} more" if len(unread) > 8 else ""
+        print(f"{folder}: not read: {', '.join(unread[:8])}{more}; only {', '.join(SUFFIXES)} are")
 
 
 def _of_folder(folder: Path) -> dict[str, list[Path]]:
-    if any((folder / name).is_file() for name in _SAVED):
+    if _is_saved(folder):
         return {"": [folder]}
     found: dict[str, list[Path]] = {}
     for file in sorted(folder.rglob("*")):
@@ -240,16 +270,21 @@ def _read(file: Path, columns: Features, split: str) -> Dataset:
     if file.suffix.lower() != ".parquet":
         return _read_json(file, columns)
     try:
-        schema = pq.read_schema(file)
+        metadata = pq.read_metadata(file)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file} is no whole parquet file ({error}); get it again") from error
+    schema = metadata.schema.to_arrow_schema()
     _check_types(schema, columns, file)
     there = Features({name: columns[name] for name in columns if name in schema.names})
-    if not there:
-        return Dataset.from_dict({})
+    if not there or not metadata.num_rows:
+        return _without_columns(metadata.num_rows)
     return load_dataset(
         "parquet", data_files=[str(file)], columns=list(there), features=there, split="train"
     )
+
+
+def _without_columns(count: int) -> Dataset:
+    return Dataset(pa.table({PROBLEM: pa.nulls(count, pa.string())}))
 
 
 def _check_types(schema: pa.Schema, columns: Features, where: object) -> None:
@@ -287,7 +322,7 @@ def _read_json(file: Path, columns: Features) -> Dataset:
     while chunk := list(islice(rows, 10_000)):
         batches.append(pa.RecordBatch.from_pylist(chunk, features.arrow_schema))
     table = pa.Table.from_batches(batches, features.arrow_schema)
-    return Dataset(table).select_columns([name for name in features if name in seen])
+    return Dataset(table).select_columns([n for n in features if n in seen] or [PROBLEM])
 
 
 def _json_values(file: Path) -> Iterator[Any]:
@@ -299,7 +334,7 @@ def _json_values(file: Path) -> Iterator[Any]:
         if pretty or head[:1] == b"[":
             try:
                 whole = json.load(opened)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{file} is not JSON ({error}); get it again") from error
             yield from whole if isinstance(whole, list) else [whole]
             return
@@ -307,20 +342,21 @@ def _json_values(file: Path) -> Iterator[Any]:
             if line.strip():
                 try:
                     yield json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     yield error
 
 
 def _json_row(value: Any, columns: Features, seen: set[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         seen.add(PROBLEM)
-        return {PROBLEM: f"it is no JSON object: {value!r:.80}"}
+        said = f"{value}" if isinstance(value, Exception) else f"{value!r}"
+        return {PROBLEM: f"it is no JSON object: {said:.80}"}
+    there = [name for name in columns if name in value]
+    seen.update(there)
     row = {}
     try:
-        for name in columns:
-            if name in value:
-                seen.add(name)
-                row[name] = _text(value[name], name, isinstance(columns[name], Value))
+        for name in there:
+            row[name] = _text(value[name], name, isinstance(columns[name], Value))
     except ValueError as error:
         seen.add(PROBLEM)
         return {PROBLEM: str(error)}

@@ -37,9 +37,9 @@ def load_frames(video: Any, *, fps: float = 3.0, limit: int = 32) -> list[Image.
             images, in natural order (2 before 10), other files ignored; a list of frames, each as
             :func:`llave.images.to_rgb` takes it; or an array of shape (frames, height, width,
             channels).
-        fps: frames taken per second of a video file, default the paper's: those on show at moments
-            spread uniformly over its time, each once. Where there is no duration, in the other
-            kinds or a file without a frame rate, only ``limit`` counts.
+        fps: frames taken per second of a video file, default the paper's: those shown at moments
+            spread uniformly over its time, each once. For the other kinds, and for a file that
+            knows neither times nor a rate, only ``limit`` counts.
         limit: frames at most, default the paper's.
 
     Raises:
@@ -95,7 +95,7 @@ def _decode(path: str, fps: float, limit: int) -> list[Image.Image]:
     try:
         with av.open(path) as container:
             videos = container.streams.video
-            # Of several the container knows the main one: others are covers and thumbnails.
+            # The container knows the main one of several: others are covers and thumbnails.
             number = videos.index(container.streams.best("video")) if len(videos) > 1 else 0
             # Counted: the headers of Matroska, WebM and MPEG-TS do not say how many frames follow.
             times, ratio, tick = [], 1, None
@@ -127,25 +127,25 @@ def _indices(
     fps: float,
     limit: int,
 ) -> list[int]:
-    """The frames on show at moments spread uniformly over a video's time.
+    """The frames shown at moments spread uniformly over a video's time.
 
     Args:
         packets: each frame's time and duration in ticks, in the file's order.
         tick: in seconds.
-        rate: frames per second on average.
+        rate: frames per second on average, where the file states it.
         fps, limit: as :func:`load_frames` has them.
     """
-    if not rate:
-        return uniform_indices(len(packets), limit)
     times = sorted(packet for packet in packets if packet[0] is not None)
     if len(times) < len(packets):  # raw streams have no times, and so one rate
-        return uniform_indices(len(packets), min(limit, max(1, round(len(packets) / rate * fps))))
+        wanted = round(len(packets) / rate * fps) if rate else limit
+        return uniform_indices(len(packets), min(limit, max(1, wanted)))
     starts = [start for start, _ in times]
-    span = starts[-1] - starts[0]
-    seconds = float((span + (times[-1][1] or 1 / rate / tick)) * tick)
+    span, steps = starts[-1] - starts[0], len(starts) - 1
+    # ASF does not always state the rate.
+    last = times[-1][1] or (1 / rate / tick if rate else Fraction(span, max(steps, 1)))
+    seconds = float((span + last) * tick)
     count = min(limit, max(1, round(seconds * fps)))
     # Containers round times to ticks, so that equal distances only look unequal.
-    steps = len(starts) - 1
     if all(abs((t - starts[0]) * steps - k * span) <= steps for k, t in enumerate(starts)):
         return uniform_indices(len(starts), count)
     moments = [starts[0] + i * span // max(count - 1, 1) for i in range(count)]

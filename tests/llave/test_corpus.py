@@ -133,6 +133,7 @@ UNUSABLE = [
     ({"text": "again", "id": "doc 0"}, "rows? .*1 ha(ve|s) the (same )?id"),
     (["a"], "row 1 must be an object"),
     ("{", "row 1 is not JSON"),
+    ("[" * 100_000, "row 1 is not JSON"),
     ({"image": "gone.png"}, "gone.png"),
     ({"image": "cut.png"}, "cut.png"),
 ]
@@ -145,8 +146,8 @@ def test_a_row_that_cannot_be_used_is_named_or_left_out(
     (tmp_path / "cut.png").write_bytes(png("red")[:40])
     first, last = texts(2)
     source = write_jsonl(tmp_path / "a.jsonl", [first, record, last])
-    if record == "{":
-        source.write_text(f"{json.dumps(first)}\n{{\n{json.dumps(last)}\n")
+    if isinstance(record, str):
+        source.write_text(f"{json.dumps(first)}\n{record}\n{json.dumps(last)}\n")
     with pytest.raises(ValueError, match=problem):
         quick(source, tmp_path / "out")
     report = quick(source, tmp_path / "out", on_error="skip")

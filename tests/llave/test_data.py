@@ -129,6 +129,23 @@ def test_negatives_are_a_column_where_rows_have_them(folders: Folders) -> None:
     assert "negative" not in folders.load("b")[0]
 
 
+@pytest.mark.parametrize("name", ["a\0.png", "a" * 5000])
+def test_what_cannot_be_a_path_is_named_or_left_out(folders: Folders, name: str) -> None:
+    folders.write("a", [*pairs(1), ("q", name, "p", "", "", ""), *pairs(1, 2)])
+    with pytest.raises(ValueError, match=r"subset a, row 1: image 'a.* cannot be a path"):
+        folders.load()[:]
+    assert len(folders.load(on_error="skip")) == 2
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.WMV", "a.3gp", "a.MTS", "a.flv", "a.webm"])
+def test_what_cameras_and_players_call_videos(folders: Folders, name: str) -> None:
+    pytest.importorskip("av")
+    (folders.images / name).write_bytes(b"no video")
+    folders.write("a", [(MARK, name, "p", "", "", "")])
+    with pytest.raises(ValueError, match=rf"row 0: video '{name}' in .* cannot be read"):
+        folders.load()[0]
+
+
 def test_paths_of_videos_and_of_folders_of_frames_are_videos(folders: Folders) -> None:
     (folders.images / "clip").mkdir()
     for n in range(40):
@@ -368,6 +385,12 @@ def test_evaluation_rows(folders: Folders) -> None:
         ((f"{MARK}Find it. q", ""), [("Represent: a", ""), ("Represent: b", "")], 0)
     ]
     assert evaluation(folders, qry_img_path="1.png", tgt_text=["", ""])[0].query == ("q", "1.png")
+
+
+def test_evaluation_rows_without_a_query_are_named(folders: Folders) -> None:
+    with pytest.raises(ValueError, match="row 0 of task t: the query has neither text nor image"):
+        evaluation(folders, qry_text=None)
+    assert evaluation(folders, qry_text="", qry_inst="Find it.")[0].query == ("Find it.", "")
 
 
 def test_evaluation_rows_without_candidates_are_named(folders: Folders) -> None:

@@ -266,7 +266,17 @@ def test_every_mode_is_turned(mode: str) -> None:
     assert difference(as_seen(quarter), expected) == 0
 
 
-@pytest.mark.parametrize("tags", [b"Exif\0\0no tags at all", exif(0), exif(9)])
+def exif_of_type(kind: int) -> bytes:
+    """An orientation tag of another of TIFF's types than SHORT."""
+    entry = struct.pack("<HHHII", 1, 0x112, kind, 1, 6)
+    return b"Exif\0\0II*\0" + struct.pack("<I", 8) + entry + bytes(4)
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [b"Exif\0\0no tags at all", exif(0), exif(9), *map(exif_of_type, (1, 2, 7))],
+    ids=["damaged", "0", "9", "byte", "ascii", "undefined"],
+)
 def test_damaged_orientations_are_passed_over(tags: Any) -> None:
     assert difference(open_rgb(saved(PICTURE, "JPEG", exif=tags, **EXACT)), PICTURE) <= LOSSY
 

@@ -100,6 +100,14 @@ def test_hooks_of_the_user_stay():
     assert list(made._forward_hooks.values()) == [unchanged]
 
 
+def test_a_model_trained_with_checkpointing_is_pickled_as_the_readme_says():
+    model = llave.build(tiny.llava_onevision(), device="cpu")
+    model[0].model.gradient_checkpointing_enable()
+    expected = model.encode(ITEMS)
+    model[0].model.disable_input_require_grads()
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(model)).encode(ITEMS), expected)
+
+
 def first_layer(model: SentenceTransformer) -> torch.nn.Module:
     return next(
         module

@@ -81,10 +81,47 @@ def test_what_a_system_leaves_behind(name: str, left: bool) -> None:
 
 def test_data_of_other_kinds_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "a.jsonl", rows("a"))
-    for name in ("b.csv", "c.jsonl.gz", "notes.txt"):
+    Dataset.from_list(rows("b")).save_to_disk(tmp_path / "saved")
+    (tmp_path / "more" / ".cache").mkdir(parents=True)
+    for name in ("b.csv", "c.jsonl.gz", "notes.txt", "more/d.tsv", "more/.cache/e.csv"):
         (tmp_path / name).touch()
+    assert queries(tmp_path) == {"a": ["a"], "saved": ["b"]}
+    assert "not read: b.csv, c.jsonl.gz, more/d.tsv; only" in capsys.readouterr().out
+    queries(tmp_path / "saved")
+    assert "not read" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_files_of_another_format_are_said(
+    tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What describes the images that lie in a folder beside the data."""
+    write(tmp_path / "images" / f"metadata{suffix}", [{"file_name": "a.png", "text": "a cat"}])
+    with pytest.raises(ValueError, match=r"no file of .* has the columns qry, "):
+        queries(tmp_path)
+    write(tmp_path / "train.jsonl", rows("a"))
+    (tmp_path / "state.json").write_text("{}")
+    capsys.readouterr()
+    assert queries(tmp_path) == {"train": ["a"]}
+    assert "images is passed over" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"subset images of .* lacks the columns pos_image_path"):
+        queries(tmp_path, subsets=["images"])
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_one_file_of_a_subset_is_of_another_format(tmp_path: Path, suffix: str) -> None:
+    write(tmp_path / "a" / f"0{suffix}", rows("a"))
+    write(tmp_path / "a" / f"1{suffix}", [{"query": "b"}])
+    with pytest.raises(ValueError, match="subset a, row 1: the query has neither text"):
+        queries(tmp_path)
+    assert queries(tmp_path, on_error="skip") == {"a": ["a"]}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_a_file_without_rows_beside_others(tmp_path: Path, suffix: str) -> None:
+    write(tmp_path / "a" / f"0{suffix}", rows("a"))
+    write(tmp_path / "a" / f"1{suffix}", [], typed(pa.string()))
     assert queries(tmp_path) == {"a": ["a"]}
-    assert "not read: b.csv, c.jsonl.gz; convert" in capsys.readouterr().out
 
 
 def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -165,8 +202,29 @@ def test_a_dataset_card_says_what_the_subsets_are(tmp_path: Path) -> None:
     assert queries(tmp_path, split="original", subsets=["GQA"]) == {"GQA": EXPECTED["GQA"]}
     with pytest.raises(ValueError, match=r"gone is not in .*; there are GQA, VOC2007, VOC, folder"):
         queries(tmp_path, subsets=["gone"])
-    (tmp_path / "README.md").write_text("# No card\n---\n")
-    assert queries(tmp_path, split="original") == EXPECTED
+    for other in ("# No card\n---\n", "---\n: : [\n---\n"):
+        (tmp_path / "README.md").write_text(other)
+        assert queries(tmp_path, split="original") == EXPECTED
+
+
+def card(tmp_path: Path, configs: str) -> None:
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {configs}\n---\n")
+
+
+@pytest.mark.parametrize("files", ["a/**", "a/**/*.jsonl", "[a/b.jsonl, a/c/**]", "{train: a/**}"])
+def test_patterns_of_a_dataset_card(tmp_path: Path, files: str) -> None:
+    for name in ("b", "c/d"):
+        write(tmp_path / "a" / f"{name}.jsonl", rows(name))
+    card(tmp_path, f"[{{config_name: 2024, data_files: {files}}}]")
+    assert queries(tmp_path) == {"2024": ["b", "c/d"]}
+
+
+@pytest.mark.parametrize("configs", ["x", "[x]", "[{data_files: [{split: train}]}]"])
+def test_a_dataset_card_of_another_form_is_named(tmp_path: Path, configs: str) -> None:
+    write(tmp_path / "train.jsonl", rows("a"))
+    card(tmp_path, configs)
+    with pytest.raises(ValueError, match=r"README\.md: its configs are not as the hub has them"):
+        queries(tmp_path)
 
 
 def cached(root: Path, revision: str, files: dict[str, Path]) -> Path:
@@ -335,11 +393,17 @@ def test_values_that_are_no_text_are_named_or_left_out(
 
 def test_lines_that_are_no_object_are_named_or_left_out(tmp_path: Path) -> None:
     lines = [json.dumps(rows(name)[0]) for name in "abc"]
-    lines[1:1] = ["{", '"text"', ""]
+    lines[1:1] = ["{", '"text"', "", "[" * 100_000]
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
     with pytest.raises(ValueError, match="subset a, row 1: it is no JSON object"):
         load_training(tmp_path)
     assert queries(tmp_path, on_error="skip") == {"a": ["a", "b", "c"]}
+
+
+def test_columns_are_there_where_no_row_can_be_used(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", rows("a", qry_image_path={"path": "a.png"}))
+    with pytest.raises(ValueError, match="subset a, row 0: qry_image_path must be a text"):
+        queries(tmp_path)
 
 
 def test_parquet_columns_of_other_types_are_named(tmp_path: Path) -> None:
