@@ -6,12 +6,14 @@ import dataclasses
 import re
 from enum import Enum
 from importlib.resources import files
+from operator import attrgetter
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import (
+    AfterValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -22,6 +24,9 @@ from pydantic import (
     ValidationError,
 )
 from sentence_transformers import SentenceTransformerTrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.training_args import trainer_log_levels
+from yaml.constructor import ConstructorError
 
 from llave import scratch
 from llave.subsets import has_splits
@@ -103,6 +108,11 @@ INEFFECTIVE = {
     "average_tokens_across_devices": "the loss is that of the whole batch already",
     "router_mapping": "the model has no routes",
     "use_cache": "embedding generates nothing",
+    "warmup_ratio": "trainer.warmup_steps below 1 is a share of all steps",
+    "local_rank": "torchrun says it",
+    "neftune_noise_alpha": "the trainer finds no word embeddings in this model",
+    "include_num_input_tokens_seen": "the model has no one input to count the tokens of",
+    **dict.fromkeys(("remove_unused_columns", "label_names"), "the loss uses every column"),
     "ddp_broadcast_buffers": "sentence-transformers turns it off",
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), _COMMAND),
     **dict.fromkeys(
@@ -121,12 +131,51 @@ INEFFECTIVE = {
     ),
 }
 # Where the trainer's own annotations are too narrow or too wide.
+_Seed = Annotated[int, Field(ge=0, lt=2**32)]
+_Pattern = Annotated[re.Pattern[str], AfterValidator(attrgetter("pattern"))]
+_LogLevel = Literal[tuple(trainer_log_levels)]
+_Logger = Literal[("all", "none", *INTEGRATION_TO_CALLBACK)]
 TRAINER_TYPES: dict[str, Any] = {
     "output_dir": Text | None,
+    "ddp_backend": Literal["nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl"] | None,
+    "seed": _Seed,
+    "data_seed": _Seed | None,
+    "learning_rate_mapping": dict[_Pattern, NonNegativeFloat] | None,
+    "lr_scheduler_kwargs": dict[str, Any] | None,
+    "report_to": _Logger | list[_Logger] | None,
+    **dict.fromkeys(("log_level", "log_level_replica"), _LogLevel),
+    **dict.fromkeys(("save_total_limit", "torch_empty_cache_steps"), PositiveInt | None),
+    **dict.fromkeys(("eval_steps", "save_steps", "logging_steps"), PositiveFloat | None),
     "num_train_epochs": PositiveFloat,
     **dict.fromkeys(("adam_beta1", "adam_beta2"), Annotated[float, Field(ge=0, lt=1)]),
     "gradient_accumulation_steps": PositiveInt,
     "fsdp": bool | str | list[str] | None,
+}
+# Settings that have no effect unless one of these others is on.
+_OFF = (None, False, 0, "no")
+NEEDS = {
+    **dict.fromkeys(
+        ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+        ("gradient_checkpointing", "activation_checkpointing"),
+    ),
+    "liger_kernel_config": ("use_liger_kernel",),
+    "fsdp_config": ("fsdp",),
+    "torch_compile_mode": ("torch_compile", "torch_compile_backend"),
+    "eval_delay": ("eval_strategy",),
+    **dict.fromkeys(
+        (
+            *("dataloader_persistent_workers", "dataloader_prefetch_factor"),
+            "dataloader_multiprocessing_context",
+        ),
+        ("dataloader_num_workers",),
+    ),
+    **dict.fromkeys(
+        (
+            *("hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"),
+            "hub_revision",
+        ),
+        ("push_to_hub",),
+    ),
 }
 
 
@@ -143,7 +192,14 @@ SECTIONS: dict[str, dict[str, Any]] = {name: _defaults(name) for name in KINDS}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars, in which 2e-5 is a number, and no, on and 1:30 are strings."""
+    """YAML 1.2: 2e-5 is a number; no, on and 1:30 are strings; a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for (key, _), text in zip(node.value, keys, strict=True):
+            if keys.count(text) > 1 and isinstance(text, str):
+                raise ConstructorError(None, None, f"{text} stands twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -179,7 +235,7 @@ def read_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
         FileNotFoundError: no such file or recipe.
         ImportError: ``model.lora`` is set and peft is not installed.
     """
-    given = _given(name)
+    given = {section: {} if x is None else x for section, x in _given(name).items()}
     words = overrides or []
     if len(words) % 2:
         raise ValueError(f"overrides come in pairs, --section.setting value; got {words}")
@@ -189,17 +245,19 @@ def read_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
             raise ValueError(
                 f"{key!r} is no override; expected --section.setting, e.g. --loss.alpha"
             )
-        given[section] = (given.get(section) or {}) | {setting: _yaml(value, key)}
+        settings = given.setdefault(section, {})
+        if isinstance(settings, dict):  # else it is refused below
+            settings[setting] = _yaml(value, key)
     recipe: Recipe = {section: {} for section in SECTIONS}
     for section, settings in given.items():
         if section not in SECTIONS:
             raise ValueError(f"section {section!r} of {name} is none of {', '.join(SECTIONS)}")
-        if not isinstance(settings or {}, dict):
+        if not isinstance(settings, dict):
             raise ValueError(f"section {section} of {name} is {settings!r}; expected settings")
         types = get_type_hints(KINDS[section], include_extras=True)
         if section == "trainer":
             types |= TRAINER_TYPES
-        for setting, value in (settings or {}).items():
+        for setting, value in settings.items():
             if section == "trainer" and setting in INEFFECTIVE:
                 raise ValueError(
                     f"trainer.{setting} of {name} has no effect: {INEFFECTIVE[setting]}"
@@ -236,9 +294,9 @@ def _given(name: str) -> dict[str, Any]:
         names = sorted(r.name.removesuffix(".yaml") for r in ours.iterdir())
         if name not in names:
             raise FileNotFoundError(f"no recipe {name!r}; there are {', '.join(names)}, or a path")
-        text = (ours / f"{name}.yaml").read_text()
+        text = (ours / f"{name}.yaml").read_text(encoding="utf-8")
     else:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")
     given = _yaml(text, name)
     if not isinstance(given, dict):
         raise ValueError(f"{name} holds no sections; expected {', '.join(SECTIONS)}")
@@ -275,6 +333,8 @@ def _typed(where: str, value: Any, kind: Any) -> Any:
         )
     except ValidationError as error:
         problems = dict.fromkeys(problem["msg"] for problem in error.errors())
+        if any(problem["type"] == "string_type" for problem in error.errors()):
+            problems["write text that YAML takes for something else in quotes"] = None
         raise ValueError(f"{where}={value!r} is refused: {'; '.join(problems)}") from None
     return found.value if isinstance(found, Enum) else found
 
@@ -315,7 +375,26 @@ def _check(recipe: Recipe, name: str) -> None:
         raise ValueError(
             f"trainer.max_steps={trainer['max_steps']} must be at least 1, or -1 for whole epochs"
         )
+    for setting, others in NEEDS.items():
+        changed = trainer.get(setting) not in (None, SECTIONS["trainer"][setting])
+        if changed and not any(trainer.get(other, "no") not in _OFF for other in others):
+            raise ValueError(
+                f"trainer.{setting}={trainer[setting]!r} has no effect without "
+                f"{' or '.join(f'trainer.{other}' for other in others)}"
+            )
+    if trainer.get("optim_target_modules") and not trainer.get("optim", "").startswith(
+        ("galore", "apollo")
+    ):
+        raise ValueError(
+            f"trainer.optim_target_modules={trainer['optim_target_modules']!r} has no effect "
+            "without a galore or apollo optimizer in trainer.optim"
+        )
     strategy = trainer.get("eval_strategy", "no")
+    if trainer.get("eval_steps") is not None and strategy != "steps":
+        raise ValueError(
+            f"trainer.eval_steps={trainer['eval_steps']} has no effect with "
+            f"trainer.eval_strategy={strategy}; set that to steps"
+        )
     evaluates = strategy != "no" or trainer.get("eval_on_start", False)
     if data["held_out"] and not evaluates:
         raise ValueError(
@@ -328,7 +407,14 @@ def _check(recipe: Recipe, name: str) -> None:
         )
     best = trainer.get("load_best_model_at_end", False) or trainer.get("save_strategy") == "best"
     best = best or trainer.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy")
-    if best and None in map(trainer.get, ("metric_for_best_model", "greater_is_better")):
+    says = {key: trainer.get(key) for key in ("metric_for_best_model", "greater_is_better")}
+    for setting, value in says.items():
+        if value is not None and not best:
+            raise ValueError(
+                f"trainer.{setting}={value!r} has no effect: nothing asks which model is best; set "
+                "trainer.load_best_model_at_end"
+            )
+    if best and None in says.values():
         raise ValueError(
             "trainer.metric_for_best_model and trainer.greater_is_better must say which model is "
             "best, e.g. similarity_overlap and false"

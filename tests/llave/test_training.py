@@ -207,6 +207,14 @@ def test_the_best_model_is_the_one_of_least_overlap(tmp_path: Path) -> None:
     assert state["best_metric"] == min(overlap.values())
 
 
+def test_the_best_model_is_that_of_a_metric_there_is(tmp_path: Path) -> None:
+    best = {"load_best_model_at_end": "true", "metric_for_best_model": "accuracy"}
+    best |= {"greater_is_better": "true", "save_steps": "6"}
+    words = [word for key, value in best.items() for word in (f"--trainer.{key}", value)]
+    with pytest.raises(ValueError, match="='accuracy' is none of similarity_overlap, plus_similar"):
+        train_worker.train(str(tmp_path / "run"), *words)
+
+
 def test_a_model_without_a_checkpoint_is_kept(uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "bare"
     shutil.copytree(uninterrupted / "model", out / "model")
