@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -60,8 +59,7 @@ def similarity_statistics(
     checks.tensor("target", target)
     checks.embeddings(query, target)
     n, m, device = len(query), len(target), query.device
-    if isinstance(bins, bool) or not isinstance(bins, Integral) or bins < 1:
-        raise ValueError(f"bins must be a positive integer, got {bins!r}")
+    bins = checks.count("bins", bins, 1)
     if labels is None:
         if m < n:
             raise ValueError(f"target has {m} rows for {n} queries; pass labels")

@@ -168,12 +168,13 @@ def test_shared_targets_are_fine_in_one_direction() -> None:
 
 @pytest.mark.parametrize("bins", [0, -1, 2.5, True])
 def test_statistics_refuses_bins(bins: Any) -> None:
-    with pytest.raises(ValueError, match="bins must be a positive integer"):
+    with pytest.raises(ValueError, match="bins must be an integer >= 1"):
         similarity_statistics(QUERY, TARGET, bins=bins)
 
 
 def test_statistics_takes_numpys_integers() -> None:
-    assert len(similarity_statistics(QUERY, TARGET, bins=np.int64(5)).positive) == 5
+    for bins in (np.int64(5), np.array(5), torch.tensor(5), torch.tensor([5])):
+        assert len(similarity_statistics(QUERY, TARGET, bins=bins).positive) == 5
 
 
 def test_statistics_refuses_nan() -> None:
