@@ -185,21 +185,24 @@ def fit(
     with arguments.main_process_first(local=False):
         lines += runs.check(folder, recipe, rows)
         checkpoint = last_checkpoint(folder)
-        if trainer.is_world_process_zero():
-            runs.record(folder, recipe, rows)
-    done = checkpoint is not None and runs.step_of(checkpoint) >= trainer.total_steps()
+    done = False
+    if checkpoint is not None:
+        # Where checkpoints are kept by how good they are, the last step's may be gone.
+        done = max(runs.step_of(checkpoint), runs.finished(folder)) >= trainer.total_steps()
     if checkpoint is not None and not done and arguments.save_only_model:
         raise ValueError(
             f"{checkpoint} has no state of the optimizer to go on with, because "
             "trainer.save_only_model is true; choose another trainer.output_dir"
         )
     if done:
-        lines = [f"{checkpoint} is the end of a finished run: nothing is trained"]
+        lines = [f"{folder} holds a finished run: nothing is trained"]
     if trainer.is_world_process_zero():
         print(*lines, sep="\n", end="\n" * bool(lines))
     if done:
         trainer.restore(checkpoint)
     else:
+        if trainer.is_world_process_zero():
+            runs.record(folder, recipe, rows)
         trainer.train(resume_from_checkpoint=checkpoint)
         if not trainer.state.global_step:  # of copies a sampler may make no batch
             raise ValueError(
@@ -210,6 +213,8 @@ def fit(
         trainer.merge_adapters()
     else:
         trainer.save_whole(folder / "model")
+        if trainer.is_world_process_zero() and not done:
+            runs.record(folder, recipe, rows, finished=trainer.state.global_step)
     return model
 
 
