@@ -118,5 +118,6 @@ def _record(recipe: Recipe, rows: dict[str, int] | None) -> dict[str, Any]:
     flat = {f"{name}.{key}": value for name in whole for key, value in whole[name].items()}
     flat |= {f"rows.{name}": count for name, count in (rows or {}).items()}
     del flat["trainer.output_dir"]  # a run may be moved
+    del flat["trainer.hub_token"]  # a secret
     found: dict[str, Any] = json.loads(json.dumps(flat, default=str))
     return found

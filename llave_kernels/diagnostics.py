@@ -52,8 +52,8 @@ def similarity_statistics(
         bins: number of histogram bins over [-1, 1].
 
     Raises:
-        TypeError, ValueError: as in ``hardness_weighted_contrastive_loss``, or ``bins`` < 1. A NaN
-            similarity is a ValueError: it has no bin.
+        TypeError, ValueError: as in ``hardness_weighted_contrastive_loss``, or ``bins`` < 1. A
+            similarity that is not finite is a ValueError: it has no bin.
     """
     checks.tensor("query", query)
     checks.tensor("target", target)
@@ -77,8 +77,11 @@ def similarity_statistics(
     for start in range(0, n, step):
         rows = slice(start, start + step)
         similarity = query[rows].to(dtype) @ transposed
-        if similarity.isnan().any():
-            raise ValueError(f"query or target has NaN values (rows {start} to {start + step})")
+        if not similarity.isfinite().all():
+            raise ValueError(
+                f"similarities of query rows {start} to {min(start + step, n) - 1} are not finite; "
+                "check query and target"
+            )
         own = similarity.gather(1, labels[rows, None])
         counted = torch.ones_like(similarity, dtype=torch.bool).scatter_(
             1, labels[rows, None], False

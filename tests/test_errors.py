@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import Any
 
@@ -177,6 +178,7 @@ def test_statistics_takes_numpys_integers() -> None:
         assert len(similarity_statistics(QUERY, TARGET, bins=bins).positive) == 5
 
 
-def test_statistics_refuses_nan() -> None:
-    with pytest.raises(ValueError, match="NaN"):
-        similarity_statistics(QUERY * float("nan"), TARGET)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_statistics_refuses_what_has_no_bin(value: float) -> None:
+    with pytest.raises(ValueError, match=r"of query rows 0 to \d+ are not finite"):
+        similarity_statistics(QUERY * value, TARGET)

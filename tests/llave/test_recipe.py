@@ -12,7 +12,8 @@ for needed in ("sentence_transformers", "datasets", "accelerate", "yaml", "torch
     pytest.importorskip(needed)
 
 from llave.mmeb import TASKS  # noqa: E402
-from llave.recipe import INEFFECTIVE, SECTIONS, read_recipe  # noqa: E402
+from llave.recipe import SECTIONS, read_recipe  # noqa: E402
+from llave.trainer_settings import INEFFECTIVE  # noqa: E402
 from llave.training import trainer_arguments  # noqa: E402
 
 ROOT = Path(__file__).parents[2]

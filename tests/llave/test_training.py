@@ -19,7 +19,7 @@ import numpy as np  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 
-from llave import training  # noqa: E402
+from llave import runs, training  # noqa: E402
 from llave.training import (  # noqa: E402
     SimilarityOverlap,
     last_checkpoint,
@@ -143,6 +143,12 @@ def test_a_run_does_not_go_on_with_other_settings(
     with pytest.raises(ValueError, match=f"whole' holds a run with other settings: .*{message}"):
         train_worker.train(str(uninterrupted), *overrides)
     assert contents(uninterrupted) == before
+
+
+def test_a_run_is_recorded_without_its_secrets(tmp_path: Path) -> None:
+    recipe = read_recipe("tiny", ["--trainer.push_to_hub", "true", "--trainer.hub_token", "hf_x"])
+    runs.record(tmp_path, recipe, {"plus": 56})
+    assert "hf_x" not in (tmp_path / runs.RECORD).read_text()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
