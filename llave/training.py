@@ -162,6 +162,13 @@ def fit(
         homogeneous=data["homogeneous"],
         round_robin=sampler == MultiDatasetBatchSamplers.ROUND_ROBIN,
     )
+    if isinstance(arguments.prompts, dict):
+        known = {*subsets, *(column for subset in subsets.values() for column in subset[0])}
+        if unknown := sorted(arguments.prompts.keys() - known):
+            raise ValueError(
+                f"trainer.prompts names {', '.join(unknown)}, which is neither a subset nor a "
+                f"column; there are {', '.join(sorted(known))}"
+            )
     metric = arguments.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") not in _metrics(held_out):
         raise ValueError(

@@ -238,6 +238,12 @@ def test_the_best_model_is_that_of_a_metric_there_is(tmp_path: Path) -> None:
         train_worker.train(str(tmp_path / "run"), *words)
 
 
+def test_prompts_are_of_subsets_or_columns_there_are(tmp_path: Path) -> None:
+    prompts = ("--trainer.prompts", "{plus: a, anchor: b, query: c}")
+    with pytest.raises(ValueError, match=r"trainer\.prompts names query, which is neither"):
+        train_worker.train(str(tmp_path / "run"), *prompts)
+
+
 def test_a_model_without_a_checkpoint_is_kept(uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "bare"
     shutil.copytree(uninterrupted / "model", out / "model")
