@@ -94,6 +94,8 @@ def refuse_damaged(folder: Path) -> None:
     for file in sorted(folder.rglob("*")):
         with reading(file):
             if file.suffix == ".json":
-                json.loads(file.read_bytes())
+                expected = list if file.name == "modules.json" else dict
+                if not isinstance(json.loads(file.read_bytes()), expected):
+                    raise TypeError(f"expected a {expected.__name__}")
             elif file.suffix == ".safetensors":
                 safe_open(file, "pt")

@@ -22,7 +22,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from transformers import PretrainedConfig
 
 from llave.chat import chat_template, formatted
-from llave.files import refuse_damaged
+from llave.files import reading, refuse_damaged
 from llave.images import to_rgb
 from llave.pickling import make_picklable
 from llave.video import load_frames
@@ -131,17 +131,35 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> SentenceTransformer:
         raise ValueError(f"path={path!r} has no modules.json: it is no embedding model; {remedy}")
     try:
         model = SentenceTransformer(path, **kwargs)
-    except Exception:  # libraries raise errors of many types, few of which name a file
+    except Exception as error:  # libraries raise errors of many types, few of which name a file
         refuse_damaged(Path(path))
-        raise
+        if isinstance(error, (ImportError, OSError, ValueError)):
+            raise
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"path={path!r} cannot be loaded ({said}); download it again") from error
     # A tokenizer saved after use remembers how it truncated, over any ``max_seq_length`` set later.
     for setting in ("max_length", "stride", "truncation_strategy"):
         getattr(model.tokenizer, "init_kwargs", {}).pop(setting, None)
     modes = [module.pooling_mode for module in model if isinstance(module, Pooling)]
     if modes not in (["lasttoken"], [("lasttoken",)]):
         raise ValueError(f"path={path!r} has pooling {modes}, not the last token's; {remedy}")
+    _check_tokens(model, Path(path))
     make_picklable(model)
     return model
+
+
+def _check_tokens(model: SentenceTransformer, folder: Path) -> None:
+    """Raise for files without which every row would fail, or have the same tokens."""
+    processor = model[0].processor
+    with reading(folder / "tokenizer_config.json"):
+        if model.tokenizer.pad_token is None:
+            raise LookupError("no pad_token")
+    message = {"role": "user", "content": [{"type": "text", "text": "probe"}]}
+    with reading(folder / "chat_template.jinja"):
+        if processor.chat_template is None:
+            raise LookupError("no template")
+        if "probe" not in processor.apply_chat_template([message]):
+            raise LookupError("no text in what it makes")
 
 
 def set_length(model: SentenceTransformer, max_seq_length: int) -> None:

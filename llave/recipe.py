@@ -22,8 +22,9 @@ from pydantic import (
     ValidationError,
 )
 from sentence_transformers import SentenceTransformerTrainingArguments
+from yaml.constructor import ConstructorError
 
-from llave import scratch
+from llave import scratch, trainer_settings
 from llave.subsets import has_splits
 from llave_kernels.dispatch import BACKENDS
 
@@ -87,54 +88,13 @@ KINDS = {
     "loss": Loss,
     "trainer": SentenceTransformerTrainingArguments,
 }
-# The trainer's settings that have no effect here, and why.
-_NO_METRICS = "evaluation is the similarity overlap, which has no such setting"
-_ORDER = "batches are drawn at random; trainer.batch_sampler is how"
-_COMMAND = "the command says what is done"
-INEFFECTIVE = {
-    "per_device_train_batch_size": "it follows from data.batch_size",
-    "auto_find_batch_size": "the batch is data.batch_size; lower loss.mini_batch_size instead",
-    "accelerator_config": "it follows from data.batch_size",
-    "dataloader_drop_last": "the loss needs whole batches",
-    "resume_from_checkpoint": "a run goes on from the last checkpoint in trainer.output_dir",
-    "train_sampling_strategy": _ORDER,
-    "length_column_name": _ORDER,
-    "label_smoothing_factor": "the loss has no such setting",
-    "average_tokens_across_devices": "the loss is that of the whole batch already",
-    "router_mapping": "the model has no routes",
-    "use_cache": "embedding generates nothing",
-    "ddp_broadcast_buffers": "sentence-transformers turns it off",
-    **dict.fromkeys(("do_train", "do_eval", "do_predict"), _COMMAND),
-    **dict.fromkeys(
-        (
-            "per_device_eval_batch_size",
-            "prediction_loss_only",
-            "eval_do_concat_batches",
-            "eval_use_gather_object",
-            "eval_accumulation_steps",
-            "include_for_metrics",
-            "batch_eval_metrics",
-            "bf16_full_eval",
-            "fp16_full_eval",
-        ),
-        _NO_METRICS,
-    ),
-}
-# Where the trainer's own annotations are too narrow or too wide.
-TRAINER_TYPES: dict[str, Any] = {
-    "output_dir": Text | None,
-    "num_train_epochs": PositiveFloat,
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), Annotated[float, Field(ge=0, lt=1)]),
-    "gradient_accumulation_steps": PositiveInt,
-    "fsdp": bool | str | list[str] | None,
-}
 
 
 def _defaults(name: str) -> dict[str, Any]:
     return {
         field.name: None if field.default is dataclasses.MISSING else field.default
         for field in dataclasses.fields(KINDS[name])
-        if field.init and not (name == "trainer" and field.name in INEFFECTIVE)
+        if field.init and not (name == "trainer" and field.name in trainer_settings.INEFFECTIVE)
     }
 
 
@@ -143,7 +103,14 @@ SECTIONS: dict[str, dict[str, Any]] = {name: _defaults(name) for name in KINDS}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars, in which 2e-5 is a number, and no, on and 1:30 are strings."""
+    """YAML 1.2: 2e-5 is a number; no, on and 1:30 are strings; a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for (key, _), text in zip(node.value, keys, strict=True):
+            if keys.count(text) > 1 and isinstance(text, str):
+                raise ConstructorError(None, None, f"{text} stands twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -179,7 +146,7 @@ def read_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
         FileNotFoundError: no such file or recipe.
         ImportError: ``model.lora`` is set and peft is not installed.
     """
-    given = _given(name)
+    given = {section: {} if x is None else x for section, x in _given(name).items()}
     words = overrides or []
     if len(words) % 2:
         raise ValueError(f"overrides come in pairs, --section.setting value; got {words}")
@@ -189,21 +156,22 @@ def read_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
             raise ValueError(
                 f"{key!r} is no override; expected --section.setting, e.g. --loss.alpha"
             )
-        given[section] = (given.get(section) or {}) | {setting: _yaml(value, key)}
+        settings = given.setdefault(section, {})
+        if isinstance(settings, dict):  # else it is refused below
+            settings[setting] = _yaml(value, key)
     recipe: Recipe = {section: {} for section in SECTIONS}
     for section, settings in given.items():
         if section not in SECTIONS:
             raise ValueError(f"section {section!r} of {name} is none of {', '.join(SECTIONS)}")
-        if not isinstance(settings or {}, dict):
+        if not isinstance(settings, dict):
             raise ValueError(f"section {section} of {name} is {settings!r}; expected settings")
         types = get_type_hints(KINDS[section], include_extras=True)
         if section == "trainer":
-            types |= TRAINER_TYPES
-        for setting, value in (settings or {}).items():
-            if section == "trainer" and setting in INEFFECTIVE:
-                raise ValueError(
-                    f"trainer.{setting} of {name} has no effect: {INEFFECTIVE[setting]}"
-                )
+            types |= trainer_settings.TYPES
+        for setting, value in settings.items():
+            if section == "trainer" and setting in trainer_settings.INEFFECTIVE:
+                why = trainer_settings.INEFFECTIVE[setting]
+                raise ValueError(f"trainer.{setting} of {name} has no effect: {why}")
             if setting not in SECTIONS[section]:
                 known = ", ".join(SECTIONS[section])
                 raise ValueError(f"{section}.{setting} of {name} is no setting; there are {known}")
@@ -236,9 +204,9 @@ def _given(name: str) -> dict[str, Any]:
         names = sorted(r.name.removesuffix(".yaml") for r in ours.iterdir())
         if name not in names:
             raise FileNotFoundError(f"no recipe {name!r}; there are {', '.join(names)}, or a path")
-        text = (ours / f"{name}.yaml").read_text()
+        text = (ours / f"{name}.yaml").read_text(encoding="utf-8")
     else:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")
     given = _yaml(text, name)
     if not isinstance(given, dict):
         raise ValueError(f"{name} holds no sections; expected {', '.join(SECTIONS)}")
@@ -275,6 +243,8 @@ def _typed(where: str, value: Any, kind: Any) -> Any:
         )
     except ValidationError as error:
         problems = dict.fromkeys(problem["msg"] for problem in error.errors())
+        if any(problem["type"] == "string_type" for problem in error.errors()):
+            problems["write text that YAML takes for something else in quotes"] = None
         raise ValueError(f"{where}={value!r} is refused: {'; '.join(problems)}") from None
     return found.value if isinstance(found, Enum) else found
 
@@ -307,39 +277,4 @@ def _check(recipe: Recipe, name: str) -> None:
     names = data["subsets"] or []
     if repeated := {subset for subset in names if names.count(subset) > 1}:
         raise ValueError(f"data.subsets repeats {', '.join(sorted(repeated))}")
-    for setting, value in trainer.items():
-        default = SECTIONS["trainer"][setting]
-        if type(default) in (int, float) and default >= 0 and value < 0:
-            raise ValueError(f"trainer.{setting}={value} must not be negative")
-    if not (trainer.get("max_steps", -1) > 0 or trainer.get("max_steps", -1) == -1):
-        raise ValueError(
-            f"trainer.max_steps={trainer['max_steps']} must be at least 1, or -1 for whole epochs"
-        )
-    strategy = trainer.get("eval_strategy", "no")
-    evaluates = strategy != "no" or trainer.get("eval_on_start", False)
-    if data["held_out"] and not evaluates:
-        raise ValueError(
-            f"data.held_out={data['held_out']} has no effect without an evaluation; set "
-            "trainer.eval_strategy to steps or epoch"
-        )
-    if evaluates and not data["held_out"]:
-        raise ValueError(
-            f"trainer.eval_strategy={strategy} needs pairs to evaluate on; set data.held_out"
-        )
-    best = trainer.get("load_best_model_at_end", False) or trainer.get("save_strategy") == "best"
-    best = best or trainer.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy")
-    if best and None in map(trainer.get, ("metric_for_best_model", "greater_is_better")):
-        raise ValueError(
-            "trainer.metric_for_best_model and trainer.greater_is_better must say which model is "
-            "best, e.g. similarity_overlap and false"
-        )
-    if trainer.get("batch_sampler") == "group_by_label":
-        raise ValueError(
-            "trainer.batch_sampler='group_by_label' needs labels of classes; here they are content "
-            "ids: choose batch_sampler or no_duplicates"
-        )
-    if "multi_dataset_batch_sampler" in trainer and not data["homogeneous"]:
-        raise ValueError(
-            "trainer.multi_dataset_batch_sampler has no effect where data.homogeneous is false: "
-            "subsets are mixed in a batch"
-        )
+    trainer_settings.check(trainer, data, SECTIONS["trainer"])

@@ -97,10 +97,19 @@ def check(folder: Path, recipe: Recipe, rows: dict[str, int] | None = None) -> l
     return [f"{folder} goes on with other settings: {line}" for line in changed.values()]
 
 
-def record(folder: Path, recipe: Recipe, rows: dict[str, int]) -> None:
-    """Write down what a run is started with, for ``check``."""
+def finished(folder: Path) -> int:
+    """The step at which the run in this folder ended, 0 if it did not."""
+    try:
+        step: int = json.loads((folder / RECORD).read_text()).get("finished", 0)
+    except FileNotFoundError:
+        return 0
+    return step
+
+
+def record(folder: Path, recipe: Recipe, rows: dict[str, int], *, finished: int = 0) -> None:
+    """Write down what a run is started with, for ``check``, or that it ended at a step."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_record(recipe, rows), indent=1)
+    text = json.dumps(_record(recipe, rows) | {"finished": finished}, indent=1)
     publish(folder / RECORD, partial(Path.write_text, data=text))
 
 
@@ -109,5 +118,6 @@ def _record(recipe: Recipe, rows: dict[str, int] | None) -> dict[str, Any]:
     flat = {f"{name}.{key}": value for name in whole for key, value in whole[name].items()}
     flat |= {f"rows.{name}": count for name, count in (rows or {}).items()}
     del flat["trainer.output_dir"]  # a run may be moved
+    del flat["trainer.hub_token"]  # a secret
     found: dict[str, Any] = json.loads(json.dumps(flat, default=str))
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 from sentence_transformers.sentence_transformer.training_args import MultiDatasetBatchSamplers
+from transformers import Trainer, get_scheduler
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from llave import runs, scratch
 from llave.data import content_id, load_training, texts_of
@@ -95,9 +98,44 @@ def trainer_arguments(recipe: Recipe) -> SentenceTransformerTrainingArguments:
             f"data.batch_size={size} must be a multiple of the number of processes, "
             f"{arguments.world_size}"
         )
+    _check_classes(arguments)
     if backend != "auto" and (reason := available_backends()[backend]) is not None:
         raise ValueError(f"loss.backend={backend!r} cannot run here: {reason}")
     return arguments
+
+
+def _check_classes(arguments: SentenceTransformerTrainingArguments) -> None:
+    """Raise now what the optimizer, the scheduler or a logger would raise after the loading."""
+
+    def optimizer(given: SentenceTransformerTrainingArguments) -> Any:
+        return Trainer.get_optimizer_cls_and_kwargs(given)
+
+    def scheduler() -> Any:
+        unused = torch.optim.SGD([torch.zeros(1)])
+        kind, settings = arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs
+        steps = {"num_warmup_steps": 0, "num_training_steps": 1}
+        return get_scheduler(kind, unused, **steps, scheduler_specific_kwargs=dict(settings or {}))
+
+    def loggers() -> Any:
+        return [kind() for kind in get_reporting_integration_callbacks(arguments.report_to)]
+
+    tries = {"lr_scheduler_kwargs": scheduler, "report_to": loggers}
+    if arguments.optim_target_modules is None:  # else the class follows from the model
+        tries["optim"] = partial(optimizer, arguments)
+    for setting, attempt in tries.items():
+        try:
+            attempt()
+        except Exception as error:
+            value = arguments.to_dict()[setting]
+            raise ValueError(f"trainer.{setting}={value!r} cannot be had here: {error}") from error
+    if arguments.optim_args is not None and arguments.optim_target_modules is None:
+        without = copy(arguments)
+        without.optim_args = None
+        if optimizer(without) == optimizer(arguments):
+            raise ValueError(
+                f"trainer.optim_args={arguments.optim_args!r} has no effect on "
+                f"trainer.optim={arguments.to_dict()['optim']}"
+            )
 
 
 def fit(
@@ -124,6 +162,18 @@ def fit(
         homogeneous=data["homogeneous"],
         round_robin=sampler == MultiDatasetBatchSamplers.ROUND_ROBIN,
     )
+    if isinstance(arguments.prompts, dict):
+        known = {*subsets, *(column for subset in subsets.values() for column in subset[0])}
+        if unknown := sorted(arguments.prompts.keys() - known):
+            raise ValueError(
+                f"trainer.prompts names {', '.join(unknown)}, which is neither a subset nor a "
+                f"column; there are {', '.join(sorted(known))}"
+            )
+    metric = arguments.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in _metrics(held_out):
+        raise ValueError(
+            f"trainer.metric_for_best_model={metric!r} is none of {', '.join(_metrics(held_out))}"
+        )
     size = loss.pop("mini_batch_size")
     loss_fn: torch.nn.Module
     if size is None:
@@ -142,21 +192,24 @@ def fit(
     with arguments.main_process_first(local=False):
         lines += runs.check(folder, recipe, rows)
         checkpoint = last_checkpoint(folder)
-        if trainer.is_world_process_zero():
-            runs.record(folder, recipe, rows)
-    done = checkpoint is not None and runs.step_of(checkpoint) >= trainer.total_steps()
+    done = False
+    if checkpoint is not None:
+        # Where checkpoints are kept by how good they are, the last step's may be gone.
+        done = max(runs.step_of(checkpoint), runs.finished(folder)) >= trainer.total_steps()
     if checkpoint is not None and not done and arguments.save_only_model:
         raise ValueError(
             f"{checkpoint} has no state of the optimizer to go on with, because "
             "trainer.save_only_model is true; choose another trainer.output_dir"
         )
     if done:
-        lines = [f"{checkpoint} is the end of a finished run: nothing is trained"]
+        lines = [f"{folder} holds a finished run: nothing is trained"]
     if trainer.is_world_process_zero():
         print(*lines, sep="\n", end="\n" * bool(lines))
     if done:
         trainer.restore(checkpoint)
     else:
+        if trainer.is_world_process_zero():
+            runs.record(folder, recipe, rows)
         trainer.train(resume_from_checkpoint=checkpoint)
         if not trainer.state.global_step:  # of copies a sampler may make no batch
             raise ValueError(
@@ -167,6 +220,8 @@ def fit(
         trainer.merge_adapters()
     else:
         trainer.save_whole(folder / "model")
+        if trainer.is_world_process_zero() and not done:
+            runs.record(folder, recipe, rows, finished=trainer.state.global_step)
     return model
 
 
@@ -236,6 +291,12 @@ def joined(subsets: dict[str, Dataset]) -> Dataset:
     if first.format["type"] == "custom":
         whole.set_transform(first.format["format_kwargs"]["transform"])
     return whole
+
+
+def _metrics(subsets: Iterable[str]) -> list[str]:
+    """What ``SimilarityOverlap`` finds of these subsets."""
+    kinds = ("similarity_overlap", "positive_mean", "negative_mean")
+    return ["similarity_overlap", *(f"{name}_{kind}" for name in subsets for kind in kinds)]
 
 
 class SimilarityOverlap(SentenceEvaluator):
@@ -310,7 +371,7 @@ def build_model(
         max_seq_length=settings["max_seq_length"],
         model_kwargs={"dtype": settings["dtype"]},
     )
-    if settings["lora"]:
+    if settings["lora"] is not None:
         adapters = lora_config(settings["lora"])
         torch.manual_seed(seed)
         model.add_adapter(adapters)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -95,13 +95,26 @@ def number(name: str, value: Any) -> float:
     """A real number, numpy's too, or that of a tensor of one element, as a float."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError(f"{name} is a constant, got a tensor that requires grad; pass its item()")
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value.item()
+    value = _element(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
     return float(value)
+
+
+def count(name: str, value: Any, least: int, remedy: str = "") -> int:
+    """An integer, numpy's too, or that of a tensor of one element, as an int."""
+    found = _element(value)
+    if isinstance(found, bool) or not isinstance(found, Integral) or found < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}{remedy}")
+    return int(found)
+
+
+def _element(value: Any) -> Any:
+    """The number in a tensor of one element or a 0-d array; others as they are."""
+    one = (isinstance(value, Tensor) and value.numel() == 1) or (
+        isinstance(value, np.ndarray) and value.ndim == 0
+    )
+    return value.item() if one else value
 
 
 def one_of(name: str, value: str, allowed: Sequence[str]) -> None:

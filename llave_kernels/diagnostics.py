@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -53,15 +52,14 @@ def similarity_statistics(
         bins: number of histogram bins over [-1, 1].
 
     Raises:
-        TypeError, ValueError: as in ``hardness_weighted_contrastive_loss``, or ``bins`` < 1. A NaN
-            similarity is a ValueError: it has no bin.
+        TypeError, ValueError: as in ``hardness_weighted_contrastive_loss``, or ``bins`` < 1. A
+            similarity that is not finite is a ValueError: it has no bin.
     """
     checks.tensor("query", query)
     checks.tensor("target", target)
     checks.embeddings(query, target)
     n, m, device = len(query), len(target), query.device
-    if isinstance(bins, bool) or not isinstance(bins, Integral) or bins < 1:
-        raise ValueError(f"bins must be a positive integer, got {bins!r}")
+    bins = checks.count("bins", bins, 1)
     if labels is None:
         if m < n:
             raise ValueError(f"target has {m} rows for {n} queries; pass labels")
@@ -79,8 +77,11 @@ def similarity_statistics(
     for start in range(0, n, step):
         rows = slice(start, start + step)
         similarity = query[rows].to(dtype) @ transposed
-        if similarity.isnan().any():
-            raise ValueError(f"query or target has NaN values (rows {start} to {start + step})")
+        if not similarity.isfinite().all():
+            raise ValueError(
+                f"similarities of query rows {start} to {min(start + step, n) - 1} are not finite; "
+                "check query and target"
+            )
         own = similarity.gather(1, labels[rows, None])
         counted = torch.ones_like(similarity, dtype=torch.bool).scatter_(
             1, labels[rows, None], False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import Any
 
@@ -168,14 +169,16 @@ def test_shared_targets_are_fine_in_one_direction() -> None:
 
 @pytest.mark.parametrize("bins", [0, -1, 2.5, True])
 def test_statistics_refuses_bins(bins: Any) -> None:
-    with pytest.raises(ValueError, match="bins must be a positive integer"):
+    with pytest.raises(ValueError, match="bins must be an integer >= 1"):
         similarity_statistics(QUERY, TARGET, bins=bins)
 
 
 def test_statistics_takes_numpys_integers() -> None:
-    assert len(similarity_statistics(QUERY, TARGET, bins=np.int64(5)).positive) == 5
+    for bins in (np.int64(5), np.array(5), torch.tensor(5), torch.tensor([5])):
+        assert len(similarity_statistics(QUERY, TARGET, bins=bins).positive) == 5
 
 
-def test_statistics_refuses_nan() -> None:
-    with pytest.raises(ValueError, match="NaN"):
-        similarity_statistics(QUERY * float("nan"), TARGET)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_statistics_refuses_what_has_no_bin(value: float) -> None:
+    with pytest.raises(ValueError, match=r"of query rows 0 to \d+ are not finite"):
+        similarity_statistics(QUERY * value, TARGET)

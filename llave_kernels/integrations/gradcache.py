@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 from torch import Tensor
 
+from llave_kernels import checks
 from llave_kernels.integrations.target_blocks import BlockLoss, DistributedBlockLoss
 
 
@@ -17,12 +17,8 @@ class _CountedNegatives(BlockLoss):
     target_per_qry: int
 
     def _count(self, n_hard_negatives: int) -> None:
-        if not isinstance(n_hard_negatives, Integral) or n_hard_negatives < 0:
-            raise ValueError(
-                f"n_hard_negatives must be an integer >= 0, got {n_hard_negatives!r}; a "
-                "temperature is passed by name"
-            )
-        self.target_per_qry = n_hard_negatives + 1
+        remedy = "; a temperature is passed by name"
+        self.target_per_qry = checks.count("n_hard_negatives", n_hard_negatives, 0, remedy) + 1
 
     def blocks(self, x: Tensor, y: Tensor, target: Tensor | None) -> dict[str, Any]:
         expected = len(x) * self.target_per_qry

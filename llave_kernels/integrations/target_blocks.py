@@ -22,6 +22,7 @@ from torch import Tensor
 
 from llave_kernels import checks, functional
 from llave_kernels.distributed import distributed_contrastive_loss
+from llave_kernels.rules import HARDNESS_MODES
 
 
 class BlockLoss:
@@ -52,13 +53,17 @@ class BlockLoss:
         false_negative_margin: float | None = None,
         backend: str = "auto",
     ) -> None:
+        if target_alpha is not None:
+            target_alpha = checks.strength("target_alpha", target_alpha)
+        checks.one_of("hardness", hardness, HARDNESS_MODES)
+        checks.flag("symmetric", symmetric)
         self.settings: dict[str, Any] = {
             "logit_scale": 1.0 / checks.positive("temperature", temperature),
             "alpha": checks.strength("alpha", alpha),
             "symmetric": symmetric,
             "hardness": hardness,
             "target_alpha": target_alpha,
-            "false_negative_margin": false_negative_margin,
+            "false_negative_margin": checks.margin(false_negative_margin),
             "backend": backend,
         }
 

@@ -170,7 +170,8 @@ def test_every_kind_of_number_is_taken() -> None:
         assert torch.equal(loss_fn(x, y), expected)
         theirs = hosts.vlm2vec.SimpleContrastiveLoss(number)(x, y)
         assert relative_error(SimpleContrastiveLoss(number)(x, y), theirs) < 1e-5
-    assert gradcache.SimpleContrastiveLoss(np.int64(2))(x, y).isfinite()
+    for number in (np.int64(2), np.array(2), torch.tensor(2), torch.tensor([2])):
+        assert gradcache.SimpleContrastiveLoss(number)(x, y).isfinite()
 
 
 @pytest.mark.parametrize("m", [4, 12, 14])
@@ -342,6 +343,15 @@ def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         SimpleContrastiveLoss()(x, y, target=torch.tensor([0, 1, 2, 10]))
     with pytest.raises(ValueError, match="y has 10 rows for 4 queries, expected 12 with n_hard_ne"):
         gradcache.SimpleContrastiveLoss(2)(x, y)
+    wrong_settings: list[dict[str, Any]] = [
+        {"target_alpha": -1.0},
+        {"false_negative_margin": "0.1"},
+        {"hardness": "hard"},
+        {"symmetric": 1},
+    ]
+    for wrong_setting in wrong_settings:  # when it is made, not in the first step
+        with pytest.raises((TypeError, ValueError), match=f"{next(iter(wrong_setting))} must be"):
+            SimpleContrastiveLoss(**wrong_setting)
     for wrong in (0.02, -1, "2"):
         with pytest.raises(ValueError, match="n_hard_negatives must be an integer >= 0, got"):
             gradcache.SimpleContrastiveLoss(wrong)

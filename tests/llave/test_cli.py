@@ -91,7 +91,7 @@ def test_train_evaluate_embed_and_search(
         assert main(["evaluate", "tiny/model", "--tasks", "colours", *wrong]) == 2
         assert message in capsys.readouterr().err
     assert main(["train", "tiny", *overrides]) == 0
-    assert "end of a finished run: nothing is trained" in capsys.readouterr().out
+    assert "holds a finished run: nothing is trained" in capsys.readouterr().out
     assert main(["embed", "tiny/model", "emoji/images", "--out", "vectors"]) == 0
     capsys.readouterr()
     assert main(["search", "vectors", "the colour red", "--model", "tiny/model", "-k", "2"]) == 0

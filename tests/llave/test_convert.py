@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -355,6 +356,35 @@ def test_a_damaged_model_is_named_when_it_is_loaded(reference, tmp_path, capsys)
     arguments = ["search", "nowhere", "a dog", "--model", str(model)]
     assert main(arguments) == 2
     assert "model.safetensors cannot be read" in capsys.readouterr().err
+
+
+PLAIN = b'{"tokenizer_class": "PreTrainedTokenizerFast"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "message"),
+    [
+        ("chat_template.jinja", b"{% for message in messages %}", "chat_template.jinja cannot be"),
+        ("chat_template.jinja", b"<html>404</html>", "chat_template.jinja .*no text"),
+        ("chat_template.jinja", None, "chat_template.jinja .*no template"),
+        ("tokenizer_config.json", PLAIN, "tokenizer_config.json .*no pad_token"),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json .*expected a dict"),
+        ("modules.json", b"{}", "modules.json .*expected a list|modules list"),
+        ("tokenizer.json", b"{}", r"model' cannot be loaded \(KeyError"),
+        ("1_Pooling/config.json", b"{}", r"model' cannot be loaded \(TypeError"),
+    ],
+)
+def test_a_file_of_a_model_that_holds_something_else(
+    reference, tmp_path, capsys, name, contents, message
+):
+    model = tmp_path / "model"
+    reference.save(str(model), create_model_card=False)
+    (model / name).unlink()
+    if contents is not None:
+        (model / name).write_bytes(contents)
+    assert main(["search", "nowhere", "a dog", "--model", str(model)]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert re.search(message, line)
 
 
 def test_check_prints_the_cards_scores(reference, tmp_path, capsys, monkeypatch):

@@ -12,7 +12,8 @@ for needed in ("sentence_transformers", "datasets", "accelerate", "yaml", "torch
     pytest.importorskip(needed)
 
 from llave.mmeb import TASKS  # noqa: E402
-from llave.recipe import INEFFECTIVE, SECTIONS, read_recipe  # noqa: E402
+from llave.recipe import SECTIONS, read_recipe  # noqa: E402
+from llave.trainer_settings import INEFFECTIVE  # noqa: E402
 from llave.training import trainer_arguments  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -142,6 +143,25 @@ def test_settings_have_their_types(
         ("trainer.lr_scheduler_type", "cos", "should be 'linear', 'cosine'"),
         ("trainer.seed", "null", "should be a valid integer"),
         ("trainer.batch_sampler", "group_by_label", "needs labels of classes"),
+        ("trainer.run_name", "5", "in quotes"),
+        ("trainer.save_steps", "0", "greater than 0"),
+        ("trainer.save_total_limit", "0", "greater than 0"),
+        ("trainer.data_seed", "-1", "greater than or equal to 0"),
+        ("trainer.seed", "4294967296", "less than 4294967296"),
+        ("trainer.log_level", "loud", "should be 'detail', 'debug'"),
+        ("trainer.report_to", "[paper]", "should be 'all', 'none'"),
+        ("trainer.ddp_backend", "wires", "should be 'nccl', 'gloo'"),
+        ("trainer.learning_rate_mapping", "{'[': 1e-5}", "valid regular expression"),
+        ("trainer.learning_rate_mapping", "{vision: -1}", "greater than or equal to 0"),
+        ("trainer.lr_scheduler_kwargs", "'{'", "should be a valid dictionary"),
+        ("trainer.eval_steps", "5", "no effect with trainer.eval_strategy=no"),
+        ("trainer.metric_for_best_model", "x", "nothing asks which model is best"),
+        ("trainer.greater_is_better", "true", "nothing asks which model is best"),
+        ("trainer.optim_target_modules", "x", "no effect without a galore or apollo optimizer"),
+        ("trainer.eval_delay", "2", "no effect without trainer.eval_strategy"),
+        ("trainer.dataloader_persistent_workers", "true", "without trainer.dataloader_num_workers"),
+        ("trainer.gradient_checkpointing_kwargs", "{a: 1}", "trainer.gradient_checkpointing or"),
+        ("trainer.hub_model_id", "x", "no effect without trainer.push_to_hub"),
         *((f"trainer.{name}", "1", "has no effect") for name in INEFFECTIVE),
     ],
 )
@@ -200,13 +220,26 @@ def test_sections_and_files_of_another_kind(tmp_path: Path) -> None:
     for text, message in (
         ("- loss", "holds no sections"),
         ("loss: 5", "section loss of .* is 5; expected settings"),
+        ("loss: []", r"section loss of .* is \[\]; expected settings"),
         ("loss: {alpha: 5", "is no YAML"),
+        ("loss: {alpha: 5, alpha: 9}", "alpha stands twice"),
+        ("loss: {alpha: 5}\nloss: {scale: 20}", "loss stands twice"),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_recipe(str(file))
+    file.write_text("loss: 5")
+    with pytest.raises(ValueError, match=r"section loss of .* is 5; expected settings"):
+        read_recipe(str(file), ["--loss.alpha", "3"])
     with pytest.raises(ValueError, match=r"--loss\.alpha is no YAML"):
         read_recipe("tiny", ["--loss.alpha", "[5"])
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    text = "model: {backbone: Modèle}\ndata: {train: x}\ntrainer: {output_dir: x}"
+    file.write_text(text, encoding="utf-8-sig")
+    assert read_recipe(str(file))["model"]["backbone"] == "Modèle"
 
 
 def test_lora_needs_peft_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,3 +257,32 @@ def test_settings_reach_the_trainer(tmp_path: Path) -> None:
     overrides = [word for key, value in words.items() for word in (f"--{key}", str(value))]
     arguments = trainer_arguments(read_recipe("tiny", overrides))
     assert (arguments.learning_rate, arguments.save_strategy) == (2e-5, "no")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"lr_scheduler_kwargs": "{foo: 2}"}, "lr_scheduler_kwargs={'foo': 2} cannot be had here"),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay"},
+            "lr_scheduler_kwargs=None .*num_decay_steps",
+        ),
+        ({"optim": "lomo"}, "optim='lomo' cannot be had here: .*lomo"),
+        (
+            {"optim_args": "momentum=0.9"},
+            "optim_args='momentum=0.9' has no effect on trainer.optim",
+        ),
+        ({"report_to": "swanlab"}, r"report_to=\['swanlab'\] cannot be had here: .*swanlab"),
+    ],
+)
+def test_classes_of_the_trainer_are_tried_before_the_data_are_read(
+    overrides: dict[str, str], message: str
+) -> None:
+    words = [word for key, value in overrides.items() for word in (f"--trainer.{key}", value)]
+    with pytest.raises(ValueError, match=message):
+        trainer_arguments(read_recipe("tiny", words))
+
+
+def test_an_optimizer_takes_its_arguments() -> None:
+    words = ["--trainer.optim", "sgd", "--trainer.optim_args", "momentum=0.9"]
+    assert trainer_arguments(read_recipe("tiny", words)).optim_args == "momentum=0.9"

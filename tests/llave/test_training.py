@@ -19,7 +19,7 @@ import numpy as np  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 
-from llave import training  # noqa: E402
+from llave import runs, training  # noqa: E402
 from llave.training import (  # noqa: E402
     SimilarityOverlap,
     last_checkpoint,
@@ -145,6 +145,12 @@ def test_a_run_does_not_go_on_with_other_settings(
     assert contents(uninterrupted) == before
 
 
+def test_a_run_is_recorded_without_its_secrets(tmp_path: Path) -> None:
+    recipe = read_recipe("tiny", ["--trainer.push_to_hub", "true", "--trainer.hub_token", "hf_x"])
+    runs.record(tmp_path, recipe, {"plus": 56})
+    assert "hf_x" not in (tmp_path / runs.RECORD).read_text()
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -161,7 +167,7 @@ def test_a_finished_run_is_not_trained_again(
     before = contents(out)
     for _ in range(2):
         model = train_worker.train(str(out))
-        assert "checkpoint-12 is the end of a finished run" in capsys.readouterr().out
+        assert "holds a finished run" in capsys.readouterr().out
         np.testing.assert_allclose(model.encode(["one and two"]), expected, atol=1e-6)
         found = SentenceTransformer(str(out / "model"), device="cpu").encode(["one and two"])
         np.testing.assert_allclose(found, expected, atol=1e-6)
@@ -205,6 +211,37 @@ def test_the_best_model_is_the_one_of_least_overlap(tmp_path: Path) -> None:
     state = json.loads((out / "checkpoint-12" / "trainer_state.json").read_text())
     overlap = logged(out, "eval_similarity_overlap")
     assert state["best_metric"] == min(overlap.values())
+
+
+def test_a_finished_run_may_lack_its_last_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, end = tmp_path / "run", {"max_steps": "4", "save_steps": "2", "eval_steps": "2"}
+    # The first model is the best and its checkpoint the only one that is kept.
+    best = {"load_best_model_at_end": "true", "metric_for_best_model": "similarity_overlap"}
+    best |= {"greater_is_better": "true", "save_total_limit": "1"} | end
+    words = [word for key, value in best.items() for word in (f"--trainer.{key}", value)]
+    first = train_worker.train(str(out), *words).encode(["one and two"])
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    before = contents(out)
+    again = train_worker.train(str(out), *words).encode(["one and two"])
+    assert "run holds a finished run" in capsys.readouterr().out
+    np.testing.assert_allclose(again, first, atol=1e-6)
+    assert contents(out) == before
+
+
+def test_the_best_model_is_that_of_a_metric_there_is(tmp_path: Path) -> None:
+    best = {"load_best_model_at_end": "true", "metric_for_best_model": "accuracy"}
+    best |= {"greater_is_better": "true", "save_steps": "6"}
+    words = [word for key, value in best.items() for word in (f"--trainer.{key}", value)]
+    with pytest.raises(ValueError, match="='accuracy' is none of similarity_overlap, plus_similar"):
+        train_worker.train(str(tmp_path / "run"), *words)
+
+
+def test_prompts_are_of_subsets_or_columns_there_are(tmp_path: Path) -> None:
+    prompts = ("--trainer.prompts", "{plus: a, anchor: b, query: c}")
+    with pytest.raises(ValueError, match=r"trainer\.prompts names query, which is neither"):
+        train_worker.train(str(tmp_path / "run"), *prompts)
 
 
 def test_a_model_without_a_checkpoint_is_kept(uninterrupted: Path, tmp_path: Path) -> None:

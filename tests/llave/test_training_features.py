@@ -158,6 +158,13 @@ assert model[0].processor.image_processor.image_grid_pinpoints == grids
     assert done.returncode == 0, done.stderr
 
 
+def test_lora_without_settings_is_lora(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    # Its defaults know no modules of this architecture, which peft says.
+    with pytest.raises(ValueError, match="target_modules"):
+        train_worker.train(str(tmp_path / "run"), "--model.lora", "{}")
+
+
 def test_lora_needs_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"model\.lora=.* needs peft: pip install peft"):
