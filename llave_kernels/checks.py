@@ -110,9 +110,9 @@ def count(name: str, value: Any, least: int, remedy: str = "") -> int:
 
 
 def _element(value: Any) -> Any:
-    """The number in a tensor of one element or a 0-d array; others as they are."""
+    """The number in a tensor or array of one element; others as they are."""
     one = (isinstance(value, Tensor) and value.numel() == 1) or (
-        isinstance(value, np.ndarray) and value.ndim == 0
+        isinstance(value, np.ndarray) and value.size == 1
     )
     return value.item() if one else value
 

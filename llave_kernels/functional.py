@@ -88,8 +88,8 @@ def hardness_weighted_contrastive_loss(
         query: (N, D) float32, bfloat16, float16 or float64 (``torch`` backend), any strides.
         target: (M, D) with M >= N, same dtype and device. By default N positives, then blocks of N
             mined negatives, row i's in rows ``i + k N``.
-        logit_scale: kappa = 1 / temperature, a positive float or a 0-d tensor, which may require
-            grad.
+        logit_scale: kappa = 1 / temperature, a positive number or a tensor of one element, which
+            may require grad.
         alpha: hardness strength, >= 0. 0 is InfoNCE; the paper uses 9.
         hardness: which negatives carry the weight. ``"in_batch"``: columns owned by other rows
             (paper); ``"hard_negatives"``: the row's own mined negatives (EmbeddingGemma, alpha 5);
@@ -177,13 +177,13 @@ def resolve(
     """Checked arguments as (0-d scale tensor on the device, rules)."""
     checks.embeddings(query, target)
     n, m, device = len(query), len(target), query.device
-    checks.strength("alpha", alpha)
+    alpha = checks.strength("alpha", alpha)
     if target_alpha is None:
         target_alpha = alpha
-    checks.strength("target_alpha", target_alpha)
+    target_alpha = checks.strength("target_alpha", target_alpha)
     checks.one_of("hardness", hardness, HARDNESS_MODES)
     checks.flag("symmetric", symmetric)
-    checks.margin(margin)
+    margin = checks.margin(margin)
     scale = checks.logit_scale(logit_scale, query)
     if labels is None:
         if m < n:
@@ -200,8 +200,8 @@ def resolve(
         resolved_owners = checks.columns("owners", owners, m, m, device)
     checks.ids(query_ids, target_ids, n, m, device)
     rules = Rules(
-        resolved_labels, resolved_owners, query_ids, target_ids, None, float(alpha),
-        float(target_alpha), hardness, None if margin is None else float(margin), symmetric,
+        resolved_labels, resolved_owners, query_ids, target_ids, None, alpha, target_alpha,
+        hardness, margin, symmetric,
     )  # fmt: skip
     return scale, rules
 

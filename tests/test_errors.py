@@ -125,6 +125,7 @@ def test_module_refuses_at_construction(
 
 SCALARS = [
     np.float32(3.0),
+    np.array([3.0]),
     np.float64(3.0),
     np.int64(3),
     np.array(3.0),
