@@ -29,8 +29,8 @@ KERNELS = [
 RUNNER = ["pytest", "hypothesis"]
 SIMULATOR = ["pybind11>=2.13", "nvidia-cutlass>=4.2,<4.3"]
 LOWEST = [
-    "sentence-transformers==6.1.0",
-    "transformers==5.0.0",
+    "sentence-transformers==6.2.0",
+    "transformers==5.16.0",
     "torchvision==0.23.0",
 ]
 

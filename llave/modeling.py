@@ -197,8 +197,7 @@ def inputs(
             text, names of the tokenizer's tokens such as ``<image>`` included. Without a text an
             image gets "Represent the given image.", a video "Represent the given video.".
         images: one image or a list: PIL, path, URL, or an array (height, width[, channels]).
-            Several images get one tile each, and need sentence-transformers 6.1; a single one is
-            cut into up to four.
+            Several images get one tile each; a single one is cut into up to four.
         video: a file, a folder of frames or a list of frames, of which
             :func:`llave.video.load_frames` takes at most 32, 3 a second of a file; no URL. 32
             frames of a released size are 6273 tokens, so ``max_seq_length`` must be the paper's

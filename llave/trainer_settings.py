@@ -117,7 +117,7 @@ def check(trainer: dict[str, Any], data: dict[str, Any], defaults: dict[str, Any
             f"trainer.max_steps={trainer['max_steps']} must be at least 1, or -1 for whole epochs"
         )
     for setting, others in NEEDS.items():
-        changed = trainer.get(setting) not in (None, defaults[setting])
+        changed = trainer.get(setting) not in (None, defaults.get(setting))
         if changed and not any(trainer.get(other, "no") not in _OFF for other in others):
             raise ValueError(
                 f"trainer.{setting}={trainer[setting]!r} has no effect without "

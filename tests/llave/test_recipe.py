@@ -11,6 +11,7 @@ import pytest
 for needed in ("sentence_transformers", "datasets", "accelerate", "yaml", "torchvision"):
     pytest.importorskip(needed)
 
+from llave import trainer_settings  # noqa: E402
 from llave.mmeb import TASKS  # noqa: E402
 from llave.recipe import SECTIONS, read_recipe  # noqa: E402
 from llave.trainer_settings import INEFFECTIVE  # noqa: E402
@@ -286,3 +287,8 @@ def test_classes_of_the_trainer_are_tried_before_the_data_are_read(
 def test_an_optimizer_takes_its_arguments() -> None:
     words = ["--trainer.optim", "sgd", "--trainer.optim_args", "momentum=0.9"]
     assert trainer_arguments(read_recipe("tiny", words)).optim_args == "momentum=0.9"
+
+
+def test_a_trainer_without_some_of_the_settings_is_checked_too() -> None:
+    """Versions of transformers differ in them."""
+    trainer_settings.check({}, {"held_out": 0, "homogeneous": True}, {})
