@@ -80,16 +80,29 @@ def rounding_errors(
     # A similarity carries the rounding of its products, which may be larger than itself.
     products = query.double().abs() @ target.double().abs().T
     logits = logit_share * (scale + rules.get("alpha", 9.0)) * products
-    # Half precision rounds a term once, by half of this or less; those of terms alike add up. Full
-    # precision rounds several times.
-    share = 1.0 if query.dtype.itemsize == 2 else 6.0
+    # Half precision rounds a term once, by half of this or less. Full precision rounds several
+    # times.
+    half = query.dtype.itemsize == 2
+    share = 1.0 if half else 6.0
     squares = (ds * (share * torch.finfo(query.dtype).eps + eps * logits)).square()
+    # Equal terms are rounded alike, and their errors add up.
+    alike = _rounded(ds, query.dtype) - ds if half else torch.zeros_like(ds)
+    gradients = (
+        (squares @ target.double().square(), alike @ target.double()),
+        (squares.T @ query.double().square(), alike.T @ query.double()),
+        (squares * similarity.square() / scale**2, (alike * similarity).sum() / scale),
+    )
     return [
         3 * eps * float(loss.norm()) + eps * float((ds * logits).norm()) / scale,
-        float((squares @ target.double().square()).sum().sqrt()),
-        float((squares.T @ query.double().square()).sum().sqrt()),
-        float((squares * similarity.square()).sum().sqrt()) / scale,
+        *(float(apart.sum().sqrt() + together.norm()) for apart, together in gradients),
     ]
+
+
+def _rounded(ds: Tensor, dtype: torch.dtype) -> Tensor:
+    """To half precision and back, brought into its range by a power of two."""
+    largest = ds.abs().amax().clamp(min=1e-300)
+    factor = torch.exp2(torch.floor(14 - torch.log2(largest)))
+    return (ds * factor).to(dtype).double() / factor
 
 
 def reordered(query: Tensor, target: Tensor, trials: int) -> Iterator[tuple[Tensor, Tensor, Any]]:
