@@ -3,8 +3,7 @@
     make matrix                              all of them
     make matrix ARGS="-s 'kernels(oldest)'"  one
 
-Each needs its Python on PATH (python3.10, python3.12); with pyenv,
-`PYENV_VERSION=$(pyenv versions --bare | paste -sd:)`.
+Each needs its Python on PATH (python3.10, python3.12); with pyenv, `PYENV_VERSION=3.12.1:3.10.13`.
 """
 
 import nox
