@@ -1,7 +1,7 @@
 """Tests with the oldest versions that pyproject.toml claims, some in between, and the newest.
 
     make matrix                              all of them
-    make matrix ARGS="-s 'kernels(oldest)'"  one
+    make matrix ARGS="-s 'kernels(oldest)'"  one; pytest's arguments follow --
 
 Each needs its Python on PATH (python3.10, python3.12); with pyenv, `PYENV_VERSION=3.12.1:3.10.13`.
 """
@@ -43,12 +43,12 @@ def install(session: nox.Session, package: str, *versions: str) -> None:
 def kernels(session: nox.Session, versions: list[str]) -> None:
     """The loss: every backend in its simulation, the compiled kernels, several processes."""
     install(session, ".", *SIMULATOR, *versions)
-    session.run("python", "-m", "pytest", *(session.posargs or KERNELS))
+    session.run("python", "-m", "pytest", *KERNELS, *session.posargs)
 
 
 @nox.session(python=SETS["oldest"][0])
 def hosts(session: nox.Session) -> None:
     """Trainers and the model package with the lowest versions of what they stand on."""
     install(session, ".[test]", *SETS["oldest"][1], *LOWEST)
-    paths = session.posargs or ["tests/integrations", "tests/llave", "tests/test_docs.py"]
-    session.run("python", "-m", "pytest", *paths)
+    paths = ["tests/integrations", "tests/llave", "tests/test_docs.py"]
+    session.run("python", "-m", "pytest", *paths, *session.posargs)
