@@ -50,7 +50,9 @@ def supports(query: Tensor, target: Tensor, rules: Rules) -> str | None:
     """Why these inputs cannot run here, or None. Strided and unaligned ones are copied."""
     if _cuda is None:
         return _not_built()
-    if query.device.type != _cuda.device or (query.is_cuda and torch.version.cuda is None):
+    if query.is_cuda and torch.version.cuda is None:
+        return "no kernels for GPUs other than NVIDIA's; use backend='torch'"
+    if query.device.type != _cuda.device:
         return f"device {query.device} is not a {_cuda.device} device; use backend='torch'"
     if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return (
