@@ -30,15 +30,15 @@ def half_types(backend: str) -> list[torch.dtype]:
     return [dtype for dtype in HALF if dtype in DTYPES[backend]]
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_a_row_of_nan_leaves_the_others_as_they_are(backend: str, symmetric: bool) -> None:
+def test_a_row_of_nan_leaves_the_others_as_they_are(backend: str) -> None:
+    """In one direction; in two each column's sum holds the row."""
     n, m, d, odd = 40, 70, 16, 3
     for dtype in DTYPES[backend]:
         query, target = embeddings(n, m, d, dtype)
         query[odd] = float("nan")
         settings: dict[str, Any] = {
             "logit_scale": 20.0,
-            "symmetric": symmetric,
+            "symmetric": False,
             "reduction": "sum",
             "labels": torch.arange(n),
             "owners": torch.arange(m),
@@ -46,8 +46,6 @@ def test_a_row_of_nan_leaves_the_others_as_they_are(backend: str, symmetric: boo
         query.requires_grad_()
         hardness_weighted_contrastive_loss(query, target, backend=backend, **settings).backward()
         assert query.grad is not None
-        if symmetric:  # each column's sum holds the odd row
-            continue
         settings["labels"] = keep = torch.cat([torch.arange(odd), torch.arange(odd + 1, n)])
         rest = query.detach()[keep].double().requires_grad_()
         reference_loss(rest, target.double(), **settings).backward()

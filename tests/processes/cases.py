@@ -272,11 +272,11 @@ def on_hosts() -> list[tuple[float, int]]:
         assert values[0] == values[1]
         return values[0], len(made)
 
-    def counted(*arguments: Any) -> Any:
+    def noted(*arguments: Any) -> Any:
         made.append(arguments)
         return original(*arguments)
 
-    original, dist.ProcessGroupGloo = dist.ProcessGroupGloo, counted
+    original, dist.ProcessGroupGloo = dist.ProcessGroupGloo, noted
     results = []
     with patched_backend():
         if rank < 2:
