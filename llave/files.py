@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from uuid import uuid4
 
@@ -46,27 +48,39 @@ def snapshot(folder: Path) -> Path:
 
 
 def publish(path: Path, write: Callable[[Path], object]) -> None:
-    """Let a file appear whole: ``write`` makes it beside ``path``, then it is renamed.
+    """Let a file appear whole, and stay through a power loss.
 
-    Several processes may publish the same file at a time.
+    ``write`` makes it beside ``path`` under a random name, then it is renamed. Several processes may
+    publish the same file at a time.
     """
     temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
     try:
         write(temporary)
         try:
+            sync(temporary)
             temporary.replace(path)
         except FileNotFoundError:
             # Another process finished the same file first and swept ours.
             if not path.exists():
                 raise
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
     sweep(path)
 
 
+def sync(path: Path) -> None:
+    """Wait until a file's contents, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sweep(path: Path) -> None:
     """Remove what dead processes left of a file that is done."""
-    for leftover in path.parent.glob(f"{path.name}.*.tmp"):
+    for leftover in path.parent.glob(f"{escape(path.name)}.{'[0-9a-f]' * 32}.tmp"):
         leftover.unlink(missing_ok=True)
 
 
