@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import torch
-from data import precision
-from measure import times
 
+from benchmarks.data import precision
+from benchmarks.measure import times
 from llave_kernels.backends.torch_strips import product
 
 SIDE = {"cpu": 2048, "cuda": 8192}

@@ -10,6 +10,7 @@ import pkgutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -125,11 +126,19 @@ def docstrings() -> tuple[Tensor, Tensor]:
     return query, target
 
 
-def docstring_pairs(limit: int) -> list[tuple[str, str]]:
-    """(docstring summary, qualified signature) of installed functions and classes, each text
-    once."""
+def docstring_pairs(
+    limit: int | None = None, roots: Sequence[str] = ROOTS
+) -> list[tuple[str, str]]:
+    """(docstring summary, qualified signature) of installed functions and classes.
+
+    Each text is there once: the first of ``roots`` to show it keeps it.
+
+    Args:
+        limit: pairs at most; by default all.
+        roots: packages, in order.
+    """
     pairs: dict[str, str] = {}
-    for module in _modules():
+    for module in _modules(roots):
         for name, thing in sorted(vars(module).items()):
             if name.startswith("_") or not (inspect.isroutine(thing) or inspect.isclass(thing)):
                 continue
@@ -140,24 +149,24 @@ def docstring_pairs(limit: int) -> list[tuple[str, str]]:
                 continue
             if len(summary) > 20:
                 pairs.setdefault(summary[:300], signature[:300])
-        if len(pairs) >= limit:
+        if limit is not None and len(pairs) >= limit:
             break
     return list(pairs.items())[:limit]
 
 
-def _modules() -> list[ModuleType]:
+def _modules(roots: Sequence[str]) -> Iterator[ModuleType]:
     """The roots and their submodules, as far as they import without complaint."""
-    found = []
-    for root in ROOTS:
+    for root in roots:
         module = importlib.import_module(root)
-        found.append(module)
+        yield module
         for info in pkgutil.iter_modules(getattr(module, "__path__", []), root + "."):
             if info.name.rpartition(".")[2].startswith(("_", "test", "distutils", "f2py")):
                 continue
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    found.append(importlib.import_module(info.name))
+                    module = importlib.import_module(info.name)
             except Exception as error:  # a submodule may need what is not installed
                 print(f"skipping {info.name}: {error}", file=sys.stderr)
-    return found
+                continue
+            yield module

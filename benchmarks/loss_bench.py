@@ -28,15 +28,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import data
-import report
 import torch
-import workers
-from peers import FLOPS, PEERS, SCALE, refusals
 from torch import Tensor
 from tqdm import tqdm
 
 import llave_kernels
+from benchmarks import data, report, workers
+from benchmarks.peers import FLOPS, PEERS, SCALE, refusals
 
 # Rows beyond which the float64 values take longer than the measurements and are left out.
 TRUTH_LIMIT = {"cpu": 8192, "cuda": 32768}
@@ -122,7 +120,7 @@ def truths(names: list[str], inputs: Path, options: argparse.Namespace) -> dict[
     kinds = list(dict.fromkeys(alphas(name, options) for name in names))
     files = {str(inputs.with_name(f"truth{i}.pt")): kind for i, kind in enumerate(kinds)}
     job = {"inputs": str(inputs), "device": options.device, "dtype": options.dtype}
-    if failure := workers.run("truth.py", job | {"scale": SCALE, "files": files}, inputs.parent):
+    if failure := workers.run("truth", job | {"scale": SCALE, "files": files}, inputs.parent):
         tqdm.write(f"errors left out, no float64 values: {failure}", file=sys.stderr)
         return {}
     return {kind: file for file, kind in files.items()}
@@ -150,7 +148,7 @@ def measure(
     shared["symmetric"] = not options.one_direction
     for name in group:
         if name not in running:
-            running[name] = workers.Worker("measure.py", shared | {"impl": name}, folder)
+            running[name] = workers.Worker("measure", shared | {"impl": name}, folder)
     timings: dict[str, list[dict[str, Any]]] = {name: [] for name in group}
     for name, row in group.items():
         row |= {"status": "ok"} | ask(name, f"prepare {json.dumps(files[name])}")
@@ -186,7 +184,7 @@ def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
 def ceilings(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What the machine reaches at best, or nothing where that could not be measured."""
     job = {"device": options.device, "dtype": options.dtype}
-    worker = workers.Worker("ceilings.py", job, folder)
+    worker = workers.Worker("ceilings", job, folder)
     found = worker.ask("")
     worker.close()
     if "status" in found:

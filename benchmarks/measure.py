@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from data import precision
-from peers import PEERS, Job, Loss
 from torch import Tensor
+
+from benchmarks.data import precision
+from benchmarks.peers import PEERS, Job, Loss
 
 PRODUCT_ROWS = {"cpu": 1024, "cuda": 8192}  # of the plain product timed beside the loss
 

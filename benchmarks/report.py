@@ -1,13 +1,14 @@
 """What a run leaves: a table on the screen, one CSV, and plots of time and memory against N.
 
-python benchmarks/report.py RESULTS/*/loss_bench.csv    # one line a size: our best and others'
+python benchmarks/report.py RESULTS/*/loss_bench.csv    # a line each size: our best and others'
+python benchmarks/report.py --markdown CSV [CSV ...]    # the README's table of these files
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,33 @@ def write_csv(rows: list[Row], path: Path) -> None:
         writer.writerows(rows)
     os.chmod(beside.name, 0o644)
     os.replace(beside.name, path)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a run's CSV. Those of early runs lack columns, and have as many targets as
+    queries."""
+    with path.open(newline="") as file:
+        return [dict.fromkeys(COLUMNS, "") | {"m": row["n"]} | row for row in csv.DictReader(file)]
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """A table of milliseconds and memory: a line an implementation, a column a size.
+
+    An implementation stands in the order of its first row, a size too.
+    """
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        way = {"1": "one direction", "2": "both"}[row["directions"]]
+        n, m, d = (f"{int(row[name]):,}" for name in ("n", "m", "d"))
+        size = f"{way}, N = {n}{'' if m == n else f', M = {m}'}, D = {d}"
+        figures = row["status"]
+        if row["step_ms"]:
+            figures = f"{float(row['step_ms']):,.0f} ms, {float(row['extra_mib']):,.0f} MiB"
+        cells.setdefault(size, {})[row["impl"]] = figures
+    lines = [["forward + backward", *cells], ["---"] * (1 + len(cells))]
+    for name in dict.fromkeys(row["impl"] for row in rows):
+        lines.append([name, *(column.get(name, "-") for column in cells.values())])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def digest(rows: list[dict[str, str]]) -> list[str]:
@@ -152,6 +180,14 @@ def _draw(axis: Any, rows: list[Row], column: str) -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        with Path(name).open(newline="") as table_file:
-            print(name, *digest(list(csv.DictReader(table_file))), sep="\n  ")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", type=Path, nargs="+", metavar="CSV")
+    parser.add_argument("--markdown", action="store_true", help="one table of all files")
+    options = parser.parse_args()
+    if options.markdown:
+        print(markdown([row for name in options.files for row in read_csv(name)]))
+    else:
+        for name in options.files:
+            print(name, *digest(read_csv(name)), sep="\n  ")

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 import torch
-from data import precision
 from torch import Tensor
+
+from benchmarks.data import precision
 
 STRIP = 2**22  # elements of a strip of similarities, 32 MiB
 

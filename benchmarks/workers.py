@@ -14,29 +14,29 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from report import OUT_OF_MEMORY
+from benchmarks.report import OUT_OF_MEMORY
 
 CHILD_LIMIT = 900  # seconds for one answer
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1"}
 
 
-def run(script: str, job: dict[str, Any], folder: Path) -> str | None:
-    """None, or what went wrong, when one of this folder's scripts has run to its end."""
-    worker = Worker(script, job, folder)
+def run(module: str, job: dict[str, Any], folder: Path) -> str | None:
+    """None, or what went wrong, when one of this package's modules has run to its end."""
+    worker = Worker(module, job, folder)
     answer = worker.ask("")
     worker.close()
     return answer["status"] if worker.process.returncode else None
 
 
 class Worker:
-    """One of this folder's scripts as a child process, started at once."""
+    """One of this package's modules as a child process, started at once."""
 
-    def __init__(self, script: str, job: dict[str, Any], folder: Path) -> None:
+    def __init__(self, module: str, job: dict[str, Any], folder: Path) -> None:
         with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".json", delete=False) as file:
             json.dump(job, file)
         self.errors = tempfile.TemporaryFile("w+", dir=folder)  # noqa: SIM115 (closed in close)
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(Path(__file__).with_name(script)), file.name],
+            [sys.executable, "-W", "ignore", "-m", f"benchmarks.{module}", file.name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

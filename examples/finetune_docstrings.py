@@ -28,7 +28,6 @@ import csv
 import io
 import re
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -46,18 +45,15 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 
+from benchmarks.data import ROOTS, docstring_pairs
 from llave.files import publish
 from llave_kernels.integrations.sentence_transformers import MultipleNegativesRankingLoss
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import data
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 # All of these come with torch, sentence-transformers, datasets and matplotlib.
-TRAINED_ON = (*data.ROOTS, "matplotlib", "PIL", "scipy", "sympy")
+TRAINED_ON = (*ROOTS, "matplotlib", "PIL", "scipy", "sympy")
 HELD_OUT = ("networkx", "pandas", "sklearn")
 SCALE = 50.0  # the paper's
 LEARNING_RATE = 1e-4
@@ -93,11 +89,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def corpus() -> tuple[list[Pair], list[Pair]]:
     """Pairs to train on and pairs of the held-out packages; no text is there twice."""
-    data.ROOTS = TRAINED_ON + HELD_OUT  # the first to show a text keeps it: training packages
     # Some modules print when imported, others warn when looked into.
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pairs = data.docstring_pairs(sys.maxsize)
+        # The training packages first: they keep a text that both show.
+        pairs = docstring_pairs(roots=TRAINED_ON + HELD_OUT)
     train, test, seen = [], [], set()
     for summary, signature in pairs:
         signature = re.sub(r" at 0x[0-9a-f]+", "", signature)  # differs from process to process

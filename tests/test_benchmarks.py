@@ -14,18 +14,12 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from benchmarks import data, loss_bench, peers, report, truth, workers
+from llave_kernels.reference import reference_loss
+from tests.helpers import relative_error
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import data  # noqa: E402
-import loss_bench  # noqa: E402
-import peers  # noqa: E402
-import report  # noqa: E402
-import truth  # noqa: E402
-import workers  # noqa: E402
-
-from llave_kernels.reference import reference_loss  # noqa: E402
-from tests.helpers import relative_error  # noqa: E402
+COMMITTED = sorted(ROOT.glob("benchmarks/results/**/*.csv"))
 
 
 @pytest.mark.parametrize("name", ["llave-torch", "authors", "dense"])
@@ -140,6 +134,15 @@ def test_a_digest_has_our_fastest_and_counts_what_has_no_figures() -> None:
     assert "floor" not in report.digest([row("llave-torch", "4", share="")])[0]
 
 
+@pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file.parent.name)
+def test_committed_results_can_be_read(file: Path) -> None:
+    rows = report.read_csv(file)
+    groups = {(row["data"], row["n"], row["m"], row["d"]) for row in rows}
+    assert len(report.digest(rows)) == len(groups)
+    assert all("llave-torch" in line for line in report.digest(rows))
+    assert len(report.markdown(rows).splitlines()) == 2 + len({row["impl"] for row in rows})
+
+
 def test_the_gpu_check_names_what_failed(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -157,16 +160,16 @@ def test_the_gpu_check_names_what_failed(tmp_path: Path) -> None:
 
 
 def test_a_failed_child_says_why(tmp_path: Path) -> None:
-    worker = workers.Worker("measure.py", {"impl": "no such"}, tmp_path)
+    worker = workers.Worker("measure", {"impl": "no such"}, tmp_path)
     assert worker.ask("prepare {}") == {"status": "failed: KeyError: 'no such'"}
     assert "KeyError" in worker.ask("time 1")["status"]
     worker.close()
-    assert "KeyError" in str(workers.run("truth.py", {}, tmp_path))
+    assert "KeyError" in str(workers.run("truth", {}, tmp_path))
 
 
 def test_a_stuck_child_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "CHILD_LIMIT", 0.05)
-    worker = workers.Worker("measure.py", {"impl": "authors"}, tmp_path)
+    worker = workers.Worker("measure", {"impl": "authors"}, tmp_path)
     assert worker.ask("prepare {}") == {"status": "failed: no answer after 0.05 s"}
     worker.close()
 

@@ -21,6 +21,22 @@ SNIPPETS = [
 ]
 
 
+# A table is what the command before it prints.
+TABLES = [
+    (page, *match.groups())
+    for page in PAGES
+    for match in re.finditer(r"<!-- python (.*?) -->\n((?:\|.*\n)+)", page.read_text())
+]
+
+
+@pytest.mark.parametrize(("page", "command", "table"), TABLES, ids=lambda x: str(x)[:60])
+def test_figures_are_not_typed(page: Path, command: str, table: str) -> None:
+    printed = subprocess.run(
+        [sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert table == printed
+
+
 def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
