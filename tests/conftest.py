@@ -6,6 +6,8 @@ from collections.abc import Iterator
 # would call them as they were then.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub for anything
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several that share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -3,7 +3,7 @@ reference."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -190,7 +190,7 @@ def assert_contract(query: Tensor, target: Tensor, scale: float, **rules: Any) -
         )
 
 
-def draw_rules(n: int, m: int, kinds: set[str]) -> dict[str, Any]:
+def draw_rules(n: int, m: int, kinds: Collection[str]) -> dict[str, Any]:
     """Random arguments for the named rules: labels, owners, ids, margin, target_alpha."""
     rules: dict[str, Any] = {}
     if "labels" in kinds:
