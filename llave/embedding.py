@@ -168,7 +168,7 @@ def embed(
             if shard is None:
                 # Texts go in one call, which sorts them by length. Images would fill the memory.
                 step = batch_size if rows.shows_images(span.first) else shard_rows
-                loaded = load_inputs(rows.rows(*span), step, pool, model.modalities)
+                loaded = load_inputs(rows.rows(*span), step, pool, model.modalities, rows.images)
                 shard = _encode(loaded, encode, manifest, on_error)
                 note = {
                     "manifest": _digest(manifest),

@@ -27,14 +27,14 @@ def lines(file: BinaryIO) -> Iterator[bytes]:
     """The lines of a file; ValueError where one is longer than LLAVE_MAX_LINE_BYTES."""
     most = limits.value("LLAVE_MAX_LINE_BYTES")
     while line := file.readline(most + 1):
-        limits.check("LLAVE_MAX_LINE_BYTES", len(line), "bytes or more in a line")
+        limits.check("LLAVE_MAX_LINE_BYTES", len(line), "bytes or more in a line", file.name)
         yield line
 
 
 def whole(file: BinaryIO) -> Any:
     """The one value of a file; ValueError as ``parsed``, or it has more than LLAVE_MAX_JSON_BYTES."""
     data = file.read(limits.value("LLAVE_MAX_JSON_BYTES") + 1)
-    limits.check("LLAVE_MAX_JSON_BYTES", len(data), "bytes or more")
+    limits.check("LLAVE_MAX_JSON_BYTES", len(data), "bytes or more", file.name)
     return parsed(data)
 
 

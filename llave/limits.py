@@ -7,6 +7,8 @@ inherits it. The defaults are above what data sets hold.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
+from typing import Any
 
 DEFAULTS = {
     # Of one image; and of those that embed and evaluate decode at a time, unless it is one alone.
@@ -20,7 +22,8 @@ DEFAULTS = {
     "LLAVE_MAX_JSON_BYTES": 2**31,  # of a file that is one JSON value
     "LLAVE_MAX_JSON_DEPTH": 100,  # of lists and objects in each other
     "LLAVE_MAX_ROWS": 2**32,  # that a parquet file declares
-    "LLAVE_MAX_ROW_GROUP_BYTES": 2**33,  # that a parquet file declares for the columns that are read
+    "LLAVE_MAX_ROW_GROUP_BYTES": 2
+    ** 33,  # that a parquet file declares for the columns that are read
     "LLAVE_MAX_SHARDS": 2**20,  # of a folder of embeddings
     "LLAVE_MAX_DOWNLOAD_BYTES": 2**30,  # of an image given as a URL
 }
@@ -40,11 +43,23 @@ def value(name: str) -> int:
     return int(text)
 
 
-def check(name: str, amount: int, unit: str) -> None:
-    """ValueError, with the limit and how to raise it, where ``amount`` is above it."""
+def check(name: str, amount: int, unit: str, of: object = "it") -> None:
+    """ValueError, with the limit and how to raise it, where ``of`` has more than it allows."""
     most = value(name)
     if amount > most:
         raise ValueError(
-            f"it has {amount:,} {unit}, but {name} allows {most:,}; for a file that you trust set "
+            f"{of} has {amount:,} {unit}, but {name} allows {most:,}; for a file that you trust set "
             f"the environment variable {name} higher"
         )
+
+
+def check_parquet(metadata: Any, columns: Collection[str], path: object) -> None:
+    """ValueError where a parquet file's footer declares more than is read of the columns."""
+    check("LLAVE_MAX_ROWS", metadata.num_rows, "rows", path)
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        chunks = (group.column(place) for place in range(group.num_columns))
+        sizes = [
+            c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns
+        ]
+        check("LLAVE_MAX_ROW_GROUP_BYTES", sum(sizes), f"bytes in row group {number}", path)

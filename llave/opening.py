@@ -41,10 +41,10 @@ def opened(path: str | os.PathLike[str], *, beside: int | None = None) -> Binary
     descriptor = os.open(name, flags, dir_fd=beside)
     try:
         _refuse_other_kinds(os.fstat(descriptor), path)
-        return open(path, "rb", opener=lambda *_: descriptor)  # its name is the path
-    except BaseException:
+    except ValueError:
         os.close(descriptor)
         raise
+    return open(path, "rb", opener=lambda *_: descriptor)  # its name is the path
 
 
 def _refuse_other_kinds(found: os.stat_result, path: str | os.PathLike[str]) -> None:
@@ -93,6 +93,13 @@ class Root:
         if not there or found == self._bases()[0]:
             raise FileNotFoundError(f"image {name!r} is not in {self.folder}")
         return found
+
+    def holds(self, name: str | os.PathLike[str]) -> bool:
+        """Whether a name leads inside, be there something or not."""
+        try:
+            return self._base(Path(os.path.realpath(self.folder / name))) is not None
+        except (ValueError, OSError):  # as in ``path``
+            return False
 
     def open(self, name: str | os.PathLike[str]) -> BinaryIO:
         """The file that a name leads to, opened for reading.
