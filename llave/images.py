@@ -45,8 +45,8 @@ IMAGE_SUFFIXES = {
     ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm",
     ".tga", ".tif", ".tiff", ".webp",
 }  # fmt: skip
-# Pillow knows more, of which one starts a program (EPS) and others hand the file to plugins. What a
-# file holds decides, not its suffix. JPEG includes MPO; TGA, which begins with no mark, is tried last.
+# What a file holds decides, not its suffix. Of the others that Pillow knows one starts a program
+# (EPS). JPEG includes MPO; TGA, which begins with no mark, is tried last.
 _WANTED = "AVIF BMP DIB GIF HEIF JPEG JPEG2000 PCX PNG PPM TIFF WEBP TGA"
 Image.init()
 FORMATS = tuple(name for name in _WANTED.split() if name in Image.OPEN)
@@ -105,6 +105,8 @@ def _image(source: BinaryIO) -> Image.Image:
         image = Image.open(source, formats=FORMATS)
     except UnidentifiedImageError as error:
         raise UnidentifiedImageError(_no_image(source)) from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{str(error).rstrip('.')} {limits.remedy('LLAVE_MAX_PIXELS')}") from error
     tags = getattr(image, "tag_v2", {})  # a TIFF file's tiles can be larger than its picture
     tile = tags.get(TILEWIDTH, 0) * tags.get(TILELENGTH, 0)
     limits.check("LLAVE_MAX_PIXELS", max(image.width * image.height, tile), "pixels")
@@ -115,9 +117,9 @@ def to_rgb(image: Any, name: str) -> Image.Image:
     """One image in RGB as a person sees it.
 
     Args:
-        image: PIL, path, opened file, URL, or an array (height, width), or uint8 with 3 or 4 channels last. In
-            grey of other types than uint8 and uint16, white is 1 (floats only), 255 or 65535: the
-            smallest that no value exceeds.
+        image: PIL, path, opened file, URL, or an array (height, width), or uint8 with 3 or 4
+            channels last. In grey of other types than uint8 and uint16, white is 1 (floats only),
+            255 or 65535: the smallest that no value exceeds.
         name: the argument's name, for the errors.
 
     Raises:

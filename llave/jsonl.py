@@ -32,7 +32,7 @@ def lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def whole(file: BinaryIO) -> Any:
-    """The one value of a file; ValueError as ``parsed``, or it has more than LLAVE_MAX_JSON_BYTES."""
+    """The one value of a file; ValueError as ``parsed``, or above LLAVE_MAX_JSON_BYTES."""
     data = file.read(limits.value("LLAVE_MAX_JSON_BYTES") + 1)
     limits.check("LLAVE_MAX_JSON_BYTES", len(data), "bytes or more", file.name)
     return parsed(data)

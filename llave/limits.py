@@ -22,8 +22,7 @@ DEFAULTS = {
     "LLAVE_MAX_JSON_BYTES": 2**31,  # of a file that is one JSON value
     "LLAVE_MAX_JSON_DEPTH": 100,  # of lists and objects in each other
     "LLAVE_MAX_ROWS": 2**32,  # that a parquet file declares
-    "LLAVE_MAX_ROW_GROUP_BYTES": 2
-    ** 33,  # that a parquet file declares for the columns that are read
+    "LLAVE_MAX_ROW_GROUP_BYTES": 2**33,  # the same, of the columns read
     "LLAVE_MAX_SHARDS": 2**20,  # of a folder of embeddings
     "LLAVE_MAX_DOWNLOAD_BYTES": 2**30,  # of an image given as a URL
 }
@@ -43,14 +42,16 @@ def value(name: str) -> int:
     return int(text)
 
 
+def remedy(name: str) -> str:
+    """What to do where a limit refuses a file."""
+    allowed = f"{name} is {value(name):,}"
+    return f"({allowed}; for a file that you trust set that environment variable higher)"
+
+
 def check(name: str, amount: int, unit: str, of: object = "it") -> None:
     """ValueError, with the limit and how to raise it, where ``of`` has more than it allows."""
-    most = value(name)
-    if amount > most:
-        raise ValueError(
-            f"{of} has {amount:,} {unit}, but {name} allows {most:,}; for a file that you trust set "
-            f"the environment variable {name} higher"
-        )
+    if amount > value(name):
+        raise ValueError(f"{of} has {amount:,} {unit}, above the limit {remedy(name)}")
 
 
 def check_parquet(metadata: Any, columns: Collection[str], path: object) -> None:

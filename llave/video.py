@@ -14,16 +14,11 @@ import numpy as np
 from PIL import Image
 
 from llave import limits
+from llave.containers import DEMUXERS, refuse_inflated
 from llave.files import left_behind, shown
 from llave.images import IMAGE_SUFFIXES, REMOTE, existing, to_rgb
 from llave.opening import opened
 
-# The containers that FFmpeg may take a file for, by what it holds. Others lead to more files
-# (playlists, lists, patterns of names), are scripts, or are read by programs seldom looked at.
-_DEMUXERS = (
-    "apng,asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mpeg,mpegts,"
-    "mpegvideo,mxf,obu,ogg,rm,wav,yuv4mpegpipe"
-)
 # What a display matrix does to the axes (x to (a, b), y to (c, d)), as Pillow names it.
 _TURNS = {
     (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
@@ -127,7 +122,7 @@ def _decode(file: BinaryIO, path: str, fps: float, limit: int) -> list[Image.Ima
     # FFmpeg gets the opened file, and can open no other.
     settings: dict[str, Any] = {
         "options": {
-            "format_whitelist": _DEMUXERS,
+            "format_whitelist": DEMUXERS,
             "protocol_whitelist": "",
             "max_pixels": str(most),
         },
@@ -135,6 +130,7 @@ def _decode(file: BinaryIO, path: str, fps: float, limit: int) -> list[Image.Ima
     }
     frames: list[Image.Image] = []
     try:
+        refuse_inflated(file)
         with av.open(file, **settings) as container:
             videos = container.streams.video
             # The container knows the main one of several: others are covers and thumbnails.
