@@ -218,7 +218,7 @@ class Source:
             self.ignored["links to folders (pass those folders)"] += len(links)
             for name in files:
                 path = Path(parent, name)
-                suffix = path.suffix.lower()
+                suffix = shown(path.suffix.lower())
                 if left_behind(name):
                     continue
                 name = path.relative_to(root).as_posix()

@@ -214,12 +214,13 @@ def load_training(
     loaded = {}
     for name, rows in _subsets(source, subsets, split, TRAINING):
         if subsets is None and not set(TRAINING) & set(rows.column_names):
-            print(f"{source}: {name} is passed over, it has none of the columns of the format")
+            said = f"{source}: {name} is passed over, it has none of the columns of the format"
+            print(shown(said))
             continue
         missing = {column for side in SIDES[:2] for column in side} - set(rows.column_names)
         if missing:
             raise ValueError(
-                f"subset {name} of {source} lacks the columns {', '.join(sorted(missing))}"
+                f"subset {shown(name)} of {source} lacks the columns {', '.join(sorted(missing))}"
             )
         pictures = Images(images, mmeb.pixels(name))
         rows = rows.add_column("row", np.arange(len(rows)))  # as the source counts them
@@ -232,7 +233,7 @@ def load_training(
         sides = SIDES[: 3 if negatives and _has_negatives(rows) else 2]
         # These columns alone, so that subsets can be joined whatever else they hold.
         rows = rows.select_columns([*(column for side in sides for column in side), "row"])
-        rows = rows.add_column("subset", [name] * len(rows))
+        rows = rows.add_column("subset", [shown(name)] * len(rows))
         rows.set_transform(partial(_batch, sides=sides, root=images))
         loaded[name] = rows
     if not loaded:
@@ -353,9 +354,9 @@ def _without_unusable(
     first = f"row {table['row'][unusable[0]]}: {problems[unusable[0]]}"
     if on_error == "raise":
         raise ValueError(
-            f"subset {name}, {first}; mend it, or leave such rows out with on_error='skip'"
+            f"subset {shown(name)}, {first}; mend it, or leave such rows out with on_error='skip'"
         )
-    print(f"{name}: {len(unusable)} of {len(rows)} rows left out, the first {first}")
+    print(shown(f"{name}: {len(unusable)} of {len(rows)} rows left out, the first {first}"))
     return rows.select([place for place, problem in enumerate(problems) if not problem])
 
 
@@ -371,12 +372,10 @@ def _without_broken(name: str, rows: Dataset, images: Images) -> Dataset:
             if len(kept) == number:
                 first = f"row {row['row']}: {error}"
         except ValueError as error:
-            raise ValueError(f"subset {name}, row {row['row']}: {error}") from error
+            raise ValueError(f"subset {shown(name)}, row {row['row']}: {error}") from error
     if len(kept) < len(rows):
-        print(
-            f"{name}: {len(rows) - len(kept)} of {len(rows)} rows left out for broken images, the "
-            f"first {first}"
-        )
+        left = f"{len(rows) - len(kept)} of {len(rows)} rows left out for broken images"
+        print(shown(f"{name}: {left}, the first {first}"))
     return rows.select(kept)
 
 

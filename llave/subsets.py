@@ -200,7 +200,8 @@ def _of_names(folder: Path, split: str) -> dict[str, dict[str, list[Path]]]:
         if name in found:
             first, *_ = next(iter(found[name].values()))
             raise ValueError(
-                f"{first} and {path} would both be the subset {name}; rename or move one"
+                f"{shown(first)} and {shown(path)} would both be the subset {shown(name)}; rename "
+                "or move one"
             )
         found[name] = parts
     # Shards side by side are the splits of one dataset.
@@ -228,7 +229,8 @@ def _say_unread(folder: Path) -> None:
     ]
     if unread:
         more = f" and {len(unread) - 8} more" if len(unread) > 8 else ""
-        print(f"{folder}: not read: {', '.join(unread[:8])}{more}; only {', '.join(SUFFIXES)} are")
+        names = ", ".join(unread[:8])
+        print(shown(f"{folder}: not read: {names}{more}; only {', '.join(SUFFIXES)} are"))
 
 
 def _of_folder(folder: Path) -> dict[str, list[Path]]:
@@ -252,8 +254,8 @@ def _of_split(name: str, parts: dict[str, list[Path]], split: str) -> list[Path]
         return _whole(name, files)
     splits = ", ".join(label or parts[""][0].name for label in parts)
     raise ValueError(
-        f"subset {name} has files of {splits}; split={split!r} must be one of them: choose it "
-        "(data.split of a recipe), or keep only the files to read"
+        f"subset {shown(name)} has files of {shown(splits)}; split={split!r} must be one of them: "
+        "choose it (data.split of a recipe), or keep only the files to read"
     )
 
 
@@ -262,7 +264,7 @@ def _whole(name: str, files: list[Path]) -> list[Path]:
     shards = [shard for file in files if (shard := _SHARD.fullmatch(file.stem))]
     number = sum({shard[1]: int(shard[2]) for shard in shards}.values())
     if len(shards) < number:
-        print(f"{name}: {len(shards)} of {number} files are there, the first {files[0]}")
+        print(shown(f"{name}: {len(shards)} of {number} files are there, the first {files[0]}"))
     return files
 
 

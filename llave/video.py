@@ -119,13 +119,11 @@ def _decode(file: BinaryIO, path: str, fps: float, limit: int) -> list[Image.Ima
     except ImportError as error:
         raise ImportError(f"video={path!r} needs PyAV to be decoded: pip install av") from error
     most = limits.value("LLAVE_MAX_VIDEO_PIXELS") // 16
+    # Sizes may change within a file. Decoders add margins, so this is not the limit itself.
+    bound = {"max_pixels": str(2 * most + 2**16)}
     # FFmpeg gets the opened file, and can open no other.
     settings: dict[str, Any] = {
-        "options": {
-            "format_whitelist": DEMUXERS,
-            "protocol_whitelist": "",
-            "max_pixels": str(most),
-        },
+        "options": bound | {"format_whitelist": DEMUXERS, "protocol_whitelist": ""},
         "metadata_errors": "ignore",
     }
     frames: list[Image.Image] = []
@@ -149,7 +147,7 @@ def _decode(file: BinaryIO, path: str, fps: float, limit: int) -> list[Image.Ima
             with av.open(file, **settings) as container:  # again: not every one can be rewound
                 stream = container.streams.video[number]
                 _check_frame(stream.width, stream.height, ratio, len(indices))
-                stream.codec_context.options = {"max_pixels": str(most)}
+                stream.codec_context.options = bound
                 # A thread of its own for every frame has as many frames in memory.
                 large = stream.width * stream.height > most // 2
                 stream.thread_type = "SLICE" if large else "AUTO"

@@ -386,6 +386,27 @@ def test_a_shard_that_asks_for_gigabytes(tmp_path: Path) -> None:
         read_shard(path, span, whole)
 
 
+def test_names_from_data_stay_on_their_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = "a\n\x1b[31m\u202e\udcff"
+    write(tmp_path / "train" / f"{odd}.jsonl", [*rows("a"), {"qry": ["b"]}])
+    write(tmp_path / "train" / f"{odd} other.jsonl", [{"x": "y"}])
+    (tmp_path / "train" / f"{odd}.csv").touch()
+    load_training(tmp_path / "train", on_error="skip")
+    with pytest.raises(ValueError, match="row 1") as raised:
+        load_training(tmp_path / "train")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / f"x.{odd}").touch()
+    Image.new("RGB", (2, 2)).save(tmp_path / "photos" / "a.png")
+    quick(tmp_path / "photos", tmp_path / "out")
+    said = capsys.readouterr()
+    lines = [*said.out.splitlines(), str(raised.value)]
+    assert len(lines) > 3
+    assert "left out 1 .a\\n\\x1b[31m" in said.err
+    assert all(line.isprintable() for line in lines)
+
+
 def test_every_limit_is_documented() -> None:
     page = (Path(__file__).parents[2] / "docs" / "input.md").read_text()
     for name, default in limits.DEFAULTS.items():
