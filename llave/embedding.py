@@ -105,12 +105,14 @@ def embed(
             taken as a person sees them (``llave.images``). That an image's content changed is not
             noticed, other than by its size in a folder.
         out: the folder, created if need be. It may be shared by processes on many machines.
-        batch_size: inputs per forward pass. 32 by default.
+        batch_size: inputs per forward pass, fewer where their images are large
+            (LLAVE_MAX_PIXELS of ``llave.limits``). 32 by default.
         shard_rows: rows per file. 4096 by default.
         normalize: whether embeddings are scaled to length 1. True by default.
         dtype: of the stored embeddings, ``"float32"`` (default) or ``"float16"``.
         prompt: the prompt given to ``model.encode``. By default the model's own.
-        image_root: what relative image paths are relative to. By default the source file's folder.
+        image_root: the folder of the images, which paths are relative to, and which an absolute path
+            or a link must not leave; ``"/"`` allows any. By default the source file's folder.
         on_error: what a row does that cannot be used: one of neither text nor image, malformed, of
             a repeated id, with an unreadable image, which the model refuses, or of an embedding
             that is not finite. ``"raise"`` (default) stops and names it; ``"skip"`` leaves it out
