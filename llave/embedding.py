@@ -111,8 +111,8 @@ def embed(
         normalize: whether embeddings are scaled to length 1. True by default.
         dtype: of the stored embeddings, ``"float32"`` (default) or ``"float16"``.
         prompt: the prompt given to ``model.encode``. By default the model's own.
-        image_root: the folder of the images, which paths are relative to, and which an absolute path
-            or a link must not leave; ``"/"`` allows any. By default the source file's folder.
+        image_root: the folder of the images: paths are relative to it, and no absolute path or link
+            may leave it; ``"/"`` allows any. By default the source file's folder.
         on_error: what a row does that cannot be used: one of neither text nor image, malformed, of
             a repeated id, with an unreadable image, which the model refuses, or of an embedding
             that is not finite. ``"raise"`` (default) stops and names it; ``"skip"`` leaves it out
