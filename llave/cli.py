@@ -96,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--batch-size", type=int, default=32)
     embed.add_argument("--shard-rows", type=int, default=4096)
     embed.add_argument("--dtype", choices=("float32", "float16"), default="float32")
-    embed.add_argument("--image-root", help="folder the image paths are relative to")
+    embed.add_argument(
+        "--image-root", help="folder that holds the images (the input's); / allows any"
+    )
     embed.add_argument(
         "--on-error",
         choices=("raise", "skip"),

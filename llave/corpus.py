@@ -10,6 +10,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,16 +20,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llave.files import LFS_POINTER, left_behind, snapshot
-from llave.images import IMAGE_SUFFIXES, MISSING, open_rgb
+from llave import limits
+from llave.files import LFS_POINTER, left_behind, reading, shown
+from llave.images import IMAGE_SUFFIXES, MISSING, open_rgb, pixel_count
+from llave.jsonl import lines, parsed
 from llave.modeling import text_input
+from llave.opening import Root, opened
 
 FIELDS = ("id", "text", "image")
 OnError = Literal["raise", "skip"]
 
 
 class Row(NamedTuple):
-    """One row: a text, an image (a path, or a file's content), or both; or why it has neither."""
+    """One row: a text, an image (a path, or a file's content), or both; or why it has neither.
+
+    A path is as the row has it: ``Source.images`` opens it.
+    """
 
     number: int
     id: str
@@ -41,6 +48,7 @@ class Source:
     """Rows of a JSONL file, a parquet file or a folder of images, streamed from a range's start.
 
     Attributes:
+        images: what the rows' paths lead into.
         ignored: how many entries of a folder are not taken, by reason.
     """
 
@@ -56,18 +64,18 @@ class Source:
                     f"image_root={image_root} has no meaning with the folder {path} as source; "
                     "leave it out"
                 )
-            self.root = snapshot(path)
+            self.images = Root(path, "source")
             self.files = sorted(self._scan())
             self._records: Callable[[int], Iterator[Any]] = self._images
             return
         if not path.exists():
             raise FileNotFoundError(f"source {path} does not exist")
-        self.root = image_root if image_root is not None else path.parent
+        self.images = Root(path.parent if image_root is None else image_root, "image_root")
         if path.suffix.lower() not in (".jsonl", ".parquet"):
             raise ValueError(
                 f"source must be a .jsonl file, a .parquet file or a folder of images, got {path}"
             )
-        with path.open("rb") as file:
+        with opened(path) as file:
             if file.read(64).startswith(LFS_POINTER):
                 raise ValueError(f"{path} is a pointer of git-lfs, not yet the file: git lfs pull")
         if path.suffix.lower() == ".jsonl":
@@ -149,7 +157,7 @@ class Source:
     def _content(self) -> tuple[int, str]:
         content = hashlib.blake2b(digest_size=16)
         if self.path.is_dir():
-            sizes = [(self.root / name).stat().st_size for name in self.files]
+            sizes = [(self.images.folder / name).stat().st_size for name in self.files]
             content.update(json.dumps([self.files, sizes]).encode())
             return sum(sizes), content.hexdigest()
         with self.path.open("rb") as file:
@@ -192,7 +200,7 @@ class Source:
                 f"row {number} has neither text nor image; fill one in or remove the row"
             )
         if isinstance(image, str):
-            image = self.root / image if image else None
+            image = Path(image) if image else None
         return Row(number, identifier, text or None, image or None)
 
     def _scan(self) -> Iterator[str]:
@@ -201,7 +209,8 @@ class Source:
         def refuse(error: OSError) -> None:
             raise error
 
-        for parent, folders, files in os.walk(self.root, onerror=refuse):
+        root = self.images.folder
+        for parent, folders, files in os.walk(root, onerror=refuse):
             hidden = [name for name in (*folders, *files) if left_behind(name)]
             self.ignored["hidden or left by a system"] += len(hidden)
             folders[:] = [name for name in folders if not left_behind(name)]
@@ -209,11 +218,14 @@ class Source:
             self.ignored["links to folders (pass those folders)"] += len(links)
             for name in files:
                 path = Path(parent, name)
-                suffix = path.suffix.lower()
+                suffix = shown(path.suffix.lower())
                 if left_behind(name):
                     continue
+                name = path.relative_to(root).as_posix()
                 if not path.is_file():
                     self.ignored["broken links or devices"] += 1
+                elif path.is_symlink() and not self.images.holds(name):
+                    self.ignored["links out of the folder (a .jsonl file may list them)"] += 1
                 elif suffix in MISSING:
                     self.ignored[f"{suffix} ({MISSING[suffix]})"] += 1
                 elif suffix in (".jsonl", ".parquet"):
@@ -221,7 +233,7 @@ class Source:
                 elif suffix not in IMAGE_SUFFIXES:
                     self.ignored[f"{suffix or 'without a suffix'} (no image that is read)"] += 1
                 else:
-                    yield path.relative_to(self.root).as_posix()
+                    yield name
         self.ignored = +self.ignored  # without zeros
 
     def _images(self, first: int) -> Iterator[dict[str, str]]:
@@ -232,30 +244,31 @@ class Source:
         with self.path.open("rb") as file:
             offset = file.seek(self.offsets[first // self.stride]) if first else 0
             number = first
-            for line in file:
+            for line in lines(file):
                 if line.strip():
                     if number == len(self.offsets) * self.stride:
                         self.offsets.append(offset)
                     try:
-                        yield json.loads(line)
-                    except (ValueError, RecursionError) as error:
+                        yield parsed(line)
+                    except ValueError as error:
                         yield ValueError(f"row {number} is not JSON ({error}): {line!r:.80}")
                     number += 1
                 offset += len(line)
 
     def _parquet(self, first: int) -> Iterator[Any]:
         try:
-            opened = pq.ParquetFile(self.path)
-        except pa.ArrowException as error:
+            file = pq.ParquetFile(self.path)
+        except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{self.path} is no whole parquet file ({error})") from error
-        with opened as file:
+        with reading(self.path), file:
             schema = file.schema_arrow
             columns = [name for name in FIELDS if name in schema.names]
             if not {"text", "image"} & set(columns):
                 raise ValueError(
-                    f"{self.path} has the columns {', '.join(schema.names)}; it must have text or "
-                    "image: rename one"
+                    f"{self.path} has the columns {shown(', '.join(schema.names))}; it must have "
+                    "text or image: rename one"
                 )
+            limits.check_parquet(file.metadata, columns, self.path)
             # Rows that hold whole image files are read a few at a time.
             image = schema.field("image").type if "image" in columns else pa.null()
             whole = pa.types.is_struct(image) or str(image).endswith("binary")
@@ -283,30 +296,60 @@ def _records(batch: pa.RecordBatch, number: int) -> list[Any]:
 
 
 def load_inputs(
-    rows: Iterator[Row], step: int, pool: ThreadPoolExecutor, modalities: list[Any]
+    rows: Iterator[Row], step: int, pool: ThreadPoolExecutor, modalities: list[Any], images: Root
 ) -> Iterator[list[tuple[Row, Any]]]:
-    """Chunks of ``step`` rows with what ``model.encode`` takes, or the error a row gave.
+    """Chunks of at most ``step`` rows with what ``model.encode`` takes, or the error a row gave.
 
+    The images of a chunk, if it has several, have no more pixels than LLAVE_MAX_PIXELS together.
     The next chunk is read while the caller encodes this one.
     """
-    load = partial(_input, modalities=modalities)
-    chunk = list(islice(rows, step))
-    ahead = pool.map(load, chunk)
-    while chunk:
+    load = partial(_input, modalities=modalities, images=images)
+    chunk: list[Row] = []
+    ahead: Iterator[Any] = iter(())
+    for following in _chunks(rows, step, pool, images):
         inputs = list(ahead)
-        following = list(islice(rows, step))
         ahead = pool.map(load, following)
-        yield list(zip(chunk, inputs, strict=True))
+        if chunk:
+            yield list(zip(chunk, inputs, strict=True))
         chunk = following
+    if chunk:
+        yield list(zip(chunk, ahead, strict=True))
 
 
-def _input(row: Row, modalities: list[Any]) -> Any:
+def _chunks(
+    rows: Iterator[Row], step: int, pool: ThreadPoolExecutor, images: Root
+) -> Iterator[list[Row]]:
+    most = limits.value("LLAVE_MAX_PIXELS")
+    while taken := list(islice(rows, step)):
+        first = pixels = 0
+        for place, more in enumerate(pool.map(partial(_pixels, images=images), taken)):
+            pixels += more
+            if pixels > most and place > first:
+                yield taken[first:place]
+                first, pixels = place, more
+        yield taken[first:]
+
+
+def _pixels(row: Row, images: Root) -> int:
+    try:
+        with _source(row, images) as source:
+            return pixel_count(source) if row.image is not None else 0
+    except Exception:  # which the reading itself will say
+        return 0
+
+
+def _input(row: Row, modalities: list[Any], images: Root) -> Any:
     if row.problem is not None:
         return ValueError(row.problem)
     if row.image is None:
         return text_input(row.text, modalities)
     try:
-        image = open_rgb(row.image)
+        with _source(row, images) as source:
+            image = open_rgb(source)
     except Exception as error:  # decoders raise errors of many types
         return error
     return image if row.text is None else {"text": row.text, "image": image}
+
+
+def _source(row: Row, images: Root) -> Any:
+    return images.open(row.image) if isinstance(row.image, Path) else nullcontext(row.image)

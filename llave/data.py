@@ -13,23 +13,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value, load_dataset
 
-from llave import mmeb
+from llave import limits, mmeb
 from llave.chat import placeholder_problem
 from llave.corpus import OnError
-from llave.files import snapshot
+from llave.files import shown
 from llave.images import Pixels, open_rgb
 from llave.modeling import text_input
+from llave.opening import OutsideError, Root
 from llave.subsets import PROBLEM, read_files, subset_files, typed
-from llave.video import load_frames
+from llave.video import frame_files, load_frames
 
 SIDES = (("qry", "qry_image_path"), ("pos_text", "pos_image_path"), ("neg_text", "neg_image_path"))
 COLUMNS = ("anchor", "positive", "negative")
@@ -51,9 +53,7 @@ class BrokenImageError(ValueError):
 
 
 class Images:
-    """Images and videos below one folder, by relative path. Paths that lead out are refused.
-
-    Links inside a snapshot of the hub's cache may lead to its blobs.
+    """Images and videos below one folder, by path. Paths that lead out are refused.
 
     Args:
         root: the folder.
@@ -61,7 +61,7 @@ class Images:
     """
 
     def __init__(self, root: str | Path | None, pixels: Pixels = "stored") -> None:
-        self.root = None if root is None else snapshot(Path(root))
+        self._root = None if root is None else Root(root, "images")
         self.pixels = pixels
 
     def path(self, name: str) -> Path:
@@ -71,30 +71,32 @@ class Images:
             ValueError: there is no image folder, or the path leaves it.
             FileNotFoundError: no such file, nor could there be.
         """
-        if self.root is None:
-            raise ValueError(f"image {name!r} needs an image folder; pass images=")
-        root = self.root.resolve()
         try:
-            found = (root / name).resolve()
-            there = found.exists()
-        except (ValueError, OSError) as error:  # it has a null byte or is too long
-            problem = f"image {name!r:.80} cannot be a path: {error!s:.80}"
-            raise FileNotFoundError(problem) from error
-        cache = [p.parent / "blobs" for p in (root, *root.parents) if p.name == "snapshots"]
-        if not any(map(found.is_relative_to, [root, *cache])):
-            raise ValueError(f"image path {name!r} leaves the image folder {self.root}")
-        if not there or found == root:
-            packed = "; it has archives to unpack" if self._packed else ""
-            raise FileNotFoundError(f"image {name!r} is not in {self.root}{packed}")
-        return found
+            return self._known().path(name)
+        except FileNotFoundError as error:
+            if self._packed:
+                raise FileNotFoundError(f"{error}; it has archives to unpack") from error
+            raise
+
+    def open(self, path: Path) -> BinaryIO:
+        """A file that ``path`` gave, or one in a folder that it gave, opened for reading.
+
+        Raises:
+            ValueError: it leaves the image folder or is no regular file; OSError: as ``open``.
+        """
+        return self._known().open(path)
+
+    def _known(self) -> Root:
+        if self._root is None:
+            raise ValueError("an image needs an image folder; pass images=")
+        return self._root
 
     @cached_property
     def _packed(self) -> bool:
         """Whether the folder has archives, as large image sets are published."""
         ends = (".zip", ".tar", ".tar.gz")
-        return self.root is not None and any(
-            path.name.endswith(ends) for deep in ("*", "*/*") for path in self.root.glob(deep)
-        )
+        places = [self._root.folder.glob(deep) for deep in ("*", "*/*")] if self._root else []
+        return any(path.name.endswith(ends) for place in places for path in place)
 
     def load(self, name: str) -> dict[str, Any]:
         """The part of an input that shows it: ``image``, in RGB, or ``video``, a list of frames.
@@ -104,15 +106,18 @@ class Images:
         """
         path = self.path(name)
         # The name's suffix: in the hub's cache the file itself has none.
-        if Path(name).suffix.lower() in VIDEO_SUFFIXES or path.is_dir():
-            kind, read, errors = "video", load_frames, ValueError
-        else:
-            kind, read = "image", partial(open_rgb, pixels=self.pixels)
-            errors = Exception  # decoders raise errors of many types
+        kind = "video" if Path(name).suffix.lower() in VIDEO_SUFFIXES or path.is_dir() else "image"
         try:
-            return {kind: read(path)}
-        except errors as error:
-            message = f"{kind} {name!r} in {self.root} cannot be read: {error}"
+            with ExitStack() as stack:
+                if path.is_dir():
+                    opened = [stack.enter_context(self.open(file)) for file in frame_files(path)]
+                    return {kind: load_frames(opened)}
+                file = stack.enter_context(self.open(path))
+                return {kind: load_frames(file) if kind == "video" else open_rgb(file, self.pixels)}
+        except (OutsideError, ImportError):
+            raise
+        except Exception as error:  # decoders raise errors of many types
+            message = f"{kind} {name!r} in {self._known().folder} cannot be read: {shown(error)}"
             raise BrokenImageError(message) from error
 
 
@@ -127,11 +132,41 @@ def make_input(text: str, image: str, images: Images) -> str | dict[str, Any]:
     return made | {"text": text} if text else made
 
 
+def pixel_count(item: str | dict[str, Any]) -> int:
+    """How many pixels the image or the frames of an input have."""
+    return sum(picture.width * picture.height for picture in _pictures(item))
+
+
+def input_batches(
+    items: Sequence[tuple[str, str]], images: Images, size: int
+) -> Iterator[tuple[list[tuple[str, str]], list[Any]]]:
+    """(text, path) pairs and what ``make_input`` makes of them, at most ``size`` at a time.
+
+    A batch ends early where its images have LLAVE_MAX_PIXELS or more.
+    """
+    most = limits.value("LLAVE_MAX_PIXELS")
+    taken, made, pixels = [], [], 0
+    for item in items:
+        taken.append(item)
+        made.append(make_input(*item, images))
+        pixels += pixel_count(made[-1])
+        if len(taken) == size or pixels >= most:
+            yield taken, made
+            taken, made, pixels = [], [], 0
+    if taken:
+        yield taken, made
+
+
+def _pictures(item: str | dict[str, Any]) -> list[Any]:
+    parts = {} if isinstance(item, str) else item
+    return [parts["image"]] if "image" in parts else list(parts.get("video", ()))
+
+
 def content_id(item: str | dict[str, Any]) -> int:
     """63 bits of what an input says and shows, its text and pixels, in every process and run."""
     parts = {"text": item} if isinstance(item, str) else item
     digest = hashlib.blake2b(json.dumps(parts.get("text", "")).encode(), digest_size=8)
-    for picture in [parts["image"]] if "image" in parts else parts.get("video", ()):
+    for picture in _pictures(item):
         digest.update(b"%d %d " % picture.size + picture.tobytes())
     return int.from_bytes(digest.digest(), "big") >> 1
 
@@ -179,12 +214,13 @@ def load_training(
     loaded = {}
     for name, rows in _subsets(source, subsets, split, TRAINING):
         if subsets is None and not set(TRAINING) & set(rows.column_names):
-            print(f"{source}: {name} is passed over, it has none of the columns of the format")
+            said = f"{source}: {name} is passed over, it has none of the columns of the format"
+            print(shown(said))
             continue
         missing = {column for side in SIDES[:2] for column in side} - set(rows.column_names)
         if missing:
             raise ValueError(
-                f"subset {name} of {source} lacks the columns {', '.join(sorted(missing))}"
+                f"subset {shown(name)} of {source} lacks the columns {', '.join(sorted(missing))}"
             )
         pictures = Images(images, mmeb.pixels(name))
         rows = rows.add_column("row", np.arange(len(rows)))  # as the source counts them
@@ -197,7 +233,7 @@ def load_training(
         sides = SIDES[: 3 if negatives and _has_negatives(rows) else 2]
         # These columns alone, so that subsets can be joined whatever else they hold.
         rows = rows.select_columns([*(column for side in sides for column in side), "row"])
-        rows = rows.add_column("subset", [name] * len(rows))
+        rows = rows.add_column("subset", [shown(name)] * len(rows))
         rows.set_transform(partial(_batch, sides=sides, root=images))
         loaded[name] = rows
     if not loaded:
@@ -307,20 +343,20 @@ def _without_unusable(
     problems = table[PROBLEM].to_pylist() if there else [None] * len(rows)
     for side, (text, image) in zip(("query", "positive", "negative"), sides, strict=False):
         pairs = zip(table[text].to_pylist(), table[image].to_pylist(), strict=True)
-        for place, (said, shown) in enumerate(pairs):
+        for place, (said, path) in enumerate(pairs):
             problem = problems[place]
-            if side != "negative" and not said and not shown:
+            if side != "negative" and not said and not path:
                 problem = problem or f"the {side} has neither text ({text}) nor image ({image})"
-            problems[place] = problem or placeholder_problem(said or "", 1 if shown else 0)
+            problems[place] = problem or placeholder_problem(said or "", 1 if path else 0)
     unusable = [place for place, problem in enumerate(problems) if problem]
     if not unusable:
         return rows
     first = f"row {table['row'][unusable[0]]}: {problems[unusable[0]]}"
     if on_error == "raise":
         raise ValueError(
-            f"subset {name}, {first}; mend it, or leave such rows out with on_error='skip'"
+            f"subset {shown(name)}, {first}; mend it, or leave such rows out with on_error='skip'"
         )
-    print(f"{name}: {len(unusable)} of {len(rows)} rows left out, the first {first}")
+    print(shown(f"{name}: {len(unusable)} of {len(rows)} rows left out, the first {first}"))
     return rows.select([place for place, problem in enumerate(problems) if not problem])
 
 
@@ -336,12 +372,10 @@ def _without_broken(name: str, rows: Dataset, images: Images) -> Dataset:
             if len(kept) == number:
                 first = f"row {row['row']}: {error}"
         except ValueError as error:
-            raise ValueError(f"subset {name}, row {row['row']}: {error}") from error
+            raise ValueError(f"subset {shown(name)}, row {row['row']}: {error}") from error
     if len(kept) < len(rows):
-        print(
-            f"{name}: {len(rows) - len(kept)} of {len(rows)} rows left out for broken images, the "
-            f"first {first}"
-        )
+        left = f"{len(rows) - len(kept)} of {len(rows)} rows left out for broken images"
+        print(shown(f"{name}: {left}, the first {first}"))
     return rows.select(kept)
 
 
@@ -354,12 +388,15 @@ def _batch(
     """Inputs of a batch, of any subsets; what the trainer asks for, in the order it reads them."""
     pictures = {name: Images(root, mmeb.pixels(name)) for name in set(batch["subset"])}
     made: dict[str, list[Any]] = {}
+    pixels = 0
     for column, (text, image) in zip(COLUMNS, sides, strict=False):
         made[column] = []
         columns = (batch[name] for name in ("subset", "row", text, image))
-        for subset, row, said, shown in zip(*columns, strict=True):
+        for subset, row, said, path in zip(*columns, strict=True):
             try:
-                made[column].append(make_input(said or "", shown or "", pictures[subset]))
+                made[column].append(make_input(said or "", path or "", pictures[subset]))
+                pixels += pixel_count(made[column][-1])
+                limits.check("LLAVE_MAX_BATCH_PIXELS", pixels, "pixels so far", "the batch")
             except (ValueError, OSError) as error:
                 raise ValueError(f"subset {subset}, row {row}: {error}") from error
     if "negative" in made:

@@ -27,8 +27,11 @@ from jinja2 import TemplateError
 from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
+from llave import limits
 from llave.corpus import OnError, Row, Source, load_inputs
 from llave.files import publish, sweep
+from llave.jsonl import whole
+from llave.opening import opened
 
 MANIFEST = "manifest.json"
 # Enough values of each weight to notice any training step, few enough for a model of any size.
@@ -102,12 +105,14 @@ def embed(
             taken as a person sees them (``llave.images``). That an image's content changed is not
             noticed, other than by its size in a folder.
         out: the folder, created if need be. It may be shared by processes on many machines.
-        batch_size: inputs per forward pass. 32 by default.
+        batch_size: inputs per forward pass, fewer where their images are large
+            (LLAVE_MAX_PIXELS of ``llave.limits``). 32 by default.
         shard_rows: rows per file. 4096 by default.
         normalize: whether embeddings are scaled to length 1. True by default.
         dtype: of the stored embeddings, ``"float32"`` (default) or ``"float16"``.
         prompt: the prompt given to ``model.encode``. By default the model's own.
-        image_root: what relative image paths are relative to. By default the source file's folder.
+        image_root: the folder of the images: paths are relative to it, and no absolute path or link
+            may leave it; ``"/"`` allows any. By default the source file's folder.
         on_error: what a row does that cannot be used: one of neither text nor image, malformed, of
             a repeated id, with an unreadable image, which the model refuses, or of an embedding
             that is not finite. ``"raise"`` (default) stops and names it; ``"skip"`` leaves it out
@@ -168,7 +173,7 @@ def embed(
             if shard is None:
                 # Texts go in one call, which sorts them by length. Images would fill the memory.
                 step = batch_size if rows.shows_images(span.first) else shard_rows
-                loaded = load_inputs(rows.rows(*span), step, pool, model.modalities)
+                loaded = load_inputs(rows.rows(*span), step, pool, model.modalities, rows.images)
                 shard = _encode(loaded, encode, manifest, on_error)
                 note = {
                     "manifest": _digest(manifest),
@@ -235,8 +240,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The settings of a folder of embeddings; ValueError where there are none."""
     path = Path(folder) / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        with opened(path) as file:
+            manifest: dict[str, Any] = whole(file)
+        numbers = manifest["source"]["rows"], manifest["shard_rows"], manifest["dimension"]
+        if not all(type(number) is int and number > 0 for number in numbers):
+            raise ValueError(f"rows, shard_rows and dimension are {numbers}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder} is not a folder of embeddings: {path.name} cannot be read ({error}); embed "
             "the corpus into a new folder"
@@ -247,13 +256,20 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 def ranges(manifest: dict[str, Any]) -> list[Range]:
     """The ranges a corpus is cut into, of which each has one file."""
     rows, step = manifest["source"]["rows"], manifest["shard_rows"]
+    limits.check("LLAVE_MAX_SHARDS", -(-rows // step), "shards", "a manifest")
     return [Range(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
 def read_shard(path: Path, span: Range, manifest: dict[str, Any]) -> Shard:
     """One range's file; ValueError where it is damaged, not finite or comes from another run."""
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
+        with opened(path) as file:
+            declared = pq.read_metadata(file).num_rows
+            if declared > span.stop - span.first:
+                raise ValueError(f"it has {declared} rows")
+            size = declared * manifest["dimension"] * np.dtype(manifest["dtype"]).itemsize
+            limits.check("LLAVE_MAX_ROW_GROUP_BYTES", size, "bytes of embeddings")
+            table = pq.read_table(file, page_checksum_verification=True)
         note = json.loads(table.schema.metadata[b"llave"])
         ids = table["id"].to_pylist()
         vectors = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from llave.data import Candidates, Images, content_id, load_evaluation, make_input
+from llave.data import Candidates, Images, content_id, input_batches, load_evaluation
 from llave.embedding import model_fingerprint, refuse_not_finite
 from llave.files import publish
 from llave.mmeb import METAS, PUBLISHED, PUBLISHED_VIDEO, TASKS, pixels
@@ -120,7 +120,8 @@ def data_fingerprint(rows: Sequence[Candidates], images: Images) -> str:
         path = images.path(name)
         frames = sorted(p for p in path.glob("[!.]*") if p.is_file()) if path.is_dir() else [path]
         for file in frames:
-            digest.update(hashlib.blake2b(file.read_bytes()).digest())
+            with images.open(file) as opened:
+                digest.update(hashlib.blake2b(opened.read()).digest())
     return digest.hexdigest()
 
 
@@ -160,9 +161,7 @@ def score(
             places.setdefault(item, len(places))
     distinct = list(places)
     parts, contents = [], []
-    for at in range(0, len(distinct), batch_size):
-        items = distinct[at : at + batch_size]
-        made = [make_input(text, image, images) for text, image in items]
+    for items, made in input_batches(distinct, images, batch_size):
         contents += [content_id(one) for one in made]
         parts.append(_embedded(model, items, made, batch_size))
     vectors, ids = np.concatenate(parts).astype(np.float32), np.array(contents)

@@ -11,15 +11,24 @@ from __future__ import annotations
 
 import io
 import os
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 from urllib.request import Request, urlopen
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, features
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    PHOTOMETRIC_INTERPRETATION,
+    SAMPLEFORMAT,
+    TILELENGTH,
+    TILEWIDTH,
+)
 
-from llave.files import LFS_POINTER
+from llave import limits
+from llave.files import LFS_POINTER, shown
+from llave.opening import opened
 
 try:
     from pillow_heif import register_heif_opener
@@ -36,6 +45,11 @@ IMAGE_SUFFIXES = {
     ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm",
     ".tga", ".tif", ".tiff", ".webp",
 }  # fmt: skip
+# What a file holds decides, not its suffix. Of the others that Pillow knows one starts a program
+# (EPS). JPEG includes MPO; TGA, which begins with no mark, is tried last.
+_WANTED = "AVIF BMP DIB GIF HEIF JPEG JPEG2000 PCX PNG PPM TIFF WEBP TGA"
+Image.init()
+FORMATS = tuple(name for name in _WANTED.split() if name in Image.OPEN)
 # By suffix, what to install where this environment's Pillow lacks the decoder.
 MISSING = {
     suffix: remedy
@@ -50,40 +64,72 @@ REMOTE = ("http://", "https://", "data:")
 _SRGB = ImageCms.createProfile("sRGB")
 
 
-def open_rgb(file: str | os.PathLike[str] | bytes, pixels: Pixels = "seen") -> Image.Image:
+def open_rgb(
+    file: str | os.PathLike[str] | bytes | BinaryIO, pixels: Pixels = "seen"
+) -> Image.Image:
     """An image file in RGB, ``"seen"`` or ``"stored"`` as this module says.
 
     Args:
-        file: a path, or a file's content.
+        file: a path, a file's content, or a file opened for reading, which stays open.
         pixels: which of the two. Default: as a person sees it.
 
     Raises:
-        UnidentifiedImageError: it is no image, or of a kind that needs a plugin; the message says
-            which. Decoders raise errors of many other types.
+        UnidentifiedImageError: it is no image, or of a kind that is not read; the message says
+            which.
+        ValueError: it is no regular file, or has more pixels than LLAVE_MAX_PIXELS
+            (``llave.limits``). Decoders raise errors of many other types.
     """
-    source = io.BytesIO(file) if isinstance(file, bytes) else file
+    with _source(file) as source, _image(source) as image:
+        return as_seen(image) if pixels == "seen" else image.convert("RGB")
+
+
+def pixel_count(file: str | os.PathLike[str] | bytes | BinaryIO) -> int:
+    """How many pixels an image file says it has, without decoding it; errors as ``open_rgb``."""
+    with _source(file) as source, _image(source) as image:
+        return image.width * image.height
+
+
+def _source(file: str | os.PathLike[str] | bytes | BinaryIO) -> Any:
+    if isinstance(file, bytes):
+        return io.BytesIO(file)
+    return opened(file) if isinstance(file, (str, os.PathLike)) else nullcontext(file)
+
+
+def _image(source: BinaryIO) -> Image.Image:
+    """An image whose pixels are not read yet, of a size that may be read."""
+    most = limits.value("LLAVE_MAX_PIXELS")
+    # Pillow's own limit gives way where a user raised ours; it keeps a lower one for others.
+    if "LLAVE_MAX_PIXELS" in os.environ and Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, most)
     try:
-        with Image.open(source) as image:
-            return as_seen(image) if pixels == "seen" else image.convert("RGB")
+        image = Image.open(source, formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise UnidentifiedImageError(f"{error}; {_no_image(file)}") from error
+        raise UnidentifiedImageError(_no_image(source)) from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{str(error).rstrip('.')} {limits.remedy('LLAVE_MAX_PIXELS')}") from error
+    tags = getattr(image, "tag_v2", {})  # a TIFF file's tiles can be larger than its picture
+    tile = tags.get(TILEWIDTH, 0) * tags.get(TILELENGTH, 0)
+    limits.check("LLAVE_MAX_PIXELS", max(image.width * image.height, tile), "pixels")
+    return image
 
 
 def to_rgb(image: Any, name: str) -> Image.Image:
     """One image in RGB as a person sees it.
 
     Args:
-        image: PIL, path, URL, or an array (height, width), or uint8 with 3 or 4 channels last. In
-            grey of other types than uint8 and uint16, white is 1 (floats only), 255 or 65535: the
-            smallest that no value exceeds.
+        image: PIL, path, opened file, URL, or an array (height, width), or uint8 with 3 or 4
+            channels last. In grey of other types than uint8 and uint16, white is 1 (floats only),
+            255 or 65535: the smallest that no value exceeds.
         name: the argument's name, for the errors.
 
     Raises:
         ValueError: the file does not exist or cannot be read, or it is no image.
     """
     if isinstance(image, (str, os.PathLike)):
-        file = existing(image, name)
+        file: Any = existing(image, name)
         name = f"{name}={file!r}"
+    elif isinstance(image, io.BufferedIOBase):
+        file, name = image, f"{name}={getattr(image, 'name', 'its content')!r}"
     elif isinstance(image, np.ndarray):
         try:
             image = Image.fromarray(image)
@@ -99,12 +145,14 @@ def to_rgb(image: Any, name: str) -> Image.Image:
     try:
         if isinstance(image, Image.Image):
             return as_seen(image)
-        if file.startswith(REMOTE):
+        if isinstance(file, str) and file.startswith(REMOTE):
             with urlopen(Request(file, headers={"User-Agent": "llave"}), timeout=60) as response:
-                return open_rgb(response.read())
+                content = response.read(limits.value("LLAVE_MAX_DOWNLOAD_BYTES") + 1)
+            limits.check("LLAVE_MAX_DOWNLOAD_BYTES", len(content), "bytes or more")
+            return open_rgb(content)
         return open_rgb(file)
     except Exception as error:  # decoders raise errors of many types
-        raise ValueError(f"{name} cannot be read: {error}; pass another image") from error
+        raise ValueError(f"{name} cannot be read: {shown(error)}; pass another image") from error
 
 
 def existing(path: str | os.PathLike[str], name: str) -> str:
@@ -123,9 +171,12 @@ def as_seen(image: Image.Image) -> Image.Image:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged metadata, which a viewer passes over
         orientation = 1
+    if orientation not in range(2, 9):
+        seen.info = {}
+        return seen
     # Pillow would write the other tags anew, and fails at some that it reads.
     exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = int(orientation) if orientation in range(1, 9) else 1
+    exif[ExifTags.Base.Orientation] = int(orientation)
     seen.info = {"exif": exif.tobytes()}
     seen = ImageOps.exif_transpose(seen)
     seen.info = {}
@@ -149,10 +200,14 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         full = most if image.mode == "F" else np.iinfo(values.dtype).max
         whites = (1, 255, 65535, full)[image.mode == "I" :]
         white = float(next(white for white in whites if most <= white))
-    shares = np.nan_to_num(np.clip(values.astype(np.float64) / white, 0, 1))
-    if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white; in 8 bits Pillow sees to it
-        shares = 1 - shares
-    return Image.fromarray(np.rint(255 * shares).astype(np.uint8))
+    made = np.empty(values.shape, np.uint8)
+    for first in range(0, len(values), rows := max(1, 2**20 // max(1, image.width))):
+        some = values[first : first + rows].astype(np.float64)  # a part at a time, for the memory
+        shares = np.nan_to_num(np.clip(some / white, 0, 1))
+        if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white; in 8 bits Pillow sees to it
+            shares = 1 - shares
+        made[first : first + rows] = np.rint(255 * shares)
+    return Image.fromarray(made)
 
 
 def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
@@ -170,13 +225,10 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image.convert("RGB")
 
 
-def _no_image(file: str | os.PathLike[str] | bytes) -> str:
-    """Why Pillow knows no such image."""
-    if isinstance(file, bytes):
-        head = file[:32]
-    else:
-        with open(file, "rb") as opened:
-            head = opened.read(32)
+def _no_image(source: BinaryIO) -> str:
+    """Why a file is not taken for an image."""
+    source.seek(0)
+    head = source.read(32)
     if not head:
         return "it is empty"
     if head.startswith(LFS_POINTER):

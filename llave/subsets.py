@@ -8,7 +8,6 @@ what ``save_to_disk`` writes.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -19,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import (
     Dataset,
-    DatasetDict,
     Features,
     Value,
     concatenate_datasets,
@@ -29,7 +27,10 @@ from datasets import (
 from huggingface_hub import DatasetCard
 from yaml import YAMLError
 
-from llave.files import LFS_POINTER, left_behind, snapshot
+from llave import limits
+from llave.files import LFS_POINTER, left_behind, reading, shown, snapshot
+from llave.jsonl import lines, parsed, whole
+from llave.opening import Root, opened
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
 PROBLEM = "problem"  # the column that says why a row cannot be used, in subsets with such rows
@@ -61,10 +62,10 @@ def subset_files(source: Path, names: list[str] | None, split: str) -> dict[str,
         found = _of_names(folder, split) | found
     if not found:
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise ValueError(f"{source} holds no {', '.join(SUFFIXES)} files; there is {there}")
+        raise ValueError(f"{source} holds no {', '.join(SUFFIXES)} files; there is {shown(there)}")
     for name in names or ():
         if name not in found:
-            raise ValueError(f"{name} is not in {source}; there are {', '.join(found)}")
+            raise ValueError(f"{name} is not in {source}; there are {shown(', '.join(found))}")
     if names is None:
         _say_unread(folder)
     chosen = {name: found[name] for name in (names if names is not None else found)}
@@ -128,7 +129,7 @@ def _of_card(folder: Path) -> dict[str, dict[str, list[Path]]]:
     card = folder / "README.md"
     try:
         known = DatasetCard.load(card).data.to_dict() if card.is_file() else {}
-    except (ValueError, OSError, YAMLError):  # it is no dataset card
+    except (ValueError, OSError, RecursionError, YAMLError):  # it is no dataset card
         return {}
     try:
         found = {
@@ -146,7 +147,7 @@ def _listed(folder: Path, configuration: dict[str, Any]) -> dict[str, list[Path]
     """By split, the files of a configuration that are there."""
     listed = configuration.get("data_files") or []
     if not listed and "data_dir" in configuration:
-        return _of_folder(folder / configuration["data_dir"])
+        return _of_folder(_inside(folder, configuration["data_dir"]))
     if isinstance(listed, dict):
         listed = [{"split": part, "path": path} for part, path in listed.items()]
     parts: dict[str, list[Path]] = {}
@@ -156,10 +157,20 @@ def _listed(folder: Path, configuration: dict[str, Any]) -> dict[str, list[Path]
         local = [path for path in paths if "://" not in path and not Path(path).is_absolute()]
         # On the hub ** ends in files, here in folders.
         patterns = [f"{path}/*" if path.endswith("**") else path for path in local]
-        files = {file for pattern in patterns for file in folder.glob(pattern) if _is_data(file)}
+        for pattern in patterns:
+            _inside(folder, pattern)
+        found = (file for pattern in patterns for file in folder.glob(pattern))
+        files = {_inside(folder, file) for file in found if _is_data(file)}
         if files:
             parts.setdefault(entry["split"], []).extend(sorted(files))
     return parts
+
+
+def _inside(folder: Path, path: str | Path) -> Path:
+    """A path that a file of a folder names; ValueError where it leads out of the folder."""
+    if not Root(folder, "source").holds(path):
+        raise ValueError(f"{folder} names {str(path)!r}, which is outside of it; remove the entry")
+    return folder / path
 
 
 def _of_names(folder: Path, split: str) -> dict[str, dict[str, list[Path]]]:
@@ -189,7 +200,8 @@ def _of_names(folder: Path, split: str) -> dict[str, dict[str, list[Path]]]:
         if name in found:
             first, *_ = next(iter(found[name].values()))
             raise ValueError(
-                f"{first} and {path} would both be the subset {name}; rename or move one"
+                f"{shown(first)} and {shown(path)} would both be the subset {shown(name)}; rename "
+                "or move one"
             )
         found[name] = parts
     # Shards side by side are the splits of one dataset.
@@ -217,7 +229,8 @@ def _say_unread(folder: Path) -> None:
     ]
     if unread:
         more = f" and {len(unread) - 8} more" if len(unread) > 8 else ""
-        print(f"{folder}: not read: {', '.join(unread[:8])}{more}; only {', '.join(SUFFIXES)} are")
+        names = ", ".join(unread[:8])
+        print(shown(f"{folder}: not read: {names}{more}; only {', '.join(SUFFIXES)} are"))
 
 
 def _of_folder(folder: Path) -> dict[str, list[Path]]:
@@ -241,8 +254,8 @@ def _of_split(name: str, parts: dict[str, list[Path]], split: str) -> list[Path]
         return _whole(name, files)
     splits = ", ".join(label or parts[""][0].name for label in parts)
     raise ValueError(
-        f"subset {name} has files of {splits}; split={split!r} must be one of them: choose it "
-        "(data.split of a recipe), or keep only the files to read"
+        f"subset {shown(name)} has files of {shown(splits)}; split={split!r} must be one of them: "
+        "choose it (data.split of a recipe), or keep only the files to read"
     )
 
 
@@ -251,20 +264,15 @@ def _whole(name: str, files: list[Path]) -> list[Path]:
     shards = [shard for file in files if (shard := _SHARD.fullmatch(file.stem))]
     number = sum({shard[1]: int(shard[2]) for shard in shards}.values())
     if len(shards) < number:
-        print(f"{name}: {len(shards)} of {number} files are there, the first {files[0]}")
+        print(shown(f"{name}: {len(shards)} of {number} files are there, the first {files[0]}"))
     return files
 
 
 def _read(file: Path, columns: Features, split: str) -> Dataset:
     if file.is_dir():
-        saved = load_from_disk(file)
-        if isinstance(saved, DatasetDict):
-            if split not in saved:
-                raise ValueError(f"{file} has the splits {', '.join(saved)}, not {split!r}")
-            saved = saved[split]
-        return typed(saved, columns, file)
-    with file.open("rb") as opened:
-        head = opened.read(64)
+        return _read_saved(file, columns, split)
+    with opened(file) as source:
+        head = source.read(64)
     if head.startswith(LFS_POINTER):
         raise ValueError(f"{file} is a pointer of git-lfs, not yet the file: git lfs pull")
     if file.suffix.lower() != ".parquet":
@@ -273,14 +281,44 @@ def _read(file: Path, columns: Features, split: str) -> Dataset:
         metadata = pq.read_metadata(file)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file} is no whole parquet file ({error}); get it again") from error
+    limits.check_parquet(metadata, columns, file)
     schema = metadata.schema.to_arrow_schema()
     _check_types(schema, columns, file)
     there = Features({name: columns[name] for name in columns if name in schema.names})
     if not there or not metadata.num_rows:
         return _without_columns(metadata.num_rows)
-    return load_dataset(
-        "parquet", data_files=[str(file)], columns=list(there), features=there, split="train"
-    )
+    with reading(file):
+        return load_dataset(
+            "parquet",
+            data_files=[str(file)],
+            columns=list(there),
+            features=there,
+            split="train",
+            batch_size=1000,  # not all rows of a group at once
+        )
+
+
+def _read_saved(folder: Path, columns: Features, split: str) -> Dataset:
+    """What ``save_to_disk`` wrote, of files inside the folder alone."""
+    with reading(folder):
+        if (folder / "dataset_dict.json").is_file():
+            there = _json_file(folder / "dataset_dict.json")["splits"]
+            if split not in there:
+                raise ValueError(
+                    f"{folder} has the splits {shown(', '.join(there))}, not {split!r}"
+                )
+            folder = _inside(folder, split)
+        for entry in _json_file(folder / "state.json")["_data_files"]:
+            _inside(folder, entry["filename"])
+        rows = typed(load_from_disk(folder), columns, folder)
+        # Arrow's files are taken as they are: what points outside of them would be read.
+        rows.data.table.validate(full=True)
+    return rows
+
+
+def _json_file(file: Path) -> Any:
+    with opened(file) as source:
+        return whole(source)
 
 
 def _without_columns(count: int) -> Dataset:
@@ -327,22 +365,22 @@ def _read_json(file: Path, columns: Features) -> Dataset:
 
 def _json_values(file: Path) -> Iterator[Any]:
     """Each row of a file of lines or of a list; an error stands for a line that is not JSON."""
-    with file.open("rb") as opened:
-        head = opened.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
-        opened.seek(3 if opened.seek(0) == 0 and opened.read(3) == b"\xef\xbb\xbf" else 0)
+    with opened(file) as source:
+        head = source.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
+        source.seek(3 if source.seek(0) == 0 and source.read(3) == b"\xef\xbb\xbf" else 0)
         pretty = file.suffix.lower() == ".json" and head[:2] in (b"{\n", b"{\r")
         if pretty or head[:1] == b"[":
             try:
-                whole = json.load(opened)
-            except (ValueError, RecursionError) as error:
+                found = whole(source)
+            except ValueError as error:
                 raise ValueError(f"{file} is not JSON ({error}); get it again") from error
-            yield from whole if isinstance(whole, list) else [whole]
+            yield from found if isinstance(found, list) else [found]
             return
-        for line in opened:
+        for line in lines(source):
             if line.strip():
                 try:
-                    yield json.loads(line)
-                except (ValueError, RecursionError) as error:
+                    yield parsed(line)
+                except ValueError as error:
                     yield error
 
 

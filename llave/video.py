@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from bisect import bisect_right
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from llave.files import left_behind
+from llave import limits
+from llave.containers import DEMUXERS, refuse_inflated
+from llave.files import left_behind, shown
 from llave.images import IMAGE_SUFFIXES, REMOTE, existing, to_rgb
+from llave.opening import opened
 
 # What a display matrix does to the axes (x to (a, b), y to (c, d)), as Pillow names it.
 _TURNS = {
@@ -33,8 +37,8 @@ def load_frames(video: Any, *, fps: float = 3.0, limit: int = 32) -> list[Image.
     They are as a person sees them: turned upright, in square pixels, in the file's own colours.
 
     Args:
-        video: a video file, decoded by PyAV, which keeps the taken frames only; a folder of frame
-            images, in natural order (2 before 10), other files ignored; a list of frames, each as
+        video: a video file, a path or opened for reading, decoded by PyAV, which keeps the taken
+            frames only; a folder of frame images (:func:`frame_files`); a list of frames, each as
             :func:`llave.images.to_rgb` takes it; or an array of shape (frames, height, width,
             channels).
         fps: frames taken per second of a video file, default the paper's: those shown at moments
@@ -44,7 +48,8 @@ def load_frames(video: Any, *, fps: float = 3.0, limit: int = 32) -> list[Image.
 
     Raises:
         ValueError: there is no such file or folder, it cannot be read or has no frames, it is a
-            URL or another kind of thing, or ``fps`` or ``limit`` is not positive.
+            URL or another kind of thing, it is above a limit (``llave.limits``), or ``fps`` or
+            ``limit`` is not positive.
         ImportError: ``video`` is a file and PyAV is not installed.
     """
     if fps <= 0 or limit < 1:
@@ -54,9 +59,11 @@ def load_frames(video: Any, *, fps: float = 3.0, limit: int = 32) -> list[Image.
         if path.startswith(REMOTE):
             raise ValueError(f"video={path!r} is a URL; download it and pass the file")
         if not Path(path).is_dir():
-            return _decode(existing(path, "video"), fps, limit)
-        files = (p for p in Path(path).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        frames: list[Any] = sorted((p for p in files if not left_behind(p.name)), key=_natural)
+            with opened(existing(path, "video")) as file:
+                return _decode(file, path, fps, limit)
+        frames: list[Any] = list(frame_files(path, limit))
+    elif isinstance(video, io.BufferedIOBase):
+        return _decode(video, str(getattr(video, "name", "its content")), fps, limit)
     elif isinstance(video, (list, tuple)) or (isinstance(video, np.ndarray) and video.ndim == 4):
         path, frames = type(video).__name__, list(video)
     else:
@@ -66,7 +73,27 @@ def load_frames(video: Any, *, fps: float = 3.0, limit: int = 32) -> list[Image.
         )
     if not frames:
         raise ValueError(f"video={path!r} holds no images; pass at least one frame")
-    return [to_rgb(frames[i], f"video[{i}]") for i in uniform_indices(len(frames), limit)]
+    made, pixels = [], 0
+    for i in uniform_indices(len(frames), limit):
+        made.append(to_rgb(frames[i], f"video[{i}]"))
+        pixels += made[-1].width * made[-1].height
+        limits.check("LLAVE_MAX_VIDEO_PIXELS", pixels, "pixels in the frames taken")
+    return made
+
+
+def frame_files(folder: str | os.PathLike[str], limit: int = 32) -> list[Path]:
+    """The images that are taken of a folder of frames, in natural order (2 before 10).
+
+    Other files are ignored, and of more than ``limit`` images those between uniformly.
+
+    Raises:
+        ValueError: there are none.
+    """
+    files = (p for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    frames = sorted((p for p in files if not left_behind(p.name)), key=_natural)
+    if not frames:
+        raise ValueError(f"video={os.fspath(folder)!r} holds no images; pass at least one frame")
+    return [frames[i] for i in uniform_indices(len(frames), limit)]
 
 
 def uniform_indices(total: int, count: int) -> list[int]:
@@ -86,14 +113,23 @@ def _natural(path: Path) -> tuple[list[str | int], str]:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
 
 
-def _decode(path: str, fps: float, limit: int) -> list[Image.Image]:
+def _decode(file: BinaryIO, path: str, fps: float, limit: int) -> list[Image.Image]:
     try:
         import av
     except ImportError as error:
         raise ImportError(f"video={path!r} needs PyAV to be decoded: pip install av") from error
-    frames = []
+    most = limits.value("LLAVE_MAX_VIDEO_PIXELS") // 16
+    # Sizes may change within a file. Decoders add margins, so this is not the limit itself.
+    bound = {"max_pixels": str(2 * most + 2**16)}
+    # FFmpeg gets the opened file, and can open no other.
+    settings: dict[str, Any] = {
+        "options": bound | {"format_whitelist": DEMUXERS, "protocol_whitelist": ""},
+        "metadata_errors": "ignore",
+    }
+    frames: list[Image.Image] = []
     try:
-        with av.open(path) as container:
+        refuse_inflated(file)
+        with av.open(file, **settings) as container:
             videos = container.streams.video
             # The container knows the main one of several: others are covers and thumbnails.
             number = videos.index(container.streams.best("video")) if len(videos) > 1 else 0
@@ -103,21 +139,41 @@ def _decode(path: str, fps: float, limit: int) -> list[Image.Image]:
                 if packet.size and not packet.is_discard:
                     tick, ratio = packet.time_base, packet.stream.sample_aspect_ratio or 1
                     times.append((packet.pts, packet.duration))
+                    limits.check("LLAVE_MAX_VIDEO_FRAMES", len(times), "frames or more")
             rate = videos[number].average_rate if videos else None
         if times:
             indices = _indices(times, tick, rate, fps, limit)
-            with av.open(path) as container:  # again, since not every container can be rewound
-                container.streams.video[number].thread_type = "AUTO"
+            file.seek(0)
+            with av.open(file, **settings) as container:  # again: not every one can be rewound
+                stream = container.streams.video[number]
+                _check_frame(stream.width, stream.height, ratio, len(indices))
+                stream.codec_context.options = bound
+                # A thread of its own for every frame has as many frames in memory.
+                large = stream.width * stream.height > most // 2
+                stream.thread_type = "SLICE" if large else "AUTO"
                 for i, frame in enumerate(container.decode(video=number)):
                     if i in indices:
-                        frames.append(_as_seen(frame, float(ratio)))
+                        width = max(1, round(frame.width * float(ratio)))
+                        _check_frame(width, frame.height, 1, len(indices))
+                        frames.append(_upright(frame, frame.to_image(width=width)))
                     if i == indices[-1]:
                         break
-    except av.FFmpegError as error:
-        raise ValueError(f"video={path!r} cannot be decoded: {error}; is it whole?") from error
+    except (av.FFmpegError, UnicodeError) as error:
+        raise ValueError(
+            f"video={path!r} cannot be decoded: {shown(error)}; is it whole, and of a kind that is "
+            "read?"
+        ) from error
+    except (ValueError, OSError, OverflowError) as error:
+        raise ValueError(f"video={path!r} cannot be decoded: {shown(error)}") from error
     if not frames:
         raise ValueError(f"video={path!r} has no frames; pass a file that plays")
     return frames
+
+
+def _check_frame(width: int, height: int, ratio: Fraction | int, count: int) -> None:
+    """ValueError where so many frames of that size are more than is read."""
+    pixels = round(width * max(ratio, 1)) * height * max(count, 16)
+    limits.check("LLAVE_MAX_VIDEO_PIXELS", pixels, "pixels in the frames taken")
 
 
 def _indices(
@@ -152,9 +208,8 @@ def _indices(
     return sorted({bisect_right(starts, moment) - 1 for moment in moments})
 
 
-def _as_seen(frame: Any, ratio: float) -> Image.Image:
-    """A frame in RGB with square pixels, given the ratio of a pixel's sides, and upright."""
-    image = frame.to_image(width=max(1, round(frame.width * ratio)))
+def _upright(frame: Any, image: Image.Image) -> Image.Image:
+    """A frame's image turned as the frame says."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return image

@@ -105,9 +105,9 @@ def test_images_are_opened_when_a_row_is_read(
     folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    really = Image.open
+    really = data.open_rgb
     monkeypatch.setattr(
-        "llave.video.Image.open", lambda path: opened.append(Path(path).name) or really(path)
+        data, "open_rgb", lambda file, way: opened.append(file.name) or really(file, way)
     )
     folders.write("a", pairs(6))
     subset = folders.load(cap=5)
@@ -285,8 +285,15 @@ def test_an_oversized_image_is_a_broken_one(
     Image.new("RGB", (64, 64)).save(folders.images / "big.png")
     folders.write("a", [("q", "big.png", "p", "", "", "")])
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match=r"subset a, row 0: image 'big.png'"):
+    with pytest.raises(ValueError, match=r"subset a, row 0: image 'big.png' .*LLAVE_MAX_PIXELS is"):
         folders.load()[:]
+    monkeypatch.setenv("LLAVE_MAX_PIXELS", "4095")
+    with pytest.raises(
+        ValueError, match=r"4,096 pixels, above the limit \(LLAVE_MAX_PIXELS is 4,095"
+    ):
+        folders.load()[:]
+    monkeypatch.setenv("LLAVE_MAX_PIXELS", "4096")
+    assert folders.load()[0]["anchor"]["image"].size == (64, 64)
 
 
 def test_a_text_that_looks_like_an_address_stays_a_text(folders: Folders) -> None:
