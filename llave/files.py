@@ -13,11 +13,24 @@ from uuid import uuid4
 from safetensors import safe_open
 
 LFS_POINTER = b"version https://git-lfs"  # what a clone has in place of a file not yet fetched
+LONGEST_NAME = 1000  # characters that ``shown`` keeps
 # Made by Windows, macOS in archives, Synology and QNAP; hidden names are left behind anyway.
 _LEFTOVERS = {
     "$recycle.bin", "__macosx", "@eadir", "@recycle", "desktop.ini", "ehthumbs.db", "icon\r",
     "lost+found", "system volume information", "thumbs.db",
 }  # fmt: skip
+
+
+def shown(name: object) -> str:
+    """A name from data as text for one line of a terminal, a log or a page.
+
+    Control characters, ANSI escapes, line ends, marks of writing direction and what else prints
+    nothing become backslash escapes; of more than 1,000 characters only the first are shown.
+    """
+    text = str(name)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:LONGEST_NAME]) + (
+        "..." if len(text) > LONGEST_NAME else ""
+    )
 
 
 def left_behind(name: str) -> bool:
