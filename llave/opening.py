@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from llave.files import snapshot
+from llave.files import refuse_other_kinds, snapshot
 
 # A FIFO or a device that takes a file's place after the check does not make the open wait.
 _FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
-_KINDS = {
-    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFLNK: "a link",
-}  # fmt: skip
 
 
 class OutsideError(ValueError):
@@ -37,20 +32,14 @@ def opened(path: str | os.PathLike[str], *, beside: int | None = None) -> Binary
     if beside is not None:
         flags, name = flags | os.O_NOFOLLOW, os.path.basename(name)
     # Looked at before, because some devices act when they are opened, and again once it is open.
-    _refuse_other_kinds(os.stat(name, dir_fd=beside, follow_symlinks=follow), path)
+    refuse_other_kinds(os.stat(name, dir_fd=beside, follow_symlinks=follow), path)
     descriptor = os.open(name, flags, dir_fd=beside)
     try:
-        _refuse_other_kinds(os.fstat(descriptor), path)
+        refuse_other_kinds(os.fstat(descriptor), path)
     except ValueError:
         os.close(descriptor)
         raise
     return open(path, "rb", opener=lambda *_: descriptor)  # its name is the path
-
-
-def _refuse_other_kinds(found: os.stat_result, path: str | os.PathLike[str]) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "of an unknown kind")
-        raise ValueError(f"{os.fspath(path)!r} is {kind}, not a regular file")
 
 
 class Root:
