@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -14,11 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
 import psutil
 
+from tests.llave import train_worker
 from tests.llave.train_worker import POINTS
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +41,7 @@ def drill(folder: Path, *, kills: int, seed: int, processes: int = 1) -> None:
 
     Args:
         folder: for the runs.
-        kills: how many processes are killed, or launches of several; two a run.
+        kills: how many, up to two a run.
         seed: of the points and moments.
         processes: of each run.
 
@@ -46,83 +49,112 @@ def drill(folder: Path, *, kills: int, seed: int, processes: int = 1) -> None:
         AssertionError: a run failed, or ended in another way than the undisturbed one.
     """
     draw = random.Random(seed)
-    points = [*POINTS, *["moment"] * len(POINTS)]
-    draw.shuffle(points)
+    points: list[str] = []
     whole = folder / "whole"
-    before, lasting = timed(whole, processes)
+    lasting = timed(whole, processes)
     said: Counter[str] = Counter()
-    for number in range(kills):
-        out = folder / f"run-{number // 2}"
-        point = points[number % len(points)]
-        if point == "replaced":  # where there is a model of fewer steps
-            finish(out, processes, steps=LAST // 2)
-        if point == "moment":
-            killed = kill_after(draw.uniform(before, before + lasting), out, processes)
-        else:
-            running = start(out, processes, f"{point}:{draw.randint(1, 1 + (point == 'seal'))}")
-            killed = running.wait() != 0
-            end(running)
-        said[point if killed else f"{point} (not reached)"] += 1
-        if number % 2 or number == kills - 1:
-            finish(out, processes)
-            compare(out, whole)
-            shutil.rmtree(out)
+    while said.total() < kills:
+        out = folder / f"run-{said.total()}"
+        for _ in range(min(2, kills - said.total())):
+            if not points:
+                points = [*POINTS, *["moment"] * len(POINTS)]
+                draw.shuffle(points)
+            point = points.pop()
+            if point == "replaced":  # where there is a model of fewer steps
+                finish(out, processes, steps=LAST // 2)
+            times = draw.randint(1, 2) if point in ("step", "checkpoint", "seal", "rename") else 1
+            running = start(out, processes, "none" if point == "moment" else f"{point}:{times}")
+            if point == "moment":
+                wait_for_folder(running, out)
+                status = wait(running, draw.uniform(0, lasting))
+                end(running)
+            else:
+                status = wait(running)
+            if status == 0:
+                break
+            said[point] += 1
+        finish(out, processes)
+        compare(out, whole)
+        shutil.rmtree(out)
     print(f"{processes} processes, kills: {dict(said)}; every run ended as the undisturbed one")
 
 
-def start(out: Path, processes: int, point: str, steps: int = LAST) -> psutil.Popen:
-    launcher = [sys.executable, "-m"]
-    if processes > 1:
-        launcher += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+def start(out: Path, processes: int, point: str, steps: int = LAST) -> psutil.Process:
+    """The command, of one process as a fork of this one, which has imported all it needs."""
     settings = SETTINGS | {"trainer.max_steps": str(steps)}
     words = [word for name, value in settings.items() for word in (f"--{name}", value)]
     with out.with_suffix(".log").open("w") as log:
+        if processes == 1:
+            child = os.fork()
+            if child == 0:
+                for stream in (1, 2):
+                    os.dup2(log.fileno(), stream)
+                status = 1
+                try:
+                    train_worker.main(str(out), point, *words)
+                    status = 0
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stdout.flush()
+                    os._exit(status)
+            return psutil.Process(child)
         return psutil.Popen(
-            [*launcher, "tests.llave.train_worker", str(out), point, *words],
-            cwd=out.parent,
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                *(f"--nproc_per_node={processes}", "-m", "tests.llave.train_worker"),
+                *(str(out), point, *words),
+            ],
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
 
 
-def end(running: psutil.Popen) -> None:
+def wait(running: psutil.Process, seconds: float | None = None) -> int | None:
+    """The exit status, None where it runs on."""
+    try:
+        status: int = running.wait(seconds)
+    except psutil.TimeoutExpired:
+        return None
+    return status
+
+
+def wait_for_folder(running: psutil.Process, out: Path) -> None:
+    """Until one of its processes has opened the run's folder, or it has ended."""
+    lock = str(out / ".run.lock")
+    while running.is_running() and running.status() != psutil.STATUS_ZOMBIE:
+        for process in (running, *running.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                if any(file.path == lock for file in process.open_files()):
+                    return
+        time.sleep(0.02)
+
+
+def end(running: psutil.Process) -> None:
     """Kill a process and its descendants, which torchrun puts into groups of their own."""
     try:
         family = [*running.children(recursive=True), running]
     except psutil.NoSuchProcess:
-        family = []
+        return
     for process in family:
         process.kill()
     psutil.wait_procs(family)
 
 
-def kill_after(seconds: float, out: Path, processes: int) -> bool:
-    """Whether it still ran then."""
-    running = start(out, processes, "none")
-    try:
-        running.wait(seconds)
-    except psutil.TimeoutExpired:
-        end(running)
-        return True
-    return False
-
-
 def finish(out: Path, processes: int, steps: int = LAST) -> None:
     """Let the same command run to its end."""
-    status = start(out, processes, "none", steps).wait()
+    status = wait(start(out, processes, "none", steps))
     assert status == 0, f"status {status}:\n{out.with_suffix('.log').read_text()[-3000:]}"
 
 
-def timed(out: Path, processes: int) -> tuple[float, float]:
-    """Seconds of an undisturbed run before it opens its folder, and after."""
-    began = time.monotonic()
+def timed(out: Path, processes: int) -> float:
+    """Seconds of an undisturbed run from when it has opened its folder."""
     running = start(out, processes, "none")
-    while not (out / "run.json").exists() and running.is_running():
-        time.sleep(0.05)
+    wait_for_folder(running, out)
     opened = time.monotonic()
-    assert running.wait() == 0, out.with_suffix(".log").read_text()[-3000:]
-    return opened - began, time.monotonic() - opened
+    assert wait(running) == 0, out.with_suffix(".log").read_text()[-3000:]
+    return time.monotonic() - opened
 
 
 def compare(out: Path, whole: Path) -> None:
