@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -24,6 +25,7 @@ from llave.processes import from_first, largest, several
 from llave.stopping import SIGNALS, Stopped
 
 _PROGRESS = "progress.json"
+_SAME_REQUEST = 1.0  # seconds in which a second signal is the first one, sent by another, too
 _GONE = 1 << 16  # above the numbers of signals
 
 
@@ -230,22 +232,25 @@ class CheckpointingTrainer(SentenceTransformerTrainer):
 
     @contextmanager
     def _noticing(self) -> Iterator[None]:
-        """Note a first SIGINT or SIGTERM. A second one stops at once, but not under torchrun.
+        """Note a first SIGINT or SIGTERM. A later one stops at once, but not under torchrun.
 
-        Ctrl-C there reaches a process twice: from the terminal and from torchrun.
+        Ctrl-C there reaches a process twice, from the terminal and from torchrun, which waits and
+        then kills.
         """
         self.signal = self.stopping = 0
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        owner = os.getpid()
+        owner, launched, first = os.getpid(), "TORCHELASTIC_RUN_ID" in os.environ, 0.0
 
         def notice(number: int, frame: FrameType | None) -> None:
+            nonlocal first
             if os.getpid() != owner:  # a data loader's worker, which this process ends
                 return
-            if self.signal and not several():
+            if not self.signal:
+                self.signal, first = number, time.monotonic()
+            elif not launched and time.monotonic() - first > _SAME_REQUEST:
                 raise Stopped(number)
-            self.signal = number
 
         before = {number: signal.signal(number, notice) for number in SIGNALS}
         try:

@@ -24,7 +24,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from llave import runs, scratch
 from llave.data import content_id, load_training, texts_of
 from llave.embedding import refuse_not_finite
-from llave.files import publish
+from llave.files import publish, refuse_damaged
 from llave.losses import CachedLLaVELoss, LLaVELoss
 from llave.modeling import build
 from llave.processes import from_first
@@ -370,17 +370,32 @@ def build_model(
 
     Raises:
         ImportError: ``lora`` is set and peft is not installed.
-        ValueError: ``frozen`` is in no parameter's name, or in every one's.
+        ValueError: ``frozen`` is in no parameter's name, or in every one's; or a file of the
+            backbone is damaged or missing.
     """
     backbone = settings["backbone"]
     if settings["scratch"] is not None:
         backbone = scratch.llava_onevision(texts, **settings["scratch"])
-    model = build(
-        backbone,
-        pinpoints=settings["pinpoints"],
-        max_seq_length=settings["max_seq_length"],
-        model_kwargs={"dtype": settings["dtype"]},
-    )
+    try:
+        model = build(
+            backbone,
+            pinpoints=settings["pinpoints"],
+            max_seq_length=settings["max_seq_length"],
+            model_kwargs={"dtype": settings["dtype"]},
+        )
+    except Exception as error:  # libraries raise errors of many types, few of which name a file
+        if settings["scratch"] is None:
+            refuse_damaged(Path(backbone))
+        if type(error) in (ImportError, OSError, ValueError):
+            raise
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"model.backbone={backbone!r} cannot be loaded ({said})") from error
+    one, other = (model.tokenizer(text)["input_ids"] for text in ("a cat", "two dogs"))
+    if one == other:  # as a tokenizer without its vocabulary does
+        raise ValueError(
+            f"model.backbone={backbone!r} has a tokenizer that does not tell texts apart: its "
+            "tokenizer.json or another file of it is missing; download it again"
+        )
     if settings["lora"] is not None:
         adapters = lora_config(settings["lora"])
         torch.manual_seed(seed)
