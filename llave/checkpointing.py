@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from llave import runs, sealing
 from llave.files import sync
-from llave.processes import from_first, largest, several
+from llave.processes import from_first, largest, part_at_exit, several
 from llave.stopping import SIGNALS, Stopped
 
 _PROGRESS = "progress.json"
@@ -67,6 +67,7 @@ class CheckpointingTrainer(SentenceTransformerTrainer):
         with self._noticing():
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             self.stopping = largest(self.signal)
+        part_at_exit()
         if self.stopping:
             raise Stopped(self.stopping)
         return result
@@ -97,6 +98,7 @@ class CheckpointingTrainer(SentenceTransformerTrainer):
                 failed, failure = 1, error
         from_first(partial(_clear, place))
         if failed:
+            part_at_exit()
             raise _unsaved(target, failure) from failure
 
     def tidy(self, *, at_end: bool = False) -> None:
@@ -291,6 +293,7 @@ class _Steps(TrainerCallback):
             here = _GONE
         trainer.stopping = largest(here)
         if trainer.stopping == _GONE:
+            part_at_exit()
             raise trainer.removed()
         if trainer.stopping:
             control.should_training_stop = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 from collections.abc import Callable
 from typing import TypeVar
@@ -37,6 +38,8 @@ def from_first(work: Callable[[], T]) -> T:
             failure = error
             answer = {"error": str(error), "value": isinstance(error, ValueError)}
     told = json.loads(_broadcast(json.dumps(answer).encode()))
+    if "error" in told:
+        part_at_exit()
     if failure is not None:
         raise failure
     if "error" in told:
@@ -52,6 +55,21 @@ def largest(number: int) -> int:
     found = torch.tensor(number, device=PartialState().device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return int(found)
+
+
+def part_at_exit() -> None:
+    """Let go of the other processes when this one ends, as all of them are about to.
+
+    Gloo's threads would else abort the process, whatever its exit status.
+    """
+    if several():
+        atexit.unregister(_part)
+        atexit.register(_part)
+
+
+def _part() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _broadcast(data: bytes) -> bytes:

@@ -27,7 +27,7 @@ from llave.embedding import refuse_not_finite
 from llave.files import publish, refuse_damaged
 from llave.losses import CachedLLaVELoss, LLaVELoss
 from llave.modeling import build
-from llave.processes import from_first
+from llave.processes import from_first, part_at_exit
 from llave.recipe import SECTIONS, Recipe, lora_config, read_recipe
 from llave.runs import last_checkpoint
 from llave.subsets import aligned
@@ -204,6 +204,7 @@ def fit(
             print(*lines, sep="\n", end="\n" * bool(lines))
         if there["saved"] >= total:
             trainer.take_weights(folder / runs.MODEL)
+            part_at_exit()
             return model
         if not done:
             _refuse_no_way_on(arguments, there)

@@ -104,11 +104,14 @@ def test_a_killed_run_goes_on_with_the_same_losses(uninterrupted: Path, tmp_path
 
 def test_two_processes_have_the_losses_of_one(uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "two"
-    run(out, processes=2)
+    run(out, kill="step:10:SIGTERM:1", processes=2)  # one is told to stop, and both do
+    assert (out / "checkpoint-10").exists()
+    damaged = out / "checkpoint-10" / "rng_state_1.pth"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    run(out, processes=2)  # one chooses the one before, for both
     assert logged(out) == pytest.approx(logged(uninterrupted), rel=1e-3)
-    before = contents(out)
-    run(out, processes=2)  # it is finished
-    assert contents(out) == before
+    assert len(list(out.glob("damaged-checkpoint-10-*"))) == 1
+    assert not list(out.glob(".*.tmp"))
 
 
 def test_checkpoints_without_an_end_are_set_aside(tmp_path: Path) -> None:
@@ -311,6 +314,10 @@ def test_what_cannot_be_had_here_is_refused_before_the_data_are_read(
     for overrides, message in wrong:
         with pytest.raises(ValueError, match=message):
             train(read_recipe(str(file), overrides))
+
+
+def words(settings: dict[str, str], section: str = "trainer") -> list[str]:
+    return [word for key, value in settings.items() for word in (f"--{section}.{key}", value)]
 
 
 class Numbers:

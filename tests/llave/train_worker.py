@@ -1,7 +1,8 @@
 """Trains a tiny model on texts and pictures.
 
-``python -m tests.llave.train_worker OUT [POINT:N [--section.setting value ...]]`` kills itself when
-it comes to one of ``POINTS`` for the N-th time; ``none`` lets it go on.
+``python -m tests.llave.train_worker OUT [POINT:N[:SIGNAL:RANK] [--section.setting value ...]]``
+kills itself when it comes to one of ``POINTS`` for the N-th time, or sends itself a signal in one
+of several processes; ``none`` lets it go on.
 """
 
 from __future__ import annotations
@@ -102,14 +103,15 @@ def _train(out: str, *overrides: str) -> SentenceTransformer:
 
 
 def main(out: str, point: str = "none", *overrides: str) -> None:
-    name, _, times = point.partition(":")
-    if name != "none":
-        die_at(name, int(times), partial(os.kill, os.getpid(), signal.SIGKILL))
+    name, times, number, rank = [*point.split(":"), "", "", ""][:4]
+    if name != "none" and rank in ("", os.environ.get("RANK")):
+        send = partial(os.kill, os.getpid(), signal.Signals[number or "SIGKILL"])
+        die_at(name, int(times), send)
     train(out, *overrides)
 
 
-def die_at(point: str, times: int, die: Callable[[], object]) -> None:
-    """Call ``die`` when it comes to one of ``POINTS`` for the n-th time."""
+def die_at(point: str, times: int, die: Callable[[], object], put: Any = setattr) -> None:
+    """Call ``die`` when it comes to one of ``POINTS`` the n-th time; ``put`` sets attributes."""
     owner, attribute, after, *names = POINTS[point]
     original, count = getattr(owner, attribute), 0
 
@@ -123,7 +125,7 @@ def die_at(point: str, times: int, die: Callable[[], object]) -> None:
                 die()
         return result if after else original(*args, **kwargs)
 
-    setattr(owner, attribute, counted)
+    put(owner, attribute, counted)
 
 
 if __name__ == "__main__":
