@@ -206,7 +206,12 @@ def _given(name: str) -> dict[str, Any]:
             raise FileNotFoundError(f"no recipe {name!r}; there are {', '.join(names)}, or a path")
         text = (ours / f"{name}.yaml").read_text(encoding="utf-8")
     else:
-        text = path.read_text(encoding="utf-8-sig")
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError(f"{name} is no file")
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} is no text in UTF-8: {error}") from error
     given = _yaml(text, name)
     if not isinstance(given, dict):
         raise ValueError(f"{name} holds no sections; expected {', '.join(SECTIONS)}")
@@ -216,7 +221,7 @@ def _given(name: str) -> dict[str, Any]:
 def _yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{where} is no YAML: {' '.join(str(error).split())}") from error
 
 

@@ -1,17 +1,28 @@
-"""Training runs on disk: where one goes on, and the settings it was started with."""
+"""Training runs on disk: whose a folder is, where one goes on, the settings it was started with."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-from llave.files import publish
+from llave import sealing
+from llave.files import publish, reading, refuse_damaged
 from llave.recipe import SECTIONS, Recipe
 
 RECORD = "run.json"
+MODEL = "model"
+HUB = "hub"  # what is sent to the hub during the training
+_LOCK = ".run.lock"
+_PATIENCE = 10  # seconds in which a process that was killed lets go of the lock
 # What a run may go on with others of: its losses stay what they would have been, or its length is
 # what was meant to change.
 MAY_CHANGE = {
@@ -30,31 +41,37 @@ MAY_CHANGE = {
 }
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; unfinished ones are set aside."""
-    numbered = [
-        (int(path.name.removeprefix("checkpoint-")), path)
-        for path in folder.glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit()
-    ]
-    for step, path in sorted(numbered, reverse=True):
-        try:
-            if step_of(path) == step:
-                return str(path)
-        except (OSError, ValueError, KeyError):
-            pass
-        path.rename(path.with_name(f"unfinished-{path.name}-{os.getpid()}"))
-    return None
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep others from training in a folder meanwhile.
 
-
-def step_of(checkpoint: str | Path) -> int:
-    """The step a checkpoint was made at, from the file that is written last."""
-    step: int = json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"]
-    return step
+    Raises:
+        ValueError: another process does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # Locked as lockf does it: a data loader's worker that outlives its process holds no lock.
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        until = time.monotonic() + _PATIENCE
+        with suppress(OSError):  # of a file system that has no locks
+            while True:
+                try:
+                    fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except (BlockingIOError, PermissionError) as error:
+                    if time.monotonic() > until:
+                        raise ValueError(
+                            f"another process trains in trainer.output_dir={str(folder)!r}; wait "
+                            "for it, or choose another"
+                        ) from error
+                time.sleep(0.1)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check(folder: Path, recipe: Recipe, rows: dict[str, int] | None = None) -> list[str]:
-    """A line for each setting that a run goes on with others of than it had.
+    """A line for each setting that a run goes on with others of than it had. Nothing is written.
 
     Args:
         folder: the run's, ``trainer.output_dir``.
@@ -62,25 +79,21 @@ def check(folder: Path, recipe: Recipe, rows: dict[str, int] | None = None) -> l
         rows: of each subset, once they are loaded.
 
     Raises:
-        ValueError: settings or rows differ that must not, or the folder holds a model and no
-            checkpoint to go on from.
+        ValueError: settings or rows differ that must not; the folder holds what another wrote and
+            this run would replace, or what this run reads; or it cannot be written to.
     """
-    if not any(folder.glob("checkpoint-*/trainer_state.json")):
-        if (folder / "model" / "modules.json").exists():
-            raise ValueError(
-                f"trainer.output_dir={str(folder)!r} holds a model and no checkpoint to go on "
-                "from; choose another, or move the model away"
-            )
-        return []
-    try:
-        there = json.loads((folder / RECORD).read_text())
-    except FileNotFoundError:
-        return [f"{folder} has no {RECORD}: the settings of its checkpoints are not known"]
-    except ValueError as error:
+    _refuse_inputs(folder, recipe)
+    there = _read(folder)
+    _refuse_others(folder, there, recipe)
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
         raise ValueError(
-            f"{folder / RECORD} cannot be read ({error}); choose another trainer.output_dir"
-        ) from error
-    here = _record(recipe, rows)
+            f"trainer.output_dir={str(folder)!r} cannot be written to: {nearest} is read-only or "
+            "no folder; choose another"
+        )
+    if there is None or not (checkpoints(folder) or (folder / MODEL).exists()):
+        return []
+    here = _flat(recipe, rows)
     both = [name for name in here if name in there]
     if rows is not None:  # of subsets that one of the two lacks, too
         both += sorted(n for n in here.keys() ^ there.keys() if n.startswith("rows."))
@@ -97,23 +110,243 @@ def check(folder: Path, recipe: Recipe, rows: dict[str, int] | None = None) -> l
     return [f"{folder} goes on with other settings: {line}" for line in changed.values()]
 
 
-def finished(folder: Path) -> int:
-    """The step at which the run in this folder ended, 0 if it did not."""
-    try:
-        step: int = json.loads((folder / RECORD).read_text()).get("finished", 0)
-    except FileNotFoundError:
-        return 0
+def take_up(folder: Path, *, best: bool) -> dict[str, Any]:
+    """Put a run's folder in order: what killed processes left goes, what is damaged is set aside.
+
+    One process calls it, under ``alone`` and after ``check``.
+
+    Args:
+        folder: the run's.
+        best: whether the run ends with its best model, so that a checkpoint needs the best before.
+
+    Returns:
+        ``run``, its id; ``checkpoint`` to go on from, or None; ``saved``, the step of its saved
+        model, or 0; and ``lines`` about what was found damaged.
+    """
+    there = _read(folder) or {}
+    if "run" not in there:
+        there |= {"run": uuid4().hex, "models": []}
+        if (folder / RECORD).exists():
+            _adopt(folder, there)
+    run: str = there["run"]
+    for left in sealing.left(folder, run):
+        for name in (MODEL, f"{MODEL}.old"):  # killed between two renames
+            ours = _wrote(there, left / name) and sealing.problem(left / name) is None
+            if ours and not os.path.lexists(folder / MODEL):
+                (left / name).rename(folder / MODEL)
+        sealing.remove(left)
+    saved = 0
+    if (folder / MODEL).exists():
+        if (why := sealing.problem(folder / MODEL)) is not None:
+            raise ValueError(
+                f"{folder / MODEL} is not as this run saved it: {why}; move it away, and the same "
+                "command saves it again"
+            )
+        saved = sealing.facts(folder / MODEL)["step"]
+    checkpoint, lines = newest(folder, best=best)
+    found = checkpoint and str(checkpoint)
+    return {"run": run, "checkpoint": found, "saved": saved, "lines": lines}
+
+
+def record(folder: Path, recipe: Recipe, rows: dict[str, int], run: str | None = None) -> None:
+    """Write down what a run is started with, for ``check``.
+
+    Args:
+        folder: the run's.
+        recipe: its sections, completed.
+        rows: of each subset.
+        run: its id. Default: a new one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    models = (_read(folder) or {}).get("models", [])
+    _write(folder, {"run": run or uuid4().hex, "models": models} | _flat(recipe, rows))
+
+
+def is_of(folder: Path, run: str) -> bool:
+    """Whether a folder is still the one that a run was begun in."""
+    return (_read(folder) or {}).get("run") == run
+
+
+def wrote(folder: Path, path: Path) -> bool:
+    """Whether the run of a folder wrote another folder, which may have been changed since."""
+    return _wrote(_read(folder) or {}, path)
+
+
+def seal(folder: Path, path: Path, step: int) -> None:
+    """Seal a checkpoint with the run's id, or a model, which the run's record then lists.
+
+    So models are the same, to the byte, whatever run of the same settings made them.
+    """
+    there = _read(folder) or {}
+    if path.name.startswith("checkpoint-"):
+        sealing.seal(path, run=there["run"], step=step)
+    else:
+        sealing.seal(path, step=step)
+        found = sealing.identity(path)
+        if found not in there["models"]:
+            _write(folder, there | {"models": [*there["models"], found]})
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """By step, the folders that have a checkpoint's name, the newest first."""
+    named = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
+    return dict(sorted(((int(n), p) for n, p in named.items() if n.isdigit()), reverse=True))
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that is as it was written; newer ones are set aside."""
+    found, _ = newest(folder)
+    return found and str(found)
+
+
+def newest(folder: Path, *, best: bool = False) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is as it was written, and a line for each newer one.
+
+    What is wrong with those is said, and they are kept under other names.
+
+    Args:
+        folder: the run's.
+        best: whether the best checkpoint before it must be whole, too.
+    """
+    older = "run" not in (_read(folder) or {})
+    lines = []
+    for step, path in checkpoints(folder).items():
+        if (why := _problem(path, step, older)) is None:
+            kept = (best and _state(path)["best_global_step"]) or step
+            why = None if kept == step else _problem(folder / f"checkpoint-{kept}", kept, older)
+            if why is None:
+                return path, lines
+            lines.append(f"{path} is passed over: of the best so far, checkpoint-{kept}, {why}")
+            continue
+        kind = "damaged" if (path / sealing.MARKER).exists() else "unfinished"
+        aside = path.with_name(f"{kind}-{path.name}-{uuid4().hex[:8]}")
+        path.rename(aside)
+        lines.append(f"{path} is passed over: {why}; it is kept as {aside.name}")
+    return None, lines
+
+
+def step_of(checkpoint: str | Path) -> int:
+    """The step a checkpoint was made at."""
+    step: int = _state(Path(checkpoint))["global_step"]
     return step
 
 
-def record(folder: Path, recipe: Recipe, rows: dict[str, int], *, finished: int = 0) -> None:
-    """Write down what a run is started with, for ``check``, or that it ended at a step."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_record(recipe, rows) | {"finished": finished}, indent=1)
-    publish(folder / RECORD, partial(Path.write_text, data=text))
+def _state(checkpoint: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((checkpoint / "trainer_state.json").read_text())
+    return found
 
 
-def _record(recipe: Recipe, rows: dict[str, int] | None) -> dict[str, Any]:
+def _problem(checkpoint: Path, step: int, older: bool) -> str | None:
+    """What is wrong with a checkpoint; before runs had an id, theirs had no seals."""
+    if older and not (checkpoint / sealing.MARKER).exists():
+        try:
+            with reading(checkpoint / "trainer_state.json"):
+                found = step_of(checkpoint)
+            refuse_damaged(checkpoint)
+            for file in (*checkpoint.rglob("*.pt"), *checkpoint.rglob("*.pth")):
+                with reading(file), zipfile.ZipFile(file) as archive:
+                    if (name := archive.testzip()) is not None:
+                        raise LookupError(f"{name} has other contents than were written")
+        except ValueError as error:
+            return str(error)
+    elif (why := sealing.problem(checkpoint)) is not None:
+        return why
+    else:
+        found = sealing.facts(checkpoint)["step"]
+    return None if found == step else f"it was made at step {found}"
+
+
+def _adopt(folder: Path, there: dict[str, Any]) -> None:
+    """Give a run from before runs had ids one, and seals to what it wrote."""
+    for step, path in checkpoints(folder).items():
+        if _problem(path, step, older=True) is None:
+            sealing.seal(path, run=there["run"], step=step)
+    if there.get("finished") and (folder / MODEL / "modules.json").exists():
+        sealing.seal(folder / MODEL, step=there["finished"])
+        there["models"] = [sealing.identity(folder / MODEL)]
+    _write(folder, there)
+
+
+def _wrote(there: dict[str, Any], path: Path) -> bool:
+    if path.is_symlink() or "run" not in there:
+        return False
+    return (
+        sealing.identity(path) in there["models"] or sealing.facts(path).get("run") == there["run"]
+    )
+
+
+def _refuse_inputs(folder: Path, recipe: Recipe) -> None:
+    """Raise where the run would write into what it reads, whatever links and names lead there."""
+    places = [("model", "backbone"), ("data", "train"), ("data", "images")]
+    places += [("trainer", "deepspeed"), ("trainer", "fsdp_config")]
+    outputs = [folder / name for name in (MODEL, RECORD, HUB, "eval")]
+    outputs += checkpoints(folder).values()
+    for section, setting in places:
+        value = recipe.get(section, {}).get(setting)
+        if not isinstance(value, str) or not os.path.exists(value):
+            continue
+        # Their own files, and those below, would be taken for data and weights.
+        taken = setting in ("backbone", "train") and _within(folder, Path(value)) and value
+        written = next((str(path) for path in outputs if _within(Path(value), path)), None)
+        if there := taken or written:
+            raise ValueError(
+                f"trainer.output_dir={str(folder)!r}: the run would write into {there}, and it "
+                f"reads {section}.{setting}={value!r}; choose another trainer.output_dir"
+            )
+
+
+def _within(path: Path, folder: Path) -> bool:
+    """Whether a path, followed through links, is a folder or file or lies in it."""
+    real = Path(os.path.realpath(path))
+    return folder.exists() and any(
+        place.exists() and place.samefile(folder) for place in (real, *real.parents)
+    )
+
+
+def _refuse_others(folder: Path, there: dict[str, Any] | None, recipe: Recipe) -> None:
+    """Raise where anything of another's stands at a name that the run would write to."""
+    numbered = list(checkpoints(folder).values())
+    if there is None:
+        names = [RECORD, MODEL, *(["eval"] if recipe["data"]["held_out"] else [])]
+        names += [HUB] if recipe["trainer"].get("push_to_hub") else []
+        found = [name for name in names if os.path.lexists(folder / name)]
+        found += [path.name for path in numbered]
+    elif "run" not in there:  # begun before runs had ids: only a finished one wrote a model
+        found = [] if there.get("finished") or not os.path.lexists(folder / MODEL) else [MODEL]
+    else:
+        found = [p.name for p in numbered if sealing.identity(p) and not _wrote(there, p)]
+        model = folder / MODEL
+        damaged = (model / sealing.MARKER).exists() and not sealing.identity(model)
+        if os.path.lexists(model) and not damaged and not _wrote(there, model):
+            found.append(MODEL)
+    if found:
+        bare = found == [MODEL] and not numbered
+        what = "a model and no checkpoint to go on from" if bare else ", ".join(found)
+        raise ValueError(
+            f"trainer.output_dir={str(folder)!r} holds {what}, which this run did not write; "
+            "choose another, or move it away"
+        )
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """A run's record, or None where there is none of one."""
+    file = folder / RECORD
+    try:
+        there = sealing.unsigned(file, checksum=False)
+        if "run" in there:
+            sealing.unsigned(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise ValueError(f"{error}; choose another trainer.output_dir") from error
+    return there if "loss.alpha" in there else None
+
+
+def _write(folder: Path, content: dict[str, Any]) -> None:
+    publish(folder / RECORD, partial(Path.write_text, data=sealing.signed(content)))
+
+
+def _flat(recipe: Recipe, rows: dict[str, int] | None) -> dict[str, Any]:
     whole = recipe | {"trainer": SECTIONS["trainer"] | recipe["trainer"]}
     flat = {f"{name}.{key}": value for name in whole for key, value in whole[name].items()}
     flat |= {f"rows.{name}": count for name, count in (rows or {}).items()}

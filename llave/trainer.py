@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from shutil import rmtree
 from typing import Any
 
 import torch
@@ -15,10 +14,10 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel, PreTrainedModel, Trainer
 
-from llave.runs import step_of
+from llave.checkpointing import CheckpointingTrainer
 
 
-class EmbeddingTrainer(SentenceTransformerTrainer):
+class EmbeddingTrainer(CheckpointingTrainer):
     """The host's trainer, with what it lacks for DDP, sharded weights and adapters."""
 
     def check_sharding(self, homogeneous: bool) -> None:
@@ -101,12 +100,10 @@ class EmbeddingTrainer(SentenceTransformerTrainer):
     def _steps_per_epoch(self) -> int:
         return math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
 
-    def restore(self, checkpoint: str) -> None:
-        """Take the weights of a finished run, as after its training, without a step."""
-        # The host's loop stops only after a step, unless all its epochs are behind it.
-        self.args.max_steps = -1
-        self.args.num_train_epochs = step_of(checkpoint) // self._steps_per_epoch()
-        self.train(resume_from_checkpoint=checkpoint)
+    def take_weights(self, folder: Path) -> None:
+        """Take those of a model that was saved whole, whose adapters are merged."""
+        _merge_adapters(self.model.transformers_model)
+        SentenceTransformerTrainer._load_from_checkpoint(self, str(folder))
 
     def merge_adapters(self) -> None:
         """Leave a model with plain weights, where they are not sharded."""
@@ -118,17 +115,8 @@ class EmbeddingTrainer(SentenceTransformerTrainer):
         state = None
         if self._shards():
             state = self.accelerator.get_state_dict(self.model_wrapped)
-        # Beside, then renamed: a model that was there is whole until the new one is.
-        beside, before = (folder.with_name(f".{folder.name}-{kind}") for kind in ("new", "old"))
-        if self.args.should_save:
-            rmtree(beside, ignore_errors=True)
-        self._save_state(beside, state, merge=True)
-        if self.args.should_save:
-            rmtree(before, ignore_errors=True)
-            if folder.exists():
-                folder.rename(before)
-            beside.rename(folder)
-            rmtree(before, ignore_errors=True)
+        with self.saving(folder) as made:
+            self._save_state(made, state, merge=True)
 
     def _shards(self) -> bool:
         return self.is_fsdp_enabled or self.is_deepspeed_enabled

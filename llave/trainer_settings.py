@@ -28,6 +28,8 @@ INEFFECTIVE = {
     "use_cache": "embedding generates nothing",
     "warmup_ratio": "trainer.warmup_steps below 1 is a share of all steps",
     "local_rank": "torchrun says it",
+    "save_on_each_node": "all processes must see one trainer.output_dir",
+    "enable_jit_checkpoint": "a signal makes the trainer keep a checkpoint anyway",
     "neftune_noise_alpha": "the trainer finds no word embeddings in this model",
     "include_num_input_tokens_seen": "the model has no one input to count the tokens of",
     **dict.fromkeys(("remove_unused_columns", "label_names"), "the loss uses every column"),

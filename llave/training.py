@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import ExitStack
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -23,9 +24,10 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from llave import runs, scratch
 from llave.data import content_id, load_training, texts_of
 from llave.embedding import refuse_not_finite
-from llave.files import publish
+from llave.files import publish, refuse_damaged
 from llave.losses import CachedLLaVELoss, LLaVELoss
 from llave.modeling import build
+from llave.processes import from_first, part_at_exit
 from llave.recipe import SECTIONS, Recipe, lora_config, read_recipe
 from llave.runs import last_checkpoint
 from llave.subsets import aligned
@@ -56,7 +58,7 @@ def train(recipe: Recipe) -> SentenceTransformer:
     """
     data = recipe["data"]
     arguments = trainer_arguments(recipe)  # what it refuses, it refuses before anything is loaded
-    runs.check(Path(arguments.output_dir), recipe)
+    from_first(partial(runs.check, Path(arguments.output_dir), recipe))
     there = Path(data["train"]).is_dir() or data["subsets"]  # else load_training says what is wrong
     if there and data["images"] is not None and not Path(data["images"]).is_dir():
         raise ValueError(f"data.images={data['images']!r} is no folder")
@@ -180,49 +182,58 @@ def fit(
         loss_fn = LLaVELoss(model, **loss)
     else:
         loss_fn = CachedLLaVELoss(model, mini_batch_size=size, **loss)
-    trainer = EmbeddingTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=DatasetDict(subsets) if data["homogeneous"] else joined(subsets),
-        loss=loss_fn,
-        evaluator=SimilarityOverlap(held_out) if held_out else None,
-    )
-    trainer.check_sharding(data["homogeneous"])
     folder, rows = Path(arguments.output_dir), {name: len(part) for name, part in subsets.items()}
-    with arguments.main_process_first(local=False):
-        lines += runs.check(folder, recipe, rows)
-        checkpoint = last_checkpoint(folder)
-    done = False
-    if checkpoint is not None:
-        # Where checkpoints are kept by how good they are, the last step's may be gone.
-        done = max(runs.step_of(checkpoint), runs.finished(folder)) >= trainer.total_steps()
-    if checkpoint is not None and not done and arguments.save_only_model:
-        raise ValueError(
-            f"{checkpoint} has no state of the optimizer to go on with, because "
-            "trainer.save_only_model is true; choose another trainer.output_dir"
+    with ExitStack() as stack:
+        from_first(lambda: stack.enter_context(runs.alone(folder)))
+        changed = from_first(partial(runs.check, folder, recipe, rows))
+        there = from_first(partial(runs.take_up, folder, best=arguments.load_best_model_at_end))
+        trainer = EmbeddingTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=DatasetDict(subsets) if data["homogeneous"] else joined(subsets),
+            loss=loss_fn,
+            evaluator=SimilarityOverlap(held_out) if held_out else None,
         )
-    if done:
-        lines = [f"{folder} holds a finished run: nothing is trained"]
-    if trainer.is_world_process_zero():
-        print(*lines, sep="\n", end="\n" * bool(lines))
-    if done:
-        trainer.restore(checkpoint)
-    else:
+        trainer.check_sharding(data["homogeneous"])
+        trainer.run, checkpoint = there["run"], there["checkpoint"]
+        total, made = trainer.total_steps(), runs.step_of(checkpoint) if checkpoint else 0
+        lines += [*changed, *there["lines"]]
+        if done := max(made, there["saved"]) >= total:
+            lines = [*there["lines"], f"{folder} holds a finished run: nothing is trained"]
         if trainer.is_world_process_zero():
-            runs.record(folder, recipe, rows)
+            print(*lines, sep="\n", end="\n" * bool(lines))
+        if there["saved"] >= total:
+            trainer.take_weights(folder / runs.MODEL)
+            part_at_exit()
+            return model
+        if not done:
+            _refuse_no_way_on(arguments, there)
+            from_first(partial(runs.record, folder, recipe, rows, trainer.run))
         trainer.train(resume_from_checkpoint=checkpoint)
         if not trainer.state.global_step:  # of copies a sampler may make no batch
             raise ValueError(
                 f"nothing was trained: trainer.batch_sampler={arguments.batch_sampler.value} made "
                 f"no batch of {data['batch_size']} rows; lower data.batch_size"
             )
-    if done and (folder / "model" / "modules.json").exists():
-        trainer.merge_adapters()
-    else:
-        trainer.save_whole(folder / "model")
-        if trainer.is_world_process_zero() and not done:
-            runs.record(folder, recipe, rows, finished=trainer.state.global_step)
+        trainer.save_whole(folder / runs.MODEL)
+        trainer.tidy(at_end=True)
     return model
+
+
+def _refuse_no_way_on(
+    arguments: SentenceTransformerTrainingArguments, there: dict[str, Any]
+) -> None:
+    """Raise where a run is to go on from what has no state to go on with."""
+    if there["checkpoint"] is not None and arguments.save_only_model:
+        raise ValueError(
+            f"{there['checkpoint']} has no state of the optimizer to go on with, because "
+            "trainer.save_only_model is true; choose another trainer.output_dir"
+        )
+    if there["checkpoint"] is None and there["saved"]:
+        raise ValueError(
+            f"trainer.output_dir={arguments.output_dir!r} holds a model and no checkpoint to go on "
+            "from; choose another, or move the model away"
+        )
 
 
 def hold_out(
@@ -360,17 +371,32 @@ def build_model(
 
     Raises:
         ImportError: ``lora`` is set and peft is not installed.
-        ValueError: ``frozen`` is in no parameter's name, or in every one's.
+        ValueError: ``frozen`` is in no parameter's name, or in every one's; or a file of the
+            backbone is damaged or missing.
     """
     backbone = settings["backbone"]
     if settings["scratch"] is not None:
         backbone = scratch.llava_onevision(texts, **settings["scratch"])
-    model = build(
-        backbone,
-        pinpoints=settings["pinpoints"],
-        max_seq_length=settings["max_seq_length"],
-        model_kwargs={"dtype": settings["dtype"]},
-    )
+    try:
+        model = build(
+            backbone,
+            pinpoints=settings["pinpoints"],
+            max_seq_length=settings["max_seq_length"],
+            model_kwargs={"dtype": settings["dtype"]},
+        )
+    except Exception as error:  # libraries raise errors of many types, few of which name a file
+        if settings["scratch"] is None:
+            refuse_damaged(Path(backbone))
+        if type(error) in (ImportError, OSError, ValueError):
+            raise
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"model.backbone={backbone!r} cannot be loaded ({said})") from error
+    one, other = (model.tokenizer(text)["input_ids"] for text in ("a cat", "two dogs"))
+    if one == other:  # as a tokenizer without its vocabulary does
+        raise ValueError(
+            f"model.backbone={backbone!r} has a tokenizer that does not tell texts apart: its "
+            "tokenizer.json or another file of it is missing; download it again"
+        )
     if settings["lora"] is not None:
         adapters = lora_config(settings["lora"])
         torch.manual_seed(seed)

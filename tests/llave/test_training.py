@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 def run(
     out: Path,
     *overrides: str,
-    kill_at: int = 0,
+    kill: str = "none",
     processes: int = 1,
     worker: str = "train_worker",
 ) -> None:
@@ -43,14 +43,14 @@ def run(
     launcher = [sys.executable, "-m"]
     if processes > 1:
         launcher += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    command = [*launcher, f"tests.llave.{worker}", str(out), str(kill_at), *overrides]
+    command = [*launcher, f"tests.llave.{worker}", str(out), kill, *overrides]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=out.parent, env=environment, capture_output=True, text=True, check=False
     )
     # torchrun's own code where a process was killed is 1.
     killed = -signal.SIGKILL if processes == 1 else 1
-    assert done.returncode == (killed if kill_at else 0), done.stderr
+    assert done.returncode == (0 if kill == "none" else killed), done.stderr
 
 
 def logged(out: Path, key: str = "loss") -> dict[int, float]:
@@ -89,27 +89,29 @@ def test_the_saved_model_takes_another_length(uninterrupted: Path) -> None:
 
 def test_a_killed_run_goes_on_with_the_same_losses(uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
-    run(out, kill_at=7)
+    run(out, kill="step:7")
     # As if it had been killed once more, in the middle of a checkpoint.
     half = out / "checkpoint-6"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
-    (out / "model").mkdir()
-    (out / "model" / "of_an_earlier_run").touch()
     run(out)
-    assert logged(out) == pytest.approx(logged(uninterrupted), rel=1e-6)
-    assert (out / "model" / "modules.json").exists()
-    assert not (out / "model" / "of_an_earlier_run").exists()
-    assert not list(out.glob(".model*"))
+    assert logged(out) == logged(uninterrupted)
+    assert contents(out / "model") == contents(uninterrupted / "model")
+    assert not list(out.glob(".*.tmp"))
+    (aside,) = out.glob("unfinished-*")
+    assert contents(aside) == {"model.safetensors": b"half"}
 
 
 def test_two_processes_have_the_losses_of_one(uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "two"
-    run(out, processes=2)
+    run(out, kill="step:10:SIGTERM:1", processes=2)  # one is told to stop, and both do
+    assert (out / "checkpoint-10").exists()
+    damaged = out / "checkpoint-10" / "rng_state_1.pth"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    run(out, processes=2)  # one chooses the one before, for both
     assert logged(out) == pytest.approx(logged(uninterrupted), rel=1e-3)
-    before = contents(out)
-    run(out, processes=2)  # it is finished
-    assert contents(out) == before
+    assert len(list(out.glob("damaged-checkpoint-10-*"))) == 1
+    assert not list(out.glob(".*.tmp"))
 
 
 def test_checkpoints_without_an_end_are_set_aside(tmp_path: Path) -> None:
@@ -312,6 +314,10 @@ def test_what_cannot_be_had_here_is_refused_before_the_data_are_read(
     for overrides, message in wrong:
         with pytest.raises(ValueError, match=message):
             train(read_recipe(str(file), overrides))
+
+
+def words(settings: dict[str, str], section: str = "trainer") -> list[str]:
+    return [word for key, value in settings.items() for word in (f"--{section}.{key}", value)]
 
 
 class Numbers:

@@ -108,7 +108,7 @@ def test_two_processes_with_pictures(
 
 def test_fsdp(plain: Path, tmp_path: Path) -> None:
     out, overrides = tmp_path / "sharded", (*PICTURES, "--trainer.fsdp", "true")
-    run(out, *overrides, processes=2, worker="fsdp_worker", kill_at=7)
+    run(out, *overrides, processes=2, worker="fsdp_worker", kill="step:7")
     run(out, *overrides, processes=2, worker="fsdp_worker")
     assert logged(out) == pytest.approx(logged(plain), rel=1e-3)
     one, sharded = (SentenceTransformer(str(x / "model"), device="cpu") for x in (plain, out))
@@ -122,7 +122,7 @@ def test_lora(tmp_path: Path) -> None:
     before, after = logged(whole)[1], logged(whole)[12]
     assert after < 0.9 * before
 
-    run(killed, *LORA, kill_at=7)
+    run(killed, *LORA, kill="step:7")
     train_worker.train(str(killed), *LORA)
     assert logged(killed) == pytest.approx(logged(whole), rel=1e-6)
     assert not list(killed.glob("checkpoint-*/model.safetensors"))

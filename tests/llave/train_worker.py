@@ -1,13 +1,18 @@
 """Trains a tiny model on texts and pictures.
 
-``python -m tests.llave.train_worker OUT [KILL_AT_STEP [--section.setting value ...]]``
+``python -m tests.llave.train_worker OUT [POINT:N[:SIGNAL:RANK] [--section.setting value ...]]``
+kills itself when it comes to one of ``POINTS`` for the N-th time, or sends itself a signal in one
+of several processes; ``none`` lets it go on.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +21,22 @@ from datasets import Dataset
 from PIL import Image
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 
+from llave import sealing
+from llave.trainer import EmbeddingTrainer
 from llave.training import build_model, fit, read_recipe
 
+# What is called, whether it dies after the call, and the names it is called with.
+POINTS: dict[str, tuple[Any, ...]] = {
+    "step": (SentenceTransformerTrainer, "training_step", False),
+    "checkpoint": (EmbeddingTrainer, "_save_rng_state", False),  # in the middle of one
+    "seal": (sealing, "seal", False),  # before the marker of a checkpoint or the model
+    "rename": (sealing, "seal", True),  # between the marker and the rename
+    "tidy": (EmbeddingTrainer, "tidy", False),
+    "discard": (sealing, "remove", False),
+    "model": (EmbeddingTrainer, "save_whole", False),  # between the last checkpoint and the model
+    "replaced": (Path, "rename", True, "model.old"),  # between the renames of two models
+    "saved": (EmbeddingTrainer, "save_whole", True),
+}
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 RECIPE = """
 model:
@@ -83,18 +102,30 @@ def _train(out: str, *overrides: str) -> SentenceTransformer:
     return fit(model, {name: data[name] for name in recipe["data"]["subsets"]}, recipe)
 
 
-def main(out: str, kill_at: str = "0", *overrides: str) -> None:
-    step, training_step = 0, SentenceTransformerTrainer.training_step
-
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal step
-        step += 1
-        if step == int(kill_at):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return training_step(self, *args, **kwargs)
-
-    SentenceTransformerTrainer.training_step = counted
+def main(out: str, point: str = "none", *overrides: str) -> None:
+    name, times, number, rank = [*point.split(":"), "", "", ""][:4]
+    if name != "none" and rank in ("", os.environ.get("RANK")):
+        send = partial(os.kill, os.getpid(), signal.Signals[number or "SIGKILL"])
+        die_at(name, int(times), send)
     train(out, *overrides)
+
+
+def die_at(point: str, times: int, die: Callable[[], object], put: Any = setattr) -> None:
+    """Call ``die`` when it comes to one of ``POINTS`` the n-th time; ``put`` sets attributes."""
+    owner, attribute, after, *names = POINTS[point]
+    original, count = getattr(owner, attribute), 0
+
+    @functools.wraps(original)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        result = original(*args, **kwargs) if after else None
+        if not names or Path(args[-1]).name in names:
+            count += 1
+            if count == times:
+                die()
+        return result if after else original(*args, **kwargs)
+
+    put(owner, attribute, counted)
 
 
 if __name__ == "__main__":

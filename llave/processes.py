@@ -1,0 +1,83 @@
+"""What the processes of one training agree on. Outside torch.distributed there is one process."""
+
+from __future__ import annotations
+
+import atexit
+import json
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+T = TypeVar("T")
+
+
+def several() -> bool:
+    """Whether there are other processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def from_first(work: Callable[[], T]) -> T:
+    """What ``work`` finds in the first process, given to all. Every process must call it.
+
+    Args:
+        work: called in the first process alone; what it returns must be JSON.
+
+    Raises:
+        ValueError, OSError: what ``work`` raised, in every process.
+    """
+    if not several():
+        return work()
+    answer, failure = None, None
+    if dist.get_rank() == 0:
+        try:
+            answer = {"found": work()}
+        except Exception as error:
+            failure = error
+            answer = {"error": str(error), "value": isinstance(error, ValueError)}
+    told = json.loads(_broadcast(json.dumps(answer).encode()))
+    if "error" in told:
+        part_at_exit()
+    if failure is not None:
+        raise failure
+    if "error" in told:
+        raise (ValueError if told["value"] else OSError)(told["error"])
+    found: T = told["found"]
+    return found
+
+
+def largest(number: int) -> int:
+    """The largest of the processes' numbers. Every process must call it."""
+    if not several():
+        return number
+    found = torch.tensor(number, device=PartialState().device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+def part_at_exit() -> None:
+    """Let go of the other processes when this one ends, as all of them are about to.
+
+    Gloo's threads would else abort the process, whatever its exit status.
+    """
+    if several():
+        atexit.unregister(_part)
+        atexit.register(_part)
+
+
+def _part() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _broadcast(data: bytes) -> bytes:
+    device = PartialState().device
+    size = torch.tensor(len(data), device=device)
+    dist.broadcast(size, 0)
+    sent = torch.zeros(int(size), dtype=torch.uint8, device=device)
+    if dist.get_rank() == 0:
+        sent.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    dist.broadcast(sent, 0)
+    return bytes(sent.cpu().tolist())

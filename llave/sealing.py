@@ -1,0 +1,177 @@
+"""Folders that tell whether they are whole, and who wrote them: a marker, written last, says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from llave.files import publish, sync
+
+MARKER = "seal.json"
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
+_BLOCK = 1 << 20  # bytes read at a time
+
+
+def signed(content: dict[str, Any]) -> str:
+    """JSON that ``unsigned`` reads, with a checksum of itself."""
+    return json.dumps(content | {"checksum": _checksum(content)}, indent=1)
+
+
+def unsigned(file: Path, *, checksum: bool = True) -> dict[str, Any]:
+    """What a file of ``signed`` holds.
+
+    Args:
+        file: the file.
+        checksum: whether it must have one. One that is there must be right.
+
+    Raises:
+        ValueError: it is damaged, or no such file.
+        OSError: it cannot be read.
+    """
+    try:
+        content: dict[str, Any] = json.loads(file.read_bytes())
+        said = content.pop("checksum", None)
+        if said != _checksum(content) and (checksum or said is not None):
+            raise ValueError("its checksum is of other contents")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error})") from error
+    return content
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def seal(folder: Path, **facts: Any) -> None:
+    """Let a folder's contents stay through a power loss, then write its marker.
+
+    Args:
+        folder: its files are read once more.
+        facts: what ``facts`` gives, e.g. ``run`` and ``step``.
+    """
+    files = {name: path for name, path in _entries(folder).items() if name != MARKER}
+    for path in files.values():
+        sync(path)
+    for root, _, _ in os.walk(folder):
+        sync(Path(root))
+    with ThreadPoolExecutor() as pool:
+        sums = pool.map(_sum, files.values())
+        known = {
+            name: [path.stat().st_size, found]
+            for (name, path), found in zip(files.items(), sums, strict=True)
+        }
+    text = signed({"facts": facts, "files": known})
+    publish(folder / MARKER, partial(Path.write_text, data=text))
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What a folder's marker says of it; nothing where it has none that can be read."""
+    try:
+        found: dict[str, Any] = unsigned(folder / MARKER)["facts"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    return found
+
+
+def identity(folder: Path) -> str | None:
+    """The checksum of a folder's marker, and so of all it holds; None where that is damaged."""
+    try:
+        return _checksum(unsigned(folder / MARKER))
+    except (OSError, ValueError):
+        return None
+
+
+def problem(folder: Path, *, contents: bool = True) -> str | None:
+    """What is not as it was when the folder was sealed: the first such thing, or None.
+
+    Args:
+        folder: it is only read.
+        contents: whether the checksums are compared, too, not the names and sizes alone.
+    """
+    if not (folder / MARKER).is_file():
+        return f"it has no {MARKER}, so it was not written to its end"
+    try:
+        known = unsigned(folder / MARKER)["files"]
+        there = _entries(folder)
+        if missing := sorted(known.keys() - there.keys()):
+            return f"{missing[0]} is missing"
+        if extra := sorted(there.keys() - known.keys() - {MARKER}):
+            return f"{extra[0]} was not written with it"
+        for name, (size, _) in known.items():
+            if there[name].is_symlink() or not there[name].is_file():
+                return f"{name} is no plain file"
+            if (found := there[name].stat().st_size) != size:
+                return f"{name} has {found} bytes, not {size}"
+        if contents:
+            with ThreadPoolExecutor() as pool:
+                sums = pool.map(_sum, (there[name] for name in known))
+                for (name, (_, said)), found in zip(known.items(), sums, strict=True):
+                    if found != said:
+                        return f"{name} has other contents than were written"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return str(error)
+    return None
+
+
+def begin(parent: Path, run: str) -> Path:
+    """A new folder of a random hidden name, marked as one of ``run``'s that may be removed."""
+    folder = parent / f".{uuid4().hex}.tmp"
+    folder.mkdir()  # which follows no link
+    text = signed({"facts": {"run": run}})
+    publish(folder / MARKER, partial(Path.write_text, data=text))
+    return folder
+
+
+def left(parent: Path, run: str) -> Iterator[Path]:
+    """What ``begin`` made of a run and nothing removed."""
+    for path in sorted(parent.iterdir()):
+        if _TEMPORARY.fullmatch(path.name) and not path.is_symlink() and path.is_dir():
+            if facts(path).get("run") == run:
+                yield path
+            elif not any(path.iterdir()):  # made, and not yet marked
+                path.rmdir()
+
+
+def remove(folder: Path) -> None:
+    """Remove what ``begin`` made; the marker goes last, so that a killed one is known again."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARKER:
+            path.unlink()
+    (folder / MARKER).unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def discard(folder: Path, run: str) -> None:
+    """Remove a sealed folder of a run, or none of it: it is renamed first."""
+    away = begin(folder.parent, run)
+    folder.rename(away / folder.name)
+    remove(away)
+
+
+def _entries(folder: Path) -> dict[str, Path]:
+    """By relative name, everything in a folder that is no folder; links are not followed."""
+    found = {}
+    for root, folders, names in os.walk(folder):
+        for path in (Path(root, name) for name in (*folders, *names)):
+            if path.is_symlink() or not path.is_dir():
+                found[path.relative_to(folder).as_posix()] = path
+    return found
+
+
+def _sum(file: Path) -> str:
+    found = blake2b(digest_size=16)
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            found.update(block)
+    return found.hexdigest()
