@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from llave_kernels import dispatch
 from llave_kernels.integrations.clip_gather import gathered_clip_loss
 
 
@@ -39,7 +40,7 @@ class WeightedClipLoss(nn.Module):
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
-        self.backend = backend
+        self.backend = dispatch.known(backend)
 
     def forward(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import open_clip.loss
 from torch import Tensor
 
-from llave_kernels import checks
+from llave_kernels import checks, dispatch
 from llave_kernels.integrations.clip_gather import gathered_clip_loss
 
 
@@ -49,7 +49,7 @@ class ClipLoss(open_clip.loss.ClipLoss):  # type: ignore[misc]
             raise ValueError("use_horovod=True is not supported; run under torch.distributed")
         super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size)
         self.alpha = checks.strength("alpha", alpha)
-        self.backend = backend
+        self.backend = dispatch.known(backend)
 
     def forward(
         self,
