@@ -47,7 +47,13 @@ class ClipLoss(open_clip.loss.ClipLoss):  # type: ignore[misc]
     ) -> None:
         if use_horovod:
             raise ValueError("use_horovod=True is not supported; run under torch.distributed")
-        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size)
+        super().__init__(
+            checks.flag("local_loss", local_loss),
+            checks.flag("gather_with_grad", gather_with_grad),
+            cache_labels,
+            checks.count("rank", rank, 0),
+            checks.count("world_size", world_size, 1),
+        )
         self.alpha = checks.strength("alpha", alpha)
         self.backend = dispatch.known(backend)
 

@@ -138,18 +138,18 @@ class MultipleNegativesRankingLoss(
         false_negative_margin: float | None = None,
         backend: str = "auto",
     ) -> None:
-        if not isinstance(scale, Tensor):  # which may be learnable
-            checks.number("scale", scale, torch.float32)
+        learnable = isinstance(scale, Tensor) and scale.requires_grad
+        number = scale if learnable else checks.number("scale", scale, torch.float32)
         checks.flag("gather_across_devices", gather_across_devices)
         checks.one_of("partition_mode", partition_mode, get_args(PartitionMode))
         if hardness_mode is not None:
             checks.one_of("hardness_mode", hardness_mode, get_args(HardnessMode))
         hardness_strength = checks.strength("hardness_strength", hardness_strength)
         super().__init__(
-            model, scale, similarity_fct, gather_across_devices, directions, partition_mode,
+            model, number, similarity_fct, gather_across_devices, directions, partition_mode,
             hardness_mode, hardness_strength,
         )  # fmt: skip
-        if not isinstance(scale, Tensor):
+        if not learnable:
             checks.positive("scale", scale)
         self.target_hardness_strength = checks.strength(
             "target_hardness_strength", target_hardness_strength
