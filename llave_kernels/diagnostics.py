@@ -53,8 +53,8 @@ def similarity_statistics(
         bins: number of histogram bins over [-1, 1], at most 2^24.
 
     Raises:
-        TypeError, ValueError: as in ``hardness_weighted_contrastive_loss``; ``bins`` out of range; a
-            similarity that is not finite, which has no bin.
+        TypeError, ValueError: as in ``hardness_weighted_contrastive_loss``; ``bins`` out of range;
+            a similarity that is not finite, which has no bin.
     """
     checks.tensor("query", query)
     checks.tensor("target", target)

@@ -89,7 +89,7 @@ def hardness_weighted_contrastive_loss(
         target: (M, D) with M >= N, same dtype and device. By default N positives, then blocks of N
             mined negatives, row i's in rows ``i + k N``.
         logit_scale: kappa = 1 / temperature, a positive number or a tensor of one element, which
-            may require grad.
+            may require grad. It and the strengths must fit the dtype of the loss.
         alpha: hardness strength, >= 0. 0 is InfoNCE; the paper uses 9.
         hardness: which negatives carry the weight. ``"in_batch"``: columns owned by other rows
             (paper); ``"hard_negatives"``: the row's own mined negatives (EmbeddingGemma, alpha 5);
@@ -117,7 +117,13 @@ def hardness_weighted_contrastive_loss(
         ValueError: wrong shape, device or value, or a named backend that does not support the
             call. On a GPU values of index tensors and of a tensor ``logit_scale`` are not checked:
             that would synchronise.
-        RuntimeError: a named backend that cannot run on this machine; a second derivative.
+        RuntimeError: a named backend that cannot run on this machine; a second derivative;
+            forward-mode differentiation (``torch.func.jvp``, dual numbers). ``torch.func.grad``,
+            ``vjp``, ``jacrev``, ``vmap`` and ``functional_call`` work.
+
+    Note:
+        A similarity, a logit or a sum of losses beyond the range of float32 (float64 for float64
+        inputs) makes the loss infinite or NaN. Only what is known on the host is an error.
     """
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
     query, target = autocast(query, target)
