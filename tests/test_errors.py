@@ -323,7 +323,7 @@ def ranking(kind: str, **settings: Any) -> Any:
 
 BLOCKS = "temperature alpha target_alpha hardness symmetric false_negative_margin backend"
 RANKING = (
-    "scale gather_across_devices partition_mode hardness_mode hardness_strength "
+    "scale similarity_fct directions gather_across_devices partition_mode hardness_mode hardness_strength "
     "target_hardness_strength false_negative_margin backend"
 )
 CONSTRUCTORS: list[tuple[Callable[..., Any], str]] = [
@@ -343,13 +343,13 @@ CONSTRUCTORS: list[tuple[Callable[..., Any], str]] = [
         "temperature alpha hardness false_negative_margin",
     ),
     (partial(ranking, "MultipleNegativesRankingLoss"), RANKING),
-    (partial(ranking, "CachedMultipleNegativesRankingLoss"), RANKING),
+    (partial(ranking, "CachedMultipleNegativesRankingLoss"), RANKING + " mini_batch_size"),
 ]
 
 
 # What is right in its place. Such sizes are compared with the call's.
 TAKEN = {("false_negative_margin", -1)} | {
-    (name, 10**400) for name in ("n_hard_negatives", "rank", "world_size")
+    (name, 10**400) for name in ("n_hard_negatives", "rank", "world_size", "mini_batch_size")
 }
 
 

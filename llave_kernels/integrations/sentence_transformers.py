@@ -140,6 +140,12 @@ class MultipleNegativesRankingLoss(
     ) -> None:
         learnable = isinstance(scale, Tensor) and scale.requires_grad
         number = scale if learnable else checks.number("scale", scale, torch.float32)
+        if not callable(similarity_fct):
+            raise TypeError(
+                f"similarity_fct must be a function, got {checks.typed(similarity_fct)}"
+            )
+        for direction in directions if isinstance(directions, (tuple, list, set)) else [directions]:
+            checks.one_of("directions", direction, get_args(Direction))
         checks.flag("gather_across_devices", gather_across_devices)
         checks.one_of("partition_mode", partition_mode, get_args(PartitionMode))
         if hardness_mode is not None:
@@ -344,6 +350,7 @@ class CachedMultipleNegativesRankingLoss(
         false_negative_margin: float | None = None,
         backend: str = "auto",
     ) -> None:
+        checks.count("mini_batch_size", mini_batch_size, 1)
         super().__init__(
             model, mini_batch_size=mini_batch_size, mini_batch_num_tokens=mini_batch_num_tokens,
             show_progress_bar=show_progress_bar,
