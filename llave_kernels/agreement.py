@@ -1,35 +1,26 @@
 """What the processes of a group tell each other before a loss's first exchange of data.
 
-One vector of integers a process, gathered on the host: a GPU's queue of kernels never drains for
-it, and nothing is unpickled.
+A few integers a process, gathered on the host: a GPU's queue of kernels never drains for it, and
+nothing is unpickled.
 """
 
 from __future__ import annotations
 
-import math
+import hashlib
+import json
 import struct
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llave_kernels.checks import FLOATS, REDUCTIONS
-from llave_kernels.rules import HARDNESS_MODES, Rules
+from llave_kernels import checks, transforms
 
 Group: TypeAlias = "dist.ProcessGroup | None"  # a string: some builds of torch lack the class
-
-
-class Call(NamedTuple):
-    """Checked arguments of a distributed loss."""
-
-    query: Tensor
-    target: Tensor
-    scale: Tensor
-    rules: Rules
-    reduction: str
+T = TypeVar("T")
 
 
 class Peer(NamedTuple):
@@ -42,116 +33,160 @@ class Peer(NamedTuple):
 
     rows: int
     columns: int
-    owners: bool
+    owners: bool = False
 
 
-class _Setting(NamedTuple):
-    """What must be the same everywhere: the loss, or what its backward exchanges, depends on it."""
+class Terms(NamedTuple):
+    """What a process tells the others about a call.
 
-    name: str  # in messages
-    of: Callable[[Call], Any]
-    encode: Callable[[Any], int] = int
-    decode: Callable[[int], Any] = int
+    Attributes:
+        part: its part of the batch.
+        settings: by their names in messages, what must be the same everywhere: the loss depends on
+            it, or what is exchanged.
+        scale: the logit scale, which must be the same too.
+    """
 
-
-def _flag(name: str, of: Callable[[Call], bool]) -> _Setting:
-    return _Setting(name, of, int, bool)
-
-
-def _choice(name: str, of: Callable[[Call], Any], choices: Sequence[Any]) -> _Setting:
-    return _Setting(name, of, choices.index, choices.__getitem__)
+    part: Peer
+    settings: dict[str, Any]
+    scale: Tensor
 
 
-def _number(name: str, of: Callable[[Call], float | None]) -> _Setting:
-    """By its 64 bits; None as one NaN."""
-
-    def encode(x: float | None) -> int:
-        # Adding zero makes -0.0 the same as 0.0.
-        known = math.nan if x is None or math.isnan(x) else x + 0.0
-        return struct.unpack("<q", struct.pack("<d", known))[0]
-
-    def decode(bits: int) -> float | None:
-        x = struct.unpack("<d", struct.pack("<q", bits))[0]
-        return None if math.isnan(x) else x
-
-    return _Setting(name, of, encode, decode)
+def group_of(name: str, value: Any) -> Group:
+    """A process group, or None for all processes; TypeError for others."""
+    if value is not None and not isinstance(value, dist.ProcessGroup):
+        raise TypeError(
+            f"{name} must be a process group or None, got {checks.typed(value)}; of a DeviceMesh "
+            "pass get_group(), and new_group gives a process outside the group no group"
+        )
+    return value
 
 
-def _readable_scale(call: Call) -> float | None:
-    """None on a device, which the host would have to wait for."""
-    return call.scale.item() if call.scale.device.type == "cpu" else None
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def agree(prepare: Callable[[], tuple[T, Terms]], group: Group) -> tuple[T, list[Peer]]:
+    """What ``prepare`` makes, and every process's part; an error on all where they disagree.
+
+    Args:
+        prepare: checks this process's arguments. What it raises is raised when the others, who
+            would wait, have been told.
+
+    Raises:
+        RuntimeError: another process refused its arguments; torch.distributed is not initialised.
+        ValueError: a setting differs, or did the scale of an earlier call on a device.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError(
+            "torch.distributed is not initialised: call torch.distributed.init_process_group, or "
+            "use hardness_weighted_contrastive_loss in a single process"
+        )
+    given: Any = group_of("group", group) or dist.group.WORLD
+    refusal, text, part, late = None, b"", Peer(0, 0), None
+    try:
+        transforms.refuse_all()
+        made, terms = prepare()
+        part, late = terms.part, None if _capturing() else _LATE.get(given)
+        text = _text(terms)
+    except Exception as problem:
+        refusal = problem
+    digest = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
+    scale = late.bits() if late is not None else None
+    words = [refusal is None, *part, len(text), digest, scale is not None, scale or 0]
+    everyone = [each.tolist() for each in _gather(torch.tensor(words, dtype=torch.int64), given)]
+    if refusal is not None:
+        raise refusal
+    for rank, (accepts, *_) in enumerate(everyone):
+        if not accepts:
+            raise RuntimeError(f"rank {rank} refused its arguments; its own error says why")
+    *_, lengths, digests, known, scales = zip(*everyone, strict=True)
+    if len(set(digests)) > 1:
+        longest = torch.zeros(max(lengths), dtype=torch.uint8)
+        longest[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        texts = [bytes(each.tolist()) for each in _gather(longest, given)]
+        _compare([json.loads(x[:n]) for x, n in zip(texts, lengths, strict=True)], given)
+    if all(known):
+        del _LATE[given]
+        name = "the logit_scale of an earlier call"
+        _compare([{name: _number(bits)} for bits in scales], given)
+    if given not in _LATE and _unread(terms.scale) and not _capturing():
+        _LATE[given] = _Late(terms.scale)
+    return made, [Peer(rows, columns, bool(owners)) for _, rows, columns, owners, *_ in everyone]
 
 
-SETTINGS = (
-    _Setting("the width of the embeddings", lambda call: call.query.shape[1]),
-    _choice("their dtype", lambda call: call.query.dtype, FLOATS),
-    _flag("requires_grad of query", lambda call: _learns(call.query)),
-    _flag("requires_grad of target", lambda call: _learns(call.target)),
-    _flag("requires_grad of logit_scale", lambda call: _learns(call.scale)),
-    _flag("presence of ids", lambda call: call.rules.query_ids is not None),
-    _flag("symmetric", lambda call: call.rules.symmetric),
-    _choice("hardness", lambda call: call.rules.hardness, HARDNESS_MODES),
-    _choice("reduction", lambda call: call.reduction, REDUCTIONS),
-    _number("alpha", lambda call: call.rules.alpha),
-    _number("target_alpha", lambda call: call.rules.target_alpha),
-    _number("false_negative_margin", lambda call: call.rules.margin),
-    _number("logit_scale", _readable_scale),
-)
-
-
-def _learns(x: Tensor) -> bool:
+def learns(x: Tensor) -> bool:
+    """Whether a gradient will be asked for, and exchanged."""
     return torch.is_grad_enabled() and x.requires_grad
 
 
-def agree(call: Call | None, refusal: Exception | None, group: Group) -> list[Peer]:
-    """Every process's part of the batch; an error on all of them where they disagree.
-
-    Args:
-        call: None where this process refuses its arguments.
-        refusal: its reason, raised when the others, who would wait for it, have been told.
-
-    Raises:
-        RuntimeError: another process refused its arguments.
-        ValueError: a setting differs.
-    """
-    words = [0] * (1 + len(Peer._fields) + len(SETTINGS))
-    if call is not None:
-        part = Peer(len(call.query), len(call.target), call.rules.owners is not None)
-        words = [1, *part, *(s.encode(s.of(call)) for s in SETTINGS)]
-    everyone = _gather_words(words, group)
-    if refusal is not None:
-        raise refusal
-    peers = []
-    for rank, (accepts, *theirs) in enumerate(everyone):
-        if not accepts:
-            raise RuntimeError(f"rank {rank} refused its arguments; its own error says why")
-        part = Peer._make(theirs[: len(Peer._fields)])
-        values = zip(theirs[len(part) :], words[1 + len(part) :], strict=True)
-        for setting, (there, here) in zip(SETTINGS, values, strict=True):
+def _compare(everyone: list[dict[str, str]], group: dist.ProcessGroup) -> None:
+    mine = everyone[dist.get_rank(group)]
+    for rank, theirs in enumerate(everyone):
+        for name in mine | theirs:
+            there, here = (settings.get(name, "not told") for settings in (theirs, mine))
             if there != here:
                 raise ValueError(
-                    f"{setting.name} is {setting.decode(there)} on rank {rank} and "
-                    f"{setting.decode(here)} here; it must be the same on every process"
+                    f"{name} is {there} on rank {rank} and {here} here; it must be the same on "
+                    "every process"
                 )
-        peers.append(part)
-    return peers
 
 
-def _gather_words(words: list[int], group: Group) -> list[list[int]]:
-    world = dist.get_world_size(group)
-    if world == 1:
-        return [words]
-    mine = torch.tensor(words, dtype=torch.int64)
+def _text(terms: Terms) -> bytes:
+    settings = terms.settings | {"float32's matmul precision": _precision()}
+    if not _unread(terms.scale):
+        settings["logit_scale"] = terms.scale.item()
+    plain = {k: x + 0.0 if isinstance(x, float) else x for k, x in settings.items()}  # no -0.0
+    return json.dumps({name: str(x) for name, x in plain.items()}).encode()
+
+
+def _precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # set through torch.backends instead, which torch refuses to sum up
+        places: Any = torch.backends
+        return f"{places.cuda.matmul.fp32_precision}, {places.mkldnn.matmul.fp32_precision}"
+
+
+def _unread(scale: Tensor) -> bool:
+    """Whether the scale is on a device, which the host would have to wait for."""
+    return scale.device.type != "cpu"
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured, during which nothing may be asked of the GPU."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+class _Late:
+    """A scale on its way from a device: the processes compare it in a later call."""
+
+    def __init__(self, scale: Tensor) -> None:
+        self.copy = scale.detach().to("cpu", torch.float64, non_blocking=True)
+        self.arrival = torch.Event(scale.device.type)
+        self.arrival.record()
+
+    def bits(self) -> int | None:
+        """None as long as it has not arrived."""
+        if not self.arrival.query():
+            return None
+        return struct.unpack("<q", struct.pack("<d", self.copy.item()))[0]
+
+
+def _number(bits: int) -> str:
+    return str(struct.unpack("<d", struct.pack("<q", bits))[0])
+
+
+def _gather(mine: Tensor, group: Group) -> list[Tensor]:
+    """Everyone's tensor on the host."""
+    if group is None or (world := dist.get_world_size(group)) == 1:
+        return [mine]
     everyone = [torch.empty_like(mine) for _ in range(world)]
-    given = dist.group.WORLD if group is None else group
-    assert given is not None
-    if "cpu:" in dist.get_backend_config(given):
-        dist.all_gather(everyone, mine, given)
+    if "cpu:" in dist.get_backend_config(group):
+        dist.all_gather(everyone, mine, group)
     else:
-        _on_host(given).allgather([everyone], [mine]).wait()
-    return [each.tolist() for each in everyone]
+        _on_host(group).allgather([everyone], [mine]).wait()
+    return everyone
 
 
+# All processes keep and drop these in the same calls.
+_LATE: WeakKeyDictionary[dist.ProcessGroup, _Late] = WeakKeyDictionary()
 _hosts: WeakKeyDictionary[dist.ProcessGroup, Any] = WeakKeyDictionary()
 
 

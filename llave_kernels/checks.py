@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Callable, Sequence
+from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
 
@@ -14,11 +16,26 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# The smallest and largest number that a constant may be in a sum's dtype.
+LIMITS = {x: (torch.finfo(x).tiny, torch.finfo(x).max) for x in (torch.float32, torch.float64)}
 
 
 def tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {typed(value)}")
+    if value.is_nested or value.layout != torch.strided:
+        layout = "nested" if value.is_nested else value.layout
+        raise TypeError(
+            f"{name} must be a dense tensor, got a {layout} one; use to_dense() or "
+            "to_padded_tensor()"
+        )
+    if type(value) not in (Tensor, torch.nn.Parameter):
+        for way in ("to_local", "get_data"):  # of DTensor, of MaskedTensor
+            if hasattr(value, way):
+                raise TypeError(
+                    f"{name} must be a plain torch.Tensor, got {type(value).__name__}; pass "
+                    f"{name}.{way}()"
+                )
 
 
 def embeddings(query: Tensor, target: Tensor) -> None:
@@ -29,8 +46,6 @@ def embeddings(query: Tensor, target: Tensor) -> None:
             raise TypeError(
                 f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}; convert it"
             )
-        if x.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}; use to_dense()")
         if 0 in x.shape:
             raise ValueError(
                 f"{name} is empty, shape {tuple(x.shape)}: at least one row and column"
@@ -46,12 +61,20 @@ def embeddings(query: Tensor, target: Tensor) -> None:
     _device("target", target, query.device)
 
 
-def logit_scale(value: float | Tensor, query: Tensor) -> Tensor:
-    """0-d tensor on the query's device; a tensor of one element keeps its graph."""
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+def logit_scale(
+    value: float | Tensor, strength: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """0-d tensor on ``device``; a tensor of one element keeps its graph.
+
+    Args:
+        strength: the larger alpha, which a logit's factor adds to the scale.
+        dtype: of sums.
+    """
     if not isinstance(value, Tensor):
-        value = positive("logit_scale", value)
-        return torch.full((), value, dtype=dtype, device=query.device)
+        found = positive("logit_scale", value, dtype)
+        _finite_sum(found, strength, dtype)
+        return torch.full((), found, dtype=dtype, device=device)
+    tensor("logit_scale", value)
     if value.numel() != 1:
         raise ValueError(
             "logit_scale must be a float or a tensor of one element, got shape "
@@ -59,72 +82,134 @@ def logit_scale(value: float | Tensor, query: Tensor) -> Tensor:
         )
     if value.dtype not in FLOATS + INTEGERS:
         raise TypeError(f"logit_scale must be a tensor of real numbers, got {value.dtype}")
-    _device("logit_scale", value, query.device)
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        number = value.item()
+    _device("logit_scale", value, device)
+    for number in read(value, Tensor.max):
         if not math.isnan(number):  # NaN in, NaN out
-            positive("logit_scale", number)
+            _finite_sum(positive("logit_scale", number, dtype), strength, dtype)
     return value.reshape(()).to(dtype)
 
 
-def positive(name: str, value: float) -> float:
-    value = number(name, value)
-    if not 0 < value < math.inf:
+def _finite_sum(scale: float, strength: float, dtype: torch.dtype) -> None:
+    if scale + strength > LIMITS[dtype][1]:
+        raise ValueError(
+            f"logit_scale + alpha must be finite, got {scale} + {strength} in {dtype}; lower one"
+        )
+
+
+def read(x: Tensor, *reductions: Callable[[Tensor], Tensor]) -> list[Any]:
+    """What reductions make of a tensor, as numbers; none where they cost more than a look.
+
+    On a device the host would wait for them. In a graph that is traced, or under vmap, there are
+    none.
+    """
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return []
+    try:
+        found = [reduction(x).item() for reduction in reductions]
+    except RuntimeError:
+        return []
+    return found if all(isinstance(x, (int, float)) for x in found) else []  # else symbols
+
+
+def positive(name: str, value: Any, dtype: torch.dtype = torch.float32) -> float:
+    found = number(name, value, dtype)
+    if not 0 < found < math.inf:
         remedy = ": 1 / temperature, not its log" if name == "logit_scale" else ""
-        raise ValueError(f"{name} must be positive and finite, got {value}{remedy}")
-    return value
+        raise ValueError(
+            f"{name} must be positive and finite, got {short(value)} in {dtype}{remedy}"
+        )
+    return found
 
 
-def strength(name: str, value: float) -> float:
-    value = number(name, value)
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be >= 0 and finite, got {value}; 0 turns the weight off")
-    return value
+def strength(name: str, value: Any, dtype: torch.dtype = torch.float32) -> float:
+    found = number(name, value, dtype)
+    if not 0 <= found < math.inf:
+        raise ValueError(
+            f"{name} must be >= 0 and finite, got {short(value)} in {dtype}; 0 turns the weight off"
+        )
+    return found
 
 
-def margin(value: float | None) -> float | None:
+def margin(value: Any, dtype: torch.dtype = torch.float32) -> float | None:
     if value is None:
         return None
-    value = number("false_negative_margin", value)
-    if not math.isfinite(value):
-        raise ValueError(f"false_negative_margin must be finite, got {value}; None turns it off")
-    return value
+    found = number("false_negative_margin", value, dtype)
+    if not math.isfinite(found):
+        raise ValueError(
+            f"false_negative_margin must be finite, got {short(value)} in {dtype}; None turns it "
+            "off"
+        )
+    return found
 
 
-def number(name: str, value: Any) -> float:
-    """A real number, numpy's too, or that of a tensor of one element, as a float."""
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise ValueError(f"{name} is a constant, got a tensor that requires grad; pass its item()")
-    value = _element(value)
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    return float(value)
+def number(name: str, value: Any, dtype: torch.dtype) -> float:
+    """A real number, numpy's too, or that of a tensor of one element, as a float.
+
+    It is what ``dtype`` makes of it: infinite beyond its range, 0 below.
+    """
+    found = _element(name, value)
+    if isinstance(found, bool) or not isinstance(found, (Real, Decimal)):
+        raise TypeError(f"{name} must be a float, got {typed(value)}")
+    try:
+        found = float(found)
+    except (OverflowError, ValueError):  # 10**400, Decimal("sNaN")
+        return math.inf
+    least, most = LIMITS[dtype]
+    if abs(found) > most:
+        return math.inf
+    return found if abs(found) >= least or math.isnan(found) else 0.0
 
 
-def count(name: str, value: Any, least: int, remedy: str = "") -> int:
+def count(name: str, value: Any, least: int, most: int | None = None, remedy: str = "") -> int:
     """An integer, numpy's too, or that of a tensor of one element, as an int."""
-    found = _element(value)
-    if isinstance(found, bool) or not isinstance(found, Integral) or found < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}{remedy}")
+    found = _element(name, value)
+    below = f" and <= {most}" if most is not None else ""
+    whole = isinstance(found, Integral) and not isinstance(found, bool)
+    if not whole or found < least or (most is not None and found > most):
+        raise ValueError(f"{name} must be an integer >= {least}{below}, got {short(value)}{remedy}")
     return int(found)
 
 
-def _element(value: Any) -> Any:
+def _element(name: str, value: Any) -> Any:
     """The number in a tensor or array of one element; others as they are."""
-    one = (isinstance(value, Tensor) and value.numel() == 1) or (
-        isinstance(value, np.ndarray) and value.size == 1
-    )
-    return value.item() if one else value
+    if isinstance(value, Tensor):
+        tensor(name, value)
+        if value.requires_grad:
+            raise ValueError(
+                f"{name} is a constant, got a tensor that requires grad; pass its item()"
+            )
+        try:
+            return value.item() if value.numel() == 1 else value
+        except RuntimeError:  # on "meta", in a graph that is traced, under vmap
+            raise TypeError(
+                f"{name} must be a float, got a tensor whose value is not known; pass a number"
+            ) from None
+    return value.item() if type(value) is np.ndarray and value.size == 1 else value
 
 
-def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+def one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {short(value)}")
 
 
-def flag(name: str, value: bool) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {short(value)}")
+    return bool(value)
+
+
+def typed(value: object) -> str:
+    """Type and value of a wrong argument, for a message."""
+    return short(value, f"{type(value).__name__} ")
+
+
+def short(value: object, kind: str = "") -> str:
+    """The value in one short line, after its kind; of several numbers the shape."""
+    if isinstance(value, Tensor) and value.is_nested:
+        return "a nested Tensor"
+    if isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) != 1:
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    return kind + " ".join(reprlib.repr(value).split())
 
 
 def columns(
@@ -132,8 +217,8 @@ def columns(
 ) -> Tensor:
     """int64 column numbers of shape (length,); range and uniqueness are checked on a CPU."""
     _integers(name, value, length, device)
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = int(value.min()), int(value.max())
+    if found := read(value, Tensor.min, Tensor.max):
+        low, high = found
         if low < 0 or high >= m:
             raise ValueError(
                 f"{name} must be columns from 0 to {m - 1}, got values from {low} to {high}"

@@ -11,6 +11,7 @@ from llave_kernels import checks
 from llave_kernels.backends.torch_strips import STRIP_BUDGET, accumulation_dtype
 
 RANGE = (-1.0, 1.0)
+MOST_BINS = 2**24  # float32 has no finer edges
 
 
 class SimilarityStatistics(NamedTuple):
@@ -49,17 +50,19 @@ def similarity_statistics(
         target: (M, D), same dtype and device.
         labels: (N,) column of each row's positive. Default ``arange(N)``.
         query_ids, target_ids: int64 content ids; negatives with the row's id are not counted.
-        bins: number of histogram bins over [-1, 1].
+        bins: number of histogram bins over [-1, 1], at most 2^24.
 
     Raises:
-        TypeError, ValueError: as in ``hardness_weighted_contrastive_loss``, or ``bins`` < 1. A
-            similarity that is not finite is a ValueError: it has no bin.
+        TypeError, ValueError: as in ``hardness_weighted_contrastive_loss``; ``bins`` out of range;
+            a similarity that is not finite, which has no bin.
     """
     checks.tensor("query", query)
     checks.tensor("target", target)
     checks.embeddings(query, target)
+    if query.is_meta:
+        raise ValueError("query must hold numbers, got device meta; move it to another")
     n, m, device = len(query), len(target), query.device
-    bins = checks.count("bins", bins, 1)
+    bins = checks.count("bins", bins, 1, MOST_BINS)
     if labels is None:
         if m < n:
             raise ValueError(f"target has {m} rows for {n} queries; pass labels")

@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from llave_kernels import checks
 from llave_kernels.backends import cuda, torch_strips, triton_backend
 from llave_kernels.rules import Rules
 
@@ -27,35 +28,42 @@ def available_backends() -> dict[str, str | None]:
     return {name: module.unavailable() for name, module in BACKENDS.items()}
 
 
+def known(backend: str, source: str = "backend") -> str:
+    """The name of a backend, or ``"auto"``; ValueError for others."""
+    if not isinstance(backend, str) or backend not in ("auto", *BACKENDS):
+        names = ", ".join(["auto", *BACKENDS])
+        raise ValueError(
+            f"{source}={checks.short(backend)} is not a backend; choose one of {names}"
+        )
+    return backend
+
+
 def choose(backend: str, query: Tensor, target: Tensor, rules: Rules) -> str:
     """The name of the backend that runs this call.
 
-    ``"auto"`` takes ``LLAVE_BACKEND`` where that is set (and then as strictly as an argument), else
-    the first in ``FASTER``'s order that supports tensors on a GPU, else ``torch``.
+    ``"auto"`` takes ``LLAVE_BACKEND`` where that is set and not empty (and then as strictly as an
+    argument), else the first in ``FASTER``'s order that supports tensors on a GPU, else ``torch``.
 
     Raises:
         ValueError: unknown name, or a named backend that does not support this call.
         RuntimeError: a named backend that cannot run on this machine.
     """
-    source = "backend"
-    if backend == "auto" and os.environ.get(OVERRIDE, "auto") != "auto":
-        backend, source = os.environ[OVERRIDE], OVERRIDE
-    if backend == "auto":
+    source, asked = "backend", known(backend)
+    if asked == "auto" and (override := os.environ.get(OVERRIDE, "").strip()):
+        source, asked = OVERRIDE, known(override, OVERRIDE)
+    if asked == "auto":
         # Interpreter and simulation are for tests: on CPU tensors they must be asked for by name.
         order = [] if query.device.type == "cpu" else _gpu_order(query)
         for name in order:  # a loop, which torch 2.8 traces
             if _refusal(BACKENDS[name], query, target, rules) is None:
                 return name
         return torch_strips.NAME
-    if backend not in BACKENDS:
-        names = ", ".join(["auto", *BACKENDS])
-        raise ValueError(f"{source}={backend!r} is not a backend; choose one of {names}")
-    module = BACKENDS[backend]
+    module = BACKENDS[asked]
     if (reason := module.unavailable()) is not None:
-        raise RuntimeError(f"{source}={backend!r} cannot run on this machine: {reason}")
+        raise RuntimeError(f"{source}={asked!r} cannot run on this machine: {reason}")
     if (reason := module.supports(query, target, rules)) is not None:
-        raise ValueError(f"{source}={backend!r} does not support this call: {reason}")
-    return backend
+        raise ValueError(f"{source}={asked!r} does not support this call: {reason}")
+    return asked
 
 
 def _gpu_order(query: Tensor) -> list[str]:

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from llave_kernels import checks, dispatch, functional
-from llave_kernels.agreement import Call, Group, Peer, agree
+from llave_kernels import checks, dispatch, functional, transforms
+from llave_kernels.agreement import Group, Peer, Terms, agree, learns
 from llave_kernels.backends.strip_gemm import positive_similarity
 from llave_kernels.rules import Rules
+
+DEFAULTS: dict[str, Any] = functional.hardness_weighted_contrastive_loss.__kwdefaults__ or {}
 
 
 # Compiled, the call is a break in the graph: the exchanges' sizes are known only when the processes
@@ -71,43 +74,85 @@ def distributed_contrastive_loss(
             arguments.
         TypeError, ValueError: as in ``hardness_weighted_contrastive_loss``; ValueError on every
             process where they disagree in width, dtype, settings or in what requires a gradient.
-            A ``logit_scale`` on a GPU is not compared: reading it would synchronise.
+            A tensor ``logit_scale`` on a GPU is compared in a later call, when it has been copied:
+            waiting for it would synchronise.
     """
-    if not dist.is_available() or not dist.is_initialized():
-        raise RuntimeError(
-            "torch.distributed is not initialised: call torch.distributed.init_process_group, or "
-            "use hardness_weighted_contrastive_loss in a single process"
-        )
-    refusal: Exception | None = None
-    call: Call | None = None
-    try:
-        checks.one_of("reduction", reduction, checks.REDUCTIONS)
-        query, target = functional.autocast(query, target)
-        scale, rules = functional.resolve(
-            query, target, logit_scale, alpha, hardness, symmetric, target_alpha, labels, owners,
-            query_ids, target_ids, false_negative_margin,
-        )  # fmt: skip
-        name = dispatch.choose(backend, query, target, rules)
-        call = Call(query, target, scale, rules, reduction)
-    except (TypeError, ValueError, RuntimeError) as problem:
-        refusal = problem  # raised below, when the others, who would wait, have been told
-    peers = agree(call, refusal, group)
+    arguments = dict(locals())
+    return loss_over(arguments.pop("group"), lambda: arguments, {})
 
+
+class Call(NamedTuple):
+    """Checked arguments of a loss."""
+
+    query: Tensor
+    target: Tensor
+    scale: Tensor
+    rules: Rules
+    reduction: str
+    backend: str
+
+
+def loss_over(
+    group: Group, arguments: Callable[[], Mapping[str, Any]], settings: Mapping[str, Any]
+) -> Tensor:
+    """``distributed_contrastive_loss`` of arguments that are made and checked in one go.
+
+    Args:
+        arguments: makes them, by name. The other processes are told what it raises.
+        settings: what else must be the same on every process, by its name in messages.
+    """
+    call, peers = agree(lambda: checked(**arguments(), settings=settings), group)
+    query, target, scale, own, reduction, name = call
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     columns = [peer.columns for peer in peers]
-    own_labels = rules.labels
-    rules = _global_rules(query, target, rules, peers, rank, group)
+    rules = _global_rules(query, target, own, peers, rank, group)
     everything: Tensor = _GatherRows.apply(target, columns, group)
     logits = functional.logsumexp(query, everything, scale, rules, name)
     loss = -logsigmoid(logits.positive - logits.query)
     if logits.target is not None:
         own_columns: Tensor = _OwnColumns.apply(logits.target, columns, group)
-        loss = (loss - logsigmoid(logits.positive - own_columns[own_labels])) / 2
+        loss = (loss - logsigmoid(logits.positive - own_columns[own.labels])) / 2
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
     return loss.sum() * (world / sum(peer.rows for peer in peers))
+
+
+def checked(
+    query: Tensor, target: Tensor, *, settings: Mapping[str, Any], **given: Any
+) -> tuple[Call, Terms]:
+    """Arguments of ``distributed_contrastive_loss``, and what the other processes are told."""
+    given = DEFAULTS | given
+    reduction, backend = given.pop("reduction"), given.pop("backend")
+    logit_scale, margin = given["logit_scale"], given.pop("false_negative_margin")
+    checks.one_of("reduction", reduction, checks.REDUCTIONS)
+    query, target = functional.autocast(query, target)
+    scale, rules = functional.resolve(query, target, margin=margin, **given)
+    name = dispatch.choose(backend, query, target, rules)
+    told: dict[str, Any] = {
+        "the loss": "distributed_contrastive_loss",
+        "the width of the embeddings": query.shape[1],
+        "their dtype": query.dtype,
+        "requires_grad of query": learns(query),
+        "requires_grad of target": learns(target),
+        "requires_grad of logit_scale": learns(scale),
+        "presence of ids": rules.query_ids is not None,
+        "symmetric": rules.symmetric,
+        "hardness": rules.hardness,
+        "reduction": reduction,
+        "alpha": rules.alpha,
+        "target_alpha": rules.target_alpha,
+        "false_negative_margin": rules.margin,
+        "backend": backend,
+    }
+    known = scale
+    if not isinstance(logit_scale, Tensor):  # though the loss takes it from a device
+        number = checks.positive("logit_scale", logit_scale, scale.dtype)
+        known = torch.tensor(number, dtype=scale.dtype)
+    part = Peer(len(query), len(target), rules.owners is not None)
+    call = Call(query, target, scale, rules, reduction, name)
+    return call, Terms(part, told | dict(settings), known)
 
 
 def _global_rules(
@@ -121,22 +166,22 @@ def _global_rules(
         own = rules.owners
         if own is None:
             own = torch.arange(len(target), device=target.device)
-        owners = _gather(own + offset, columns, group)
+        owners = gather_rows(own + offset, columns, group)
     if rules.margin is not None and rules.symmetric:
         similarity = positive_similarity(query, target, rules.labels)
         own = similarity.new_full((len(target),), math.inf)
-        column_positive = _gather(own.index_put((rules.labels,), similarity), columns, group)
+        column_positive = gather_rows(own.index_put((rules.labels,), similarity), columns, group)
     target_ids = rules.target_ids
     return dataclasses.replace(
         rules,
         labels=rules.labels + offset,
         owners=owners,
-        target_ids=None if target_ids is None else _gather(target_ids, columns, group),
+        target_ids=None if target_ids is None else gather_rows(target_ids, columns, group),
         column_positive=column_positive,
     )
 
 
-def _gather(x: Tensor, sizes: list[int], group: Group) -> Tensor:
+def gather_rows(x: Tensor, sizes: list[int], group: Group) -> Tensor:
     """Concatenation of the processes' tensors of ``sizes`` rows each, padded on the way."""
     longest = max(sizes)
     if len(x) == longest:
@@ -153,12 +198,14 @@ def _gather(x: Tensor, sizes: list[int], group: Group) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    """``_gather``; in the backward each process receives the sum of its rows' gradients."""
+    """``gather_rows``; in the backward each process receives the sum of its rows' gradients."""
+
+    jvp = staticmethod(transforms.refuse_forward_mode)
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group) -> Tensor:
         ctx.sizes, ctx.group = sizes, group
-        return _gather(x, sizes, group)
+        return gather_rows(x, sizes, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -176,6 +223,8 @@ class _GatherRows(torch.autograd.Function):
 class _OwnColumns(torch.autograd.Function):
     """From the log-sum-exps of all columns over this process's rows (M,) to those of its own
     columns over all rows (M_local,)."""
+
+    jvp = staticmethod(transforms.refuse_forward_mode)
 
     @staticmethod
     def forward(ctx: Any, partial: Tensor, sizes: list[int], group: Group) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from llave_kernels import checks, dispatch, ops
+from llave_kernels import checks, dispatch, ops, transforms
 from llave_kernels.backends import torch_strips
 from llave_kernels.rules import HARDNESS_MODES, Rules, default_owners
 
@@ -89,7 +89,7 @@ def hardness_weighted_contrastive_loss(
         target: (M, D) with M >= N, same dtype and device. By default N positives, then blocks of N
             mined negatives, row i's in rows ``i + k N``.
         logit_scale: kappa = 1 / temperature, a positive number or a tensor of one element, which
-            may require grad.
+            may require grad. It and the strengths must fit the dtype of the loss.
         alpha: hardness strength, >= 0. 0 is InfoNCE; the paper uses 9.
         hardness: which negatives carry the weight. ``"in_batch"``: columns owned by other rows
             (paper); ``"hard_negatives"``: the row's own mined negatives (EmbeddingGemma, alpha 5);
@@ -117,7 +117,13 @@ def hardness_weighted_contrastive_loss(
         ValueError: wrong shape, device or value, or a named backend that does not support the
             call. On a GPU values of index tensors and of a tensor ``logit_scale`` are not checked:
             that would synchronise.
-        RuntimeError: a named backend that cannot run on this machine; a second derivative.
+        RuntimeError: a named backend that cannot run on this machine; a second derivative;
+            forward-mode differentiation (``torch.func.jvp``, dual numbers). ``torch.func.grad``,
+            ``vjp``, ``jacrev``, ``vmap`` and ``functional_call`` work.
+
+    Note:
+        A similarity, a logit or a sum of losses beyond the range of float32 (float64 for float64
+        inputs) makes the loss infinite or NaN. Only what is known on the host is an error.
     """
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
     query, target = autocast(query, target)
@@ -129,7 +135,7 @@ def hardness_weighted_contrastive_loss(
     needs_gradient = torch.is_grad_enabled() and any(
         t.requires_grad for t in (query, target, scale)
     )
-    scalar = not symmetric and reduction != "none" and needs_gradient
+    scalar = not symmetric and reduction != "none" and needs_gradient and not transforms.active()
     if name == torch_strips.NAME and scalar and not torch_strips.rounds_gradients(query):
         total = ops.one_direction_loss(query, target, scale, *ops.rule_args(rules))[0]
         return total / len(query) if reduction == "mean" else total
@@ -150,7 +156,7 @@ def autocast(query: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     if not _can_autocast(device) or not torch.is_autocast_enabled(device):
         return query, target
     dtype = torch.get_autocast_dtype(device)
-    if torch.float64 in (query.dtype, target.dtype):
+    if not {query.dtype, target.dtype} <= {torch.float32, torch.bfloat16, torch.float16}:
         return query, target
     return query.to(dtype), target.to(dtype)
 
@@ -177,14 +183,15 @@ def resolve(
     """Checked arguments as (0-d scale tensor on the device, rules)."""
     checks.embeddings(query, target)
     n, m, device = len(query), len(target), query.device
-    alpha = checks.strength("alpha", alpha)
+    dtype = torch_strips.accumulation_dtype(query.dtype)
+    alpha = checks.strength("alpha", alpha, dtype)
     if target_alpha is None:
         target_alpha = alpha
-    target_alpha = checks.strength("target_alpha", target_alpha)
+    target_alpha = checks.strength("target_alpha", target_alpha, dtype)
     checks.one_of("hardness", hardness, HARDNESS_MODES)
-    checks.flag("symmetric", symmetric)
-    margin = checks.margin(margin)
-    scale = checks.logit_scale(logit_scale, query)
+    symmetric = checks.flag("symmetric", symmetric)
+    margin = checks.margin(margin, dtype)
+    scale = checks.logit_scale(logit_scale, max(alpha, target_alpha), dtype, device)
     if labels is None:
         if m < n:
             raise ValueError(

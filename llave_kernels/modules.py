@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from llave_kernels import checks
+from llave_kernels import checks, dispatch
+from llave_kernels.agreement import group_of
 from llave_kernels.distributed import distributed_contrastive_loss
 from llave_kernels.functional import hardness_weighted_contrastive_loss
 from llave_kernels.rules import HARDNESS_MODES
@@ -63,11 +64,13 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         checks.one_of("hardness", hardness, HARDNESS_MODES)
         checks.one_of("reduction", reduction, checks.REDUCTIONS)
         false_negative_margin = checks.margin(false_negative_margin)
-        checks.flag("symmetric", symmetric)
-        checks.flag("learnable", learnable)
+        symmetric = checks.flag("symmetric", symmetric)
+        learnable = checks.flag("learnable", learnable)
         max_logit_scale = checks.positive("max_logit_scale", max_logit_scale)
         if isinstance(gather_group, str):
             checks.one_of("gather_group", gather_group, ("world",))
+        else:
+            group_of("gather_group", gather_group)
         if learnable and logit_scale > max_logit_scale:
             raise ValueError(
                 f"logit_scale={logit_scale} is above max_logit_scale={max_logit_scale}; raise that"
@@ -80,7 +83,7 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         self.target_alpha = target_alpha
         self.false_negative_margin = false_negative_margin
         self.reduction = reduction
-        self.backend = backend
+        self.backend = dispatch.known(backend)
         self.gather_group = gather_group
         log_scale = nn.Parameter(torch.tensor(math.log(logit_scale))) if learnable else None
         self.register_parameter("log_logit_scale", log_scale)

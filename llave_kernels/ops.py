@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llave_kernels import transforms
 from llave_kernels.backends import torch_strips
 from llave_kernels.backends.torch_strips import accumulation_dtype
 from llave_kernels.dispatch import BACKENDS
@@ -81,7 +82,7 @@ def contrastive_logsumexp(
         margin,
         symmetric,
     )
-    with _on(query):
+    with _on(query, target, logit_scale):
         if backend == torch_strips.NAME:
             return torch_strips.forward(query, target, logit_scale, rules)
         outputs = BACKENDS[backend].forward(query, target, logit_scale, rules)
@@ -141,7 +142,7 @@ def contrastive_logsumexp_backward(
         symmetric,
     )
     upstream = d_positive, d_query_lse, d_target_lse
-    with _on(query):
+    with _on(query, target, logit_scale):
         if backend == torch_strips.NAME:
             return torch_strips.backward(
                 *upstream, query, target, logit_scale, query_lse, target_lse, kept, rules
@@ -197,7 +198,7 @@ def one_direction_loss(
         margin,
         symmetric,
     )
-    with _on(query):
+    with _on(query, target, logit_scale):
         loss, dq, dt, d_scale = torch_strips.one_direction(query, target, logit_scale, rules)
         return loss.sum(), dq, dt, d_scale
 
@@ -216,8 +217,9 @@ def _gradients_like(
 
 
 @contextmanager
-def _on(query: Tensor) -> Iterator[None]:
+def _on(query: Tensor, *others: Tensor) -> Iterator[None]:
     """On the inputs' device, without autocast: it has had its say on the inputs."""
+    transforms.refuse_tangents(query, *others)
     kind = query.device.type
     device = torch.cuda.device_of(query)  # type: ignore[no-untyped-call]
     casts = torch.amp.is_autocast_available(kind)
@@ -225,11 +227,8 @@ def _on(query: Tensor) -> Iterator[None]:
         yield
 
 
-def _refuse_double_backward(*_: Any) -> None:
-    raise RuntimeError(
-        "the hardness-weighted contrastive loss has no second derivative: call backward() "
-        "without create_graph=True, or differentiate llave_kernels.reference instead"
-    )
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pass
 
 
 def _setup_logsumexp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -254,8 +253,10 @@ def _backward_logsumexp(
     return dq, dt, d_scale if learnable else None, *[None] * (1 + RULES)
 
 
-contrastive_logsumexp_backward.register_autograd(_refuse_double_backward)
-contrastive_logsumexp.register_autograd(_backward_logsumexp, setup_context=_setup_logsumexp)
+transforms.support(
+    contrastive_logsumexp_backward, _setup_backward, transforms.refuse_second_derivative
+)
+transforms.support(contrastive_logsumexp, _setup_logsumexp, _backward_logsumexp)
 
 
 def _setup_one_direction(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -269,7 +270,7 @@ def _backward_one_direction(
     ctx: Any, d_loss: Tensor | None, _dq: None, _dt: None, _dk: None
 ) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
-        _refuse_double_backward()
+        transforms.refuse_second_derivative()
     if d_loss is None:
         return (None,) * (3 + RULES)
     gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
@@ -277,3 +278,5 @@ def _backward_one_direction(
 
 
 one_direction_loss.register_autograd(_backward_one_direction, setup_context=_setup_one_direction)
+# Its backward would be that of a second derivative: a transform keeps the graph of the first.
+transforms.refuse(one_direction_loss, "take torch.ops.llave.contrastive_logsumexp")

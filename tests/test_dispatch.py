@@ -34,8 +34,9 @@ def test_environment_overrides_auto_only(monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         hardness_weighted_contrastive_loss(*pair)
     assert hardness_weighted_contrastive_loss(*pair, backend="torch").isfinite()
-    monkeypatch.setenv("LLAVE_BACKEND", "torch")
-    assert hardness_weighted_contrastive_loss(*pair).isfinite()
+    for value in ("torch", " torch ", "", " ", "auto"):  # empty: as if it were not set
+        monkeypatch.setenv("LLAVE_BACKEND", value)
+        assert hardness_weighted_contrastive_loss(*pair).isfinite()
 
 
 def test_named_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

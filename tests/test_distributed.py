@@ -104,6 +104,10 @@ def test_a_process_that_differs_is_an_error_on_all() -> None:
         ("queries' gradient", "requires_grad of query is True on rank 1 and False here"),
         ("gradient", "requires_grad of target is True on rank 1 and False here"),
         ("reductions", "reduction is mean on rank 1 and sum here"),
+        ("a scale's tensor", "logit_scale is 51.0 on rank 1 and 50.0 here"),
+        ("backend", "backend is torch on rank 1 and auto here"),
+        ("precision", "float32's matmul precision is high on rank 1 and highest here"),
+        ("autocast", "their dtype is torch.bfloat16 on rank 1 and torch.float32 here"),
     ):
         assert first[name] == f"ValueError: {message}; it must be the same on every process"
         assert second[name].startswith("ValueError: ")
@@ -112,8 +116,72 @@ def test_a_process_that_differs_is_an_error_on_all() -> None:
     )
     assert second["refused"].startswith("ValueError: alpha must be >= 0")
     assert second["reduction"].startswith("ValueError: reduction must be one of")
-    for name in ("zeros", "afterwards"):
+    assert "logit_scale is 22.66" in first["drift"]
+    assert "logit_scale is 20.0" in second["drift"]
+    for each in (first, second):
+        assert each["group"].startswith("TypeError: group must be a process group or None, got str")
+        assert "cannot be transformed by torch.func" in each["transform"]
+    assert first["transform of one"] == first["refused"]
+    assert second["transform of one"] == second["transform"]
+    for name in ("zeros", "the same as a tensor", "afterwards"):
         assert first[name] == second[name] == "nothing"
+
+
+def test_every_setting_of_a_host_is_compared() -> None:
+    pytest.importorskip("open_clip")
+    pytest.importorskip("sentence_transformers")
+    first, second = results("hosts_mistakes", 2)
+    same = "; it must be the same on every process"
+    for name, message in (
+        ("local_loss", "local_loss is True on rank 1 and False here"),
+        ("local_loss, constants", "local_loss is True on rank 1 and False here"),
+        ("gather_with_grad", "gather_with_grad is True on rank 1 and False here"),
+        ("alpha", "alpha is 1.0 on rank 1 and 0.0 here"),
+        ("alpha, constants", "alpha is 1.0 on rank 1 and 0.0 here"),
+        (
+            "class",
+            "the loss is gathered_clip_loss on rank 1 and DistributedContrastiveLoss here",
+        ),
+        ("scale_loss", "scale_loss is True on rank 1 and False here"),
+        ("temperature", "logit_scale is 4.0 on rank 1 and 2.0 here"),
+        ("reduction", "reduction is sum on rank 1 and mean here"),
+        ("scale", "logit_scale is 21.0 on rank 1 and 20.0 here"),
+        ("directions", "directions is ('query_to_doc', 'doc_to_query') on rank 1 and"),
+        ("partition_mode", "partition_mode is joint on rank 1 and per_direction here"),
+        ("hardness_mode", "hardness_mode is all_negatives on rank 1 and hard_negatives here"),
+        ("hardness_strength", "hardness_strength is 2.0 on rank 1 and 1.0 here"),
+        ("target_hardness_strength", "target_hardness_strength is 2.0 on rank 1 and 0.0 here"),
+        ("false_negative_margin", "false_negative_margin is 0.1 on rank 1 and None here"),
+        ("backend of ranking", "backend is torch on rank 1 and auto here"),
+        ("similarity_fct", "similarity_fct is dot_score on rank 1 and cos_sim here"),
+        ("who computes", "similarity_fct is manhattan_sim on rank 1 and cos_sim here"),
+        ("columns", "the number of columns is 3 on rank 1 and 2 here"),
+        ("rows", "their shape is (5, 5) on rank 1 and (4, 5) here"),
+    ):
+        assert first[name].startswith(f"ValueError: {message}"), first[name]
+        assert first[name].endswith(same)
+        assert second[name].startswith("ValueError: "), second[name]
+        assert second[name].endswith(same)
+    for name, message in (
+        ("world_size", "ValueError: world_size must be torch.distributed's, 2, got 3"),
+        ("world_size, constants", "ValueError: world_size must be torch.distributed's, 2, got 3"),
+        ("n_hard_negatives", "ValueError: y has 4 rows for 4 queries, expected 8"),
+        ("target", "ValueError: target must be None"),
+        ("unknown", "TypeError: "),
+    ):
+        assert first[name] == "RuntimeError: rank 1 refused its arguments; its own error says why"
+        assert second[name].startswith(message), second[name]
+    assert first["afterwards"] == second["afterwards"] == 3 * "nothing"
+
+
+def test_a_scale_on_a_device_is_compared_when_it_has_arrived() -> None:
+    """Those of calls 1, 3 and 5 are looked at. On process 1 one takes two calls to arrive."""
+    for rank, found in enumerate(results("mistakes", 2)):
+        *before, last = found["late"]
+        assert before == 6 * ["nothing"]
+        there, here = ((51.0, 50.0), (50.0, 51.0))[rank]
+        message = f"the logit_scale of an earlier call is {there} on rank {1 - rank} and {here}"
+        assert last.startswith(f"ValueError: {message} here")
 
 
 def test_processes_agree_over_a_group_on_the_host_made_once() -> None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Callable
+from decimal import Decimal
 from fractions import Fraction
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +20,10 @@ from llave_kernels import (
     hardness_weighted_contrastive_loss,
     similarity_statistics,
 )
-from tests.helpers import embeddings
+from llave_kernels.integrations import gradcache, scores, tevatron, vlm2vec
+from llave_kernels.integrations.llave import WeightedClipLoss
+from llave_kernels.reference import reference_loss
+from tests.helpers import embeddings, relative_error
 
 N, M, D = 4, 8, 3
 QUERY, TARGET = torch.ones(N, D), torch.ones(M, D)
@@ -87,6 +95,29 @@ MISTAKES: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, r"target_ids must have shape \(8,\)", IDS | {"target_ids": torch.arange(N)}),
     (ValueError, "false_negative_margin must be finite", {"false_negative_margin": float("nan")}),
     (TypeError, "false_negative_margin must be a float", {"false_negative_margin": "0.1"}),
+    # As they will be used: in float32.
+    (ValueError, "logit_scale must be positive and finite, got 1e.39", {"logit_scale": 1e39}),
+    (ValueError, "logit_scale .* got 1e-50 in torch.float32", {"logit_scale": 1e-50}),
+    (
+        ValueError,
+        "logit_scale must be positive and finite, got 1e.39",
+        {"logit_scale": torch.tensor(1e39, dtype=torch.float64)},
+    ),
+    (ValueError, "alpha must be >= 0 and finite, got 1e.39", {"alpha": 1e39}),
+    (ValueError, r"alpha must be >= 0 and finite, got 10+\.\.\.", {"alpha": 10**400}),
+    (ValueError, "target_alpha .* got Fraction", {"target_alpha": Fraction(10**400)}),
+    (ValueError, "false_negative_margin .* got -1e.39", {"false_negative_margin": -1e39}),
+    (ValueError, r"logit_scale \+ alpha must be finite", {"logit_scale": 3e38, "alpha": 3e38}),
+    (TypeError, "query must be a dense tensor", {"query": torch.nested.nested_tensor([QUERY])}),
+    (TypeError, "query must be float32.* got torch.complex64", {"query": QUERY + 0j}),
+    (TypeError, "labels must be a dense tensor", {"labels": torch.arange(N).to_sparse()}),
+    (
+        TypeError,
+        r"query must be a plain torch.Tensor, got MaskedTensor; pass query.get_data\(\)",
+        {"query": torch.masked.masked_tensor(QUERY, QUERY > 0)},
+    ),
+    (ValueError, "reduction must be one of .* got array", {"reduction": np.array(["mean"])}),
+    (ValueError, "backend=None is not a backend", {"backend": None}),
 ]
 
 
@@ -114,6 +145,8 @@ def test_mistake(error: type[Exception], message: str, change: dict[str, Any]) -
             {"learnable": True, "logit_scale": 101.0},
         ),
         (ValueError, "max_logit_scale must be positive", {"max_logit_scale": -1.0}),
+        (ValueError, "backend='cuda0' is not a backend", {"backend": "cuda0"}),
+        (TypeError, "gather_group must be a process group .* got int -100", {"gather_group": -100}),
     ],
 )
 def test_module_refuses_at_construction(
@@ -130,6 +163,7 @@ SCALARS = [
     np.int64(3),
     np.array(3.0),
     Fraction(3),
+    Decimal(3),
     torch.tensor([3.0]),
     torch.tensor(3),
     torch.tensor([[3.0]], dtype=torch.float64),
@@ -183,3 +217,148 @@ def test_statistics_takes_numpys_integers() -> None:
 def test_statistics_refuses_what_has_no_bin(value: float) -> None:
     with pytest.raises(ValueError, match=r"of query rows 0 to \d+ are not finite"):
         similarity_statistics(QUERY * value, TARGET)
+
+
+def test_wide_numbers_are_taken_where_sums_are_wide() -> None:
+    pair = embeddings(N, M, D, torch.float64)
+    settings = {"logit_scale": 1e39, "alpha": 1e-50}
+    found = hardness_weighted_contrastive_loss(*pair, **settings)
+    assert relative_error(found, reference_loss(*pair, **settings)) < 1e-12
+
+
+@pytest.mark.parametrize("size", [1e19, 1e30, 1e37])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_products_beyond_the_range_are_never_a_finite_loss(size: float, symmetric: bool) -> None:
+    query, target = embeddings(N, N, D)
+    loss = hardness_weighted_contrastive_loss(query * size, target * size, symmetric=symmetric)
+    assert not loss.isfinite()
+
+
+def test_autocast_takes_no_dtype_that_is_refused_without() -> None:
+    for other in (torch.int64, torch.complex64, torch.bool):
+        pair = [x.to(other) for x in embeddings(N, M, D)]
+        with torch.autocast("cpu"), pytest.raises(TypeError, match="query must be float32"):
+            hardness_weighted_contrastive_loss(*pair)
+
+
+class Odd:
+    """An object whose comparisons are no answers."""
+
+    def __eq__(self, other: object) -> Any:
+        return np.array([True, True])
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+ANYTHING: list[Any] = [
+    "3", b"3", "", object(), Odd(), [3.0], (3,), {}, {3.0}, 3j, math.nan, -math.inf, math.inf, -1,
+    -1e39, 1e39, 10**400, -(10**400), Fraction(-(10**400)), Decimal("sNaN"), Decimal("-Infinity"),
+    np.array(["3"]), np.array("3"), np.array([None]), np.zeros(0), np.ones(2), np.ma.masked,
+    np.datetime64("2020"), np.complex64(1j), torch.ones(2), torch.ones(0), torch.tensor(3j),
+    torch.ones(1).to_sparse(), torch.ones(2, 2).to_sparse_csr(),
+    torch.nested.nested_tensor([torch.ones(1)]), torch.tensor(3.0, device="meta"),
+    torch.nested.nested_tensor([torch.ones(1)], layout=torch.jagged), torch.tensor([True]),
+    torch.masked.masked_tensor(torch.ones(1), torch.ones(1) > 0), torch.float32, SimpleNamespace(),
+    torch.arange(N)[::2], torch.arange(N).float(), torch.full((N,), -1), torch.arange(M) + 2**40,
+]  # fmt: skip
+NUMBER = [x for x in SCALARS if not isinstance(x, np.int64)]
+GOOD: dict[str, list[tuple[Any, Any]]] = {  # odd, and the same for the reference
+    "logit_scale": [(x, 3.0) for x in NUMBER] + [(torch.tensor([3.0], requires_grad=True), 3.0)],
+    "alpha": [(x, 3.0) for x in NUMBER] + [(0, 0.0), (1e-50, 0.0)],
+    "target_alpha": [(x, 3.0) for x in NUMBER] + [(None, None)],
+    "false_negative_margin": [(x, 3.0) for x in NUMBER] + [(None, None), (-2, -2.0), (1e38, 1e38)],
+    "hardness": [(np.str_("all"), "all"), ("in_batch", "in_batch")],
+    "symmetric": [(np.True_, True), (np.False_, False), (True, True)],
+    "reduction": [(np.str_("sum"), "sum"), ("mean", "mean"), ("none", "none")],
+    "backend": [("torch", None), (np.str_("auto"), None)],
+    "labels": [(x, x.long()) for x in (torch.arange(N).to(torch.uint8), torch.arange(M)[1::2])],
+    "owners": [((torch.arange(M) % N).to(torch.int16), torch.arange(M) % N)],
+}
+
+
+def arguments_of(draw: random.Random) -> tuple[dict[str, Any], dict[str, Any], set[str]]:
+    """A call's arguments, the reference's, and the names of the wrong ones."""
+    given, plain, wrong = {}, {}, set()
+    for name in draw.sample(sorted(GOOD), draw.randint(1, 4)):
+        if draw.random() < 0.3:
+            given[name] = draw.choice(ANYTHING)
+            if isinstance(given[name], int) and (name, given[name]) in TAKEN:
+                given[name] = "3"
+            wrong.add(name)
+        else:
+            given[name], expected = draw.choice(GOOD[name])
+            if name != "backend":
+                plain[name] = expected
+    return given, plain, wrong
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_calls_are_right_or_name_what_is_wrong(seed: int) -> None:
+    draw = random.Random(seed)
+    query, target = embeddings(N, M, D)
+    for _ in range(400):
+        given, plain, wrong = arguments_of(draw)
+        call = partial(hardness_weighted_contrastive_loss, query, target, **given)
+        if not wrong:
+            truth = reference_loss(query.double(), target.double(), **plain)
+            assert relative_error(call(), truth) < 1e-5, given
+            continue
+        with pytest.raises((TypeError, ValueError)) as error:
+            call()
+        assert any(name in str(error.value) for name in wrong), given
+
+
+def open_clip(**settings: Any) -> Any:
+    return pytest.importorskip("llave_kernels.integrations.open_clip").ClipLoss(**settings)
+
+
+def metric_learning(**settings: Any) -> Any:
+    return pytest.importorskip("llave_kernels.integrations.metric_learning").NTXentLoss(**settings)
+
+
+def ranking(kind: str, **settings: Any) -> Any:
+    module = pytest.importorskip("llave_kernels.integrations.sentence_transformers")
+    return getattr(module, kind)(torch.nn.Sequential(torch.nn.Identity()), **settings)
+
+
+BLOCKS = "temperature alpha target_alpha hardness symmetric false_negative_margin backend"
+RANKING = (
+    "scale similarity_fct directions gather_across_devices partition_mode hardness_mode hardness_strength "
+    "target_hardness_strength false_negative_margin backend"
+)
+CONSTRUCTORS: list[tuple[Callable[..., Any], str]] = [
+    (
+        HardnessWeightedContrastiveLoss,
+        "logit_scale alpha hardness symmetric target_alpha false_negative_margin reduction backend "
+        "learnable max_logit_scale gather_group",
+    ),
+    (gradcache.SimpleContrastiveLoss, "n_hard_negatives " + BLOCKS),
+    (tevatron.SimpleContrastiveLoss, BLOCKS),
+    (vlm2vec.SimpleContrastiveLoss, BLOCKS),
+    (WeightedClipLoss, "local_loss gather_with_grad rank world_size backend"),
+    (open_clip, "local_loss gather_with_grad rank world_size alpha backend"),
+    (metric_learning, "temperature alpha backend"),
+    (
+        partial(scores.CrossEntropyLoss, 0.1),
+        "temperature alpha hardness false_negative_margin",
+    ),
+    (partial(ranking, "MultipleNegativesRankingLoss"), RANKING),
+    (partial(ranking, "CachedMultipleNegativesRankingLoss"), RANKING + " mini_batch_size"),
+]
+
+
+# What is right in its place. Such sizes are compared with the call's.
+TAKEN = {("false_negative_margin", -1)} | {
+    (name, 10**400) for name in ("n_hard_negatives", "rank", "world_size", "mini_batch_size")
+}
+
+
+@pytest.mark.parametrize(("build", "names"), CONSTRUCTORS, ids=lambda x: str(x)[:60])
+def test_every_constructor_names_what_is_wrong(build: Callable[..., Any], names: str) -> None:
+    for name in names.split():
+        for value in ANYTHING:
+            if isinstance(value, int) and (name, value) in TAKEN:
+                continue
+            with pytest.raises((TypeError, ValueError)) as error:
+                build(**{name: value})
+            assert name in str(error.value).lower(), (name, value, error.value)

@@ -18,7 +18,9 @@ class _CountedNegatives(BlockLoss):
 
     def _count(self, n_hard_negatives: int) -> None:
         remedy = "; a temperature is passed by name"
-        self.target_per_qry = checks.count("n_hard_negatives", n_hard_negatives, 0, remedy) + 1
+        self.target_per_qry = (
+            checks.count("n_hard_negatives", n_hard_negatives, 0, remedy=remedy) + 1
+        )
 
     def blocks(self, x: Tensor, y: Tensor, target: Tensor | None) -> dict[str, Any]:
         expected = len(x) * self.target_per_qry

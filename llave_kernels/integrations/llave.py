@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from llave_kernels import checks, dispatch
 from llave_kernels.integrations.clip_gather import gathered_clip_loss
 
 
@@ -34,12 +35,12 @@ class WeightedClipLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.local_loss = local_loss
-        self.gather_with_grad = gather_with_grad
+        self.local_loss = checks.flag("local_loss", local_loss)
+        self.gather_with_grad = checks.flag("gather_with_grad", gather_with_grad)
         self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
-        self.backend = backend
+        self.rank = checks.count("rank", rank, 0)
+        self.world_size = checks.count("world_size", world_size, 1)
+        self.backend = dispatch.known(backend)
 
     def forward(
         self,

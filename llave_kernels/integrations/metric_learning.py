@@ -10,7 +10,7 @@ from pytorch_metric_learning.losses import BaseMetricLossFunction
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from llave_kernels import checks
+from llave_kernels import checks, dispatch
 from llave_kernels.functional import contrastive_logsumexp
 
 
@@ -66,7 +66,7 @@ class NTXentLoss(BaseMetricLossFunction):  # type: ignore[misc]
             )
         self.temperature = checks.positive("temperature", temperature)
         self.alpha = checks.strength("alpha", alpha)
-        self.backend = backend
+        self.backend = dispatch.known(backend)
         self.add_to_recordable_attributes(list_of_names=["temperature", "alpha"], is_stat=False)
 
     def get_default_distance(self) -> CosineSimilarity:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import open_clip.loss
 from torch import Tensor
 
-from llave_kernels import checks
+from llave_kernels import checks, dispatch
 from llave_kernels.integrations.clip_gather import gathered_clip_loss
 
 
@@ -47,9 +47,15 @@ class ClipLoss(open_clip.loss.ClipLoss):  # type: ignore[misc]
     ) -> None:
         if use_horovod:
             raise ValueError("use_horovod=True is not supported; run under torch.distributed")
-        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size)
+        super().__init__(
+            checks.flag("local_loss", local_loss),
+            checks.flag("gather_with_grad", gather_with_grad),
+            cache_labels,
+            checks.count("rank", rank, 0),
+            checks.count("world_size", world_size, 1),
+        )
         self.alpha = checks.strength("alpha", alpha)
-        self.backend = backend
+        self.backend = dispatch.known(backend)
 
     def forward(
         self,

@@ -17,16 +17,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from sentence_transformers import SentenceTransformer, util
 from sentence_transformers.base.losses import gradcache
 from sentence_transformers.sentence_transformer import losses as host
 from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
 
-from llave_kernels import checks
+from llave_kernels import checks, dispatch
+from llave_kernels.agreement import Peer, Terms, agree, learns
 from llave_kernels.functional import contrastive_logsumexp, hardness_weighted_contrastive_loss
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
@@ -136,15 +138,30 @@ class MultipleNegativesRankingLoss(
         false_negative_margin: float | None = None,
         backend: str = "auto",
     ) -> None:
+        learnable = isinstance(scale, Tensor) and scale.requires_grad
+        number = scale if learnable else checks.number("scale", scale, torch.float32)
+        if not callable(similarity_fct):
+            raise TypeError(
+                f"similarity_fct must be a function, got {checks.typed(similarity_fct)}"
+            )
+        for direction in directions if isinstance(directions, (tuple, list, set)) else [directions]:
+            checks.one_of("directions", direction, get_args(Direction))
+        checks.flag("gather_across_devices", gather_across_devices)
+        checks.one_of("partition_mode", partition_mode, get_args(PartitionMode))
+        if hardness_mode is not None:
+            checks.one_of("hardness_mode", hardness_mode, get_args(HardnessMode))
+        hardness_strength = checks.strength("hardness_strength", hardness_strength)
         super().__init__(
-            model, scale, similarity_fct, gather_across_devices, directions, partition_mode,
+            model, number, similarity_fct, gather_across_devices, directions, partition_mode,
             hardness_mode, hardness_strength,
         )  # fmt: skip
+        if not learnable:
+            checks.positive("scale", scale)
         self.target_hardness_strength = checks.strength(
             "target_hardness_strength", target_hardness_strength
         )
         self.false_negative_margin = checks.margin(false_negative_margin)
-        self.backend = backend
+        self.backend = dispatch.known(backend)
         self._warned = False
         self.fuses()  # an error or the warning now, not at the first step
 
@@ -193,11 +210,8 @@ class MultipleNegativesRankingLoss(
 
         float32, or float64 for float64 embeddings. ``labels`` is not used, as in the host.
         """
-        if not self.fuses():
+        if not self.fuses_all(embeddings):
             return super().compute_loss_from_embeddings(embeddings, labels)
-        if len(embeddings) < 2 or len({len(x) for x in embeddings}) > 1:
-            shapes = [tuple(x.shape) for x in embeddings]
-            raise ValueError(f"embeddings must be 2 or more columns of equal shape, got {shapes}")
         # In float32 at least, like the host's similarities; autocast has its own say later.
         embeddings = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in embeddings]
         if _similarity_name(self.similarity_fct) == "cosine":
@@ -208,6 +222,35 @@ class MultipleNegativesRankingLoss(
             gathered = [util.all_gather_with_grad(x) for x in embeddings]
         rows = torch.arange(first, first + len(query), device=query.device)
         return self._loss(query, positive, gathered, rows)
+
+    def fuses_all(self, embeddings: list[Tensor]) -> bool:
+        """``fuses``, of good embeddings; the processes have agreed on what they gather."""
+        if self.gather_across_devices and dist.is_available() and dist.is_initialized():
+            return agree(lambda: (self._fuses(embeddings), self._terms(embeddings)), None)[0]
+        return self._fuses(embeddings)
+
+    def _fuses(self, embeddings: list[Tensor]) -> bool:
+        for i, x in enumerate(embeddings):
+            checks.tensor(f"embeddings[{i}]", x)
+        shapes = [tuple(x.shape) for x in embeddings]
+        if len(shapes) < 2 or len({*shapes}) > 1 or len(shapes[0]) != 2:
+            raise ValueError(f"embeddings must be 2 or more columns of equal shape, got {shapes}")
+        return self.fuses()
+
+    def _terms(self, embeddings: list[Tensor]) -> Terms:
+        """What the processes tell each other before they gather. None has a part of its own."""
+        settings: dict[str, Any] = {
+            "the loss": "MultipleNegativesRankingLoss",
+            "the number of columns": len(embeddings),
+            "their shape": tuple(embeddings[0].shape),
+            "their dtypes": [str(x.dtype) for x in embeddings],
+            "their requires_grad": [learns(x) for x in embeddings],
+            "similarity_fct": util.similarity_fct_name(self.similarity_fct),
+        }
+        names = "directions", "partition_mode", "hardness_mode", "hardness_strength", *OWN_SETTINGS
+        settings |= {name: getattr(self, name) for name in names}
+        rows = len(embeddings[0])
+        return Terms(Peer(rows, rows), settings, torch.as_tensor(self.scale, dtype=torch.float64))
 
     def _loss(
         self, query: Tensor, positive: Tensor, gathered: list[Tensor], rows: Tensor
@@ -307,6 +350,7 @@ class CachedMultipleNegativesRankingLoss(
         false_negative_margin: float | None = None,
         backend: str = "auto",
     ) -> None:
+        checks.count("mini_batch_size", mini_batch_size, 1)
         super().__init__(
             model, mini_batch_size=mini_batch_size, mini_batch_num_tokens=mini_batch_num_tokens,
             show_progress_bar=show_progress_bar,
@@ -329,9 +373,10 @@ class CachedMultipleNegativesRankingLoss(
 
         With ``with_backward`` the embeddings receive their gradients and the loss is detached.
         """
-        if not self.loss.fuses():
-            return super().calculate_loss(reps, labels, with_backward=with_backward)
         embeddings = [torch.cat(column) for column in reps]
+        if _similarity_name(self.loss.similarity_fct) is None:
+            self.loss.fuses_all(embeddings)
+            return super().calculate_loss(reps, labels, with_backward=with_backward)
         loss = self.loss.compute_loss_from_embeddings(embeddings, labels)
         if with_backward:
             loss.backward()  # type: ignore[no-untyped-call]

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llave_kernels import checks, functional
-from llave_kernels.distributed import distributed_contrastive_loss
+from llave_kernels import checks, dispatch, functional
+from llave_kernels.distributed import loss_over
 from llave_kernels.rules import HARDNESS_MODES
 
 
@@ -56,15 +56,14 @@ class BlockLoss:
         if target_alpha is not None:
             target_alpha = checks.strength("target_alpha", target_alpha)
         checks.one_of("hardness", hardness, HARDNESS_MODES)
-        checks.flag("symmetric", symmetric)
         self.settings: dict[str, Any] = {
             "logit_scale": 1.0 / checks.positive("temperature", temperature),
             "alpha": checks.strength("alpha", alpha),
-            "symmetric": symmetric,
+            "symmetric": checks.flag("symmetric", symmetric),
             "hardness": hardness,
             "target_alpha": target_alpha,
             "false_negative_margin": checks.margin(false_negative_margin),
-            "backend": backend,
+            "backend": dispatch.known(backend),
         }
 
     def __call__(
@@ -147,8 +146,7 @@ class DistributedBlockLoss(BlockLoss):
                 "or use SimpleContrastiveLoss in a single process"
             )
         super().__init__(temperature, alpha, **settings)
-        checks.flag("scale_loss", scale_loss)
-        self.scale_loss = scale_loss
+        self.scale_loss = checks.flag("scale_loss", scale_loss)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
@@ -163,14 +161,19 @@ class DistributedBlockLoss(BlockLoss):
 
         ValueError where ``target`` is given, or ``reduction="none"``: others hold its rows.
         """
-        if target is not None:
-            raise ValueError(
-                f"target must be None, got a tensor of shape {tuple(target.shape)}: it would count "
-                "over the rows of all processes; let each query's positive come first in its block"
-            )
-        checks.one_of("reduction", reduction, ("mean", "sum"))
-        rules = self.blocks(x, y, None) | ids
-        own = distributed_contrastive_loss(x, y, reduction=reduction, **rules, **self.settings)
+
+        def arguments() -> dict[str, Any]:
+            if target is not None:
+                raise ValueError(
+                    f"target must be None, got {checks.typed(target)}: it would count over the "
+                    "rows of all processes; let each query's positive come first in its block"
+                )
+            checks.one_of("reduction", reduction, ("mean", "sum"))
+            pair = {"query": x, "target": y, "reduction": reduction}
+            return pair | self.blocks(x, y, None) | ids | self.settings
+
+        settings = {"the loss": type(self).__name__, "scale_loss": self.scale_loss}
+        own = loss_over(None, arguments, settings)
         total = own.detach().clone()
         dist.all_reduce(total)
         world = dist.get_world_size()

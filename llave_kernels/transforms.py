@@ -1,0 +1,102 @@
+"""What ``torch.func`` transforms and forward-mode differentiation do with our operators.
+
+``torch.library`` leaves both out: a transform finds no derivative, and a tangent is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+INSTEAD = (
+    "call backward() or torch.autograd.grad without create_graph=True, or torch.func.grad, vjp or "
+    "jacrev once, or differentiate llave_kernels.reference instead"
+)
+_library: Any = torch.library.Library("llave", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def active() -> bool:
+    """Whether the code runs inside a ``torch.func`` transform."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def support(
+    operator: Any, setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> None:
+    """Register an operator's derivative, for transforms too, and how ``vmap`` maps over it.
+
+    Args:
+        operator: made by ``torch.library.custom_op``.
+        setup_context, backward: as for its ``register_autograd``.
+    """
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        def sample(i: int) -> list[Any]:
+            pairs = zip(arguments, in_dims, strict=True)
+            return [x if dim is None else x.select(dim, i) for x, dim in pairs]
+
+        outputs = zip(*(operator(*sample(i)) for i in range(info.batch_size)), strict=True)
+        stacked = tuple(torch.stack(each) for each in outputs)
+        return stacked, (0,) * len(stacked)
+
+    rules = {
+        "forward": operator,
+        "setup_context": setup_context,
+        "backward": backward,
+        "jvp": refuse_forward_mode,
+        "vmap": vmap,
+    }
+    kind: Any = type(
+        "Transformed", (torch.autograd.Function,), {k: staticmethod(f) for k, f in rules.items()}
+    )
+    operator.register_autograd(backward, setup_context=setup_context)
+    # Where a transform would take the operator apart; torch does that for an autograd.Function.
+    _library.impl(operator._name, kind.apply, "FuncTorchDynamicLayerFrontMode")
+
+
+def refuse(operator: Any, instead: str) -> None:
+    """Make an operator's call inside a transform an error."""
+
+    def refusal(*_: Any) -> NoReturn:
+        raise RuntimeError(f"{operator._qualname} cannot be transformed by torch.func: {instead}")
+
+    _library.impl(operator._name, refusal, "FuncTorchDynamicLayerFrontMode")
+
+
+def refuse_all() -> None:
+    """An error inside any transform, for a loss that exchanges data with other processes."""
+    if active():
+        raise RuntimeError(
+            "a loss over several processes cannot be transformed by torch.func: call backward() or "
+            "torch.autograd.grad"
+        )
+
+
+def refuse_second_derivative(*_: Any) -> NoReturn:
+    raise RuntimeError(
+        f"the hardness-weighted contrastive loss has no second derivative: {INSTEAD}"
+    )
+
+
+def refuse_forward_mode(ctx: Any = None, *tangents: Any) -> Any:
+    raise RuntimeError(
+        f"the hardness-weighted contrastive loss has no forward-mode derivative: {INSTEAD}"
+    )
+
+
+def refuse_tangents(*tensors: Tensor) -> None:
+    """An error where a tensor carries a tangent, which the operators would drop."""
+    unpack_dual: Any = forward_ad.unpack_dual
+    if forward_ad._current_level < 0:
+        return
+    with forward_ad._set_fwd_grad_enabled(True):  # off below autograd
+        try:
+            tangents = [unpack_dual(x).tangent for x in tensors]
+        except RuntimeError:  # cannot be looked at while torch.func.linearize traces
+            refuse_forward_mode()
+    if any(tangent is not None for tangent in tangents):
+        refuse_forward_mode()
