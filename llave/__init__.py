@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from llave_kernels import __version__
-
-__all__ = ["__version__", "build", "load"]
+__all__ = ["__version__", "build", "load"]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:
-    # sentence-transformers takes seconds to import: only who builds or loads a model waits for it.
+    # torch and sentence-transformers take seconds to import: only who needs them waits for them.
+    if name == "__version__":
+        from llave_kernels import __version__
+
+        return __version__
     if name in ("build", "load"):
         from llave import modeling
 

@@ -4,27 +4,71 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError  # what a chat template refuses
+from llave.files import escaped
+from llave.stopping import Stopped, stoppable
 
 Arguments = argparse.Namespace
+GOES_ON = ("train", "evaluate", "embed")  # from where a run of it was stopped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; a user's mistake is one line on stderr and exit status 2."""
+    """Run one command, and return its exit status.
+
+    A user's mistake is one line on stderr and status 2; SIGINT and SIGTERM are one line and 128 and
+    the signal's number; a reader of stdout that went away is no line and 141.
+    """
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command != "train":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    command = "llave"
     try:
-        arguments.run(arguments, rest)
-    except (ValueError, TypeError, OSError, ImportError, TemplateError) as error:
-        print(f"llave {arguments.command}: error: {error}", file=sys.stderr)
+        with stoppable():
+            arguments, rest = parser.parse_known_args(argv)
+            command = f"llave {arguments.command}"
+            if rest and arguments.command != "train":
+                parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            arguments.run(arguments, rest)
+            sys.stdout.flush()
+    except Stopped as stopped:
+        again = "; the same command goes on" if command.split()[-1] in GOES_ON else ""
+        if os.environ.get("RANK", "0") == "0":  # under torchrun all are told
+            _say(f"{command}: stopped{again}")
+        return 128 + stopped.number
+    except Exception as error:
+        if not _flushed() and isinstance(error, BrokenPipeError):
+            return 141  # 128 + SIGPIPE, which Windows does not have
+        if not isinstance(error, _mistakes()):
+            raise
+        _say(f"{command}: error: {escaped(' '.join(str(error).split()))}")
         return 2
     return 0
+
+
+def _mistakes() -> tuple[type[Exception], ...]:
+    """The errors that are a user's, or a disk's."""
+    from jinja2 import TemplateError  # what a chat template refuses
+
+    return ValueError, TypeError, OSError, ImportError, MemoryError, TemplateError
+
+
+def _say(line: str) -> None:
+    try:
+        print(line, file=sys.stderr)
+    except OSError:  # nobody reads it
+        pass
+
+
+def _flushed() -> bool:
+    """Whether stdout takes what was printed; else it is let go, so that Python ends in peace."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -128,9 +172,11 @@ def _train(arguments: Arguments, overrides: list[str]) -> None:
 
 
 def _evaluate(arguments: Arguments, _: list[str]) -> None:
-    from llave.evaluation import evaluate, format_table
+    from llave.evaluation import evaluate, format_table, refuse_out
     from llave.modeling import load, set_length
 
+    # Before the model is loaded, which takes minutes.
+    refuse_out(arguments.out, arguments.tasks, model=arguments.model, data=arguments.data)
     model = load(arguments.model)
     if arguments.max_seq_length is not None:
         set_length(model, arguments.max_seq_length)
@@ -157,9 +203,10 @@ def _convert(arguments: Arguments, _: list[str]) -> None:
 
 
 def _embed(arguments: Arguments, _: list[str]) -> None:
-    from llave.embedding import embed
+    from llave.embedding import embed, refuse_out
     from llave.modeling import load
 
+    refuse_out(arguments.out, arguments.input, arguments.model)  # before the model is loaded
     embed(
         load(arguments.model),
         arguments.input,

@@ -28,9 +28,34 @@ from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
 from llave.corpus import OnError, Row, Source, load_inputs
-from llave.files import publish, sweep
+from llave.files import escaped, shown, sweep, writing
+from llave.shards import (
+    Range,
+    Shard,
+    enter_manifest,
+    finished,
+    put,
+    ranges,
+    read_manifest,
+    read_shard,
+    refuse_foreign,
+    refuse_not_finite,
+    refuse_out,
+)
 
-MANIFEST = "manifest.json"
+__all__ = [
+    "EmbedReport",
+    "Range",
+    "Shard",
+    "embed",
+    "model_fingerprint",
+    "ranges",
+    "read_manifest",
+    "read_shard",
+    "refuse_not_finite",
+    "refuse_out",
+]
+
 # Enough values of each weight to notice any training step, few enough for a model of any size.
 SAMPLED_VALUES = 1024
 SHOWN = 10  # skipped rows that are printed
@@ -49,25 +74,6 @@ class EmbedReport:
     ignored: dict[str, int] = field(default_factory=dict)
     """How many entries of a folder are not taken, by reason."""
     seconds: float = 0.0
-
-
-class Shard(NamedTuple):
-    """One parquet file's contents: ids, embeddings of shape (rows, D), and rows left out."""
-
-    ids: list[str]
-    vectors: np.ndarray
-    skipped: list[dict[str, Any]]
-
-
-class Range(NamedTuple):
-    """Rows ``first`` to ``stop - 1`` of the corpus."""
-
-    first: int
-    stop: int
-
-    @property
-    def file(self) -> str:
-        return f"part-{self.first:010d}-{self.stop - 1:010d}.parquet"
 
 
 def embed(
@@ -91,7 +97,8 @@ def embed(
     ``embedding`` (fixed-size list). Calling again continues: readable files are kept, damaged and
     missing ones computed. ``manifest.json`` records source, model and settings, and a call that
     differs from it is refused. A file's bytes do not depend on the number of processes or on
-    restarts, given the same ``batch_size``, device and library versions.
+    restarts, given the same ``batch_size``, device and library versions. What this run did not
+    write is neither replaced nor removed.
 
     Args:
         model: on the device to use.
@@ -101,7 +108,8 @@ def embed(
             its file's content, or ``{bytes, path}`` as the hub's data sets hold it. Images are
             taken as a person sees them (``llave.images``). That an image's content changed is not
             noticed, other than by its size in a folder.
-        out: the folder, created if need be. It may be shared by processes on many machines.
+        out: the folder, created if need be; empty, or of this run. It may be shared by processes
+            on many machines.
         batch_size: inputs per forward pass. 32 by default.
         shard_rows: rows per file. 4096 by default.
         normalize: whether embeddings are scaled to length 1. True by default.
@@ -123,13 +131,15 @@ def embed(
         TypeError: ``model`` is not a SentenceTransformer.
         FileNotFoundError: there is no ``source``.
         ValueError: a setting is out of range, the source has no rows or one that cannot be used,
-            or ``out`` holds another run.
+            or ``out`` holds another run or other things.
+        OSError: a file cannot be written, for want of room or of permission; it is named.
     """
     if rank is None:
         rank = int(os.environ.get("RANK", "0"))
     if world_size is None:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
     _check(model, batch_size, shard_rows, dtype, on_error, rank, world_size)
+    refuse_out(out, source)
     root = None if image_root is None else Path(image_root)
     rows = Source(Path(source), root, shard_rows)
     manifest = {
@@ -143,14 +153,17 @@ def embed(
         "prompt": prompt,
     }
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    _enter_manifest(folder, manifest)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    enter_manifest(folder, manifest)
 
     report = EmbedReport(ignored=dict(rows.ignored))
     if rank == 0 and rows.ignored:
-        print(f"{source}: left out {rows.left_out()}", file=sys.stderr)
+        print(f"{shown(source)}: left out {escaped(rows.left_out())}", file=sys.stderr)
     start = time.monotonic()
     mine = ranges(manifest)[rank::world_size]
+    for span in mine:
+        refuse_foreign(folder / span.file, span, manifest)
     encode = partial(
         model.encode,
         prompt=prompt,
@@ -158,33 +171,30 @@ def embed(
         normalize_embeddings=normalize,
         show_progress_bar=False,
     )
-    with (
-        ThreadPoolExecutor() as pool,
-        tqdm(total=sum(r.stop - r.first for r in mine), unit="row", disable=rank != 0) as bar,
-    ):
+    pool = ThreadPoolExecutor()
+    bar = tqdm(total=sum(r.stop - r.first for r in mine), unit="row", disable=rank != 0)
+    try:
         for span in mine:
             path = folder / span.file
-            shard = _finished(path, span, manifest, on_error)
+            shard = finished(path, span, manifest, on_error)
             if shard is None:
                 # Texts go in one call, which sorts them by length. Images would fill the memory.
                 step = batch_size if rows.shows_images(span.first) else shard_rows
                 loaded = load_inputs(rows.rows(*span), step, pool, model.modalities)
                 shard = _encode(loaded, encode, manifest, on_error)
-                note = {
-                    "manifest": _digest(manifest),
-                    "first": span.first,
-                    "skipped": shard.skipped,
-                }
-                publish(path, partial(_write_shard, shard=shard, note=note))
+                put(path, span, shard, manifest)
                 report.rows += len(shard.ids)
             else:
                 sweep(path)
                 report.reused += len(shard.ids)
             report.skipped += shard.skipped
             bar.update(span.stop - span.first)
+    finally:
+        bar.close()
+        pool.shutdown(cancel_futures=True)  # a run that is stopped does not read on
     report.seconds = time.monotonic() - start
     for skipped in report.skipped[:SHOWN]:
-        print(f"skipped {skipped['id']!r}: {skipped['error']}", file=sys.stderr)
+        print(f"skipped {skipped['id']!r}: {escaped(skipped['error'])}", file=sys.stderr)
     if len(report.skipped) > SHOWN:
         print(f"and {len(report.skipped) - SHOWN} more", file=sys.stderr)
     if rank == 0:
@@ -221,55 +231,6 @@ def model_fingerprint(model: SentenceTransformer) -> str:
     return digest.hexdigest()
 
 
-def refuse_not_finite(vectors: np.ndarray, name: Callable[[int], str]) -> None:
-    """ValueError with ``name(row)`` of the first row of ``vectors`` (rows, D) with inf or NaN."""
-    finite = np.isfinite(vectors).all(axis=1)
-    if not finite.all():
-        raise ValueError(
-            f"{name(int(np.argmin(finite)))}: the embedding is not finite in {vectors.dtype}; "
-            "check the model and its precision"
-        )
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The settings of a folder of embeddings; ValueError where there are none."""
-    path = Path(folder) / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder} is not a folder of embeddings: {path.name} cannot be read ({error}); embed "
-            "the corpus into a new folder"
-        ) from error
-    return manifest
-
-
-def ranges(manifest: dict[str, Any]) -> list[Range]:
-    """The ranges a corpus is cut into, of which each has one file."""
-    rows, step = manifest["source"]["rows"], manifest["shard_rows"]
-    return [Range(first, min(first + step, rows)) for first in range(0, rows, step)]
-
-
-def read_shard(path: Path, span: Range, manifest: dict[str, Any]) -> Shard:
-    """One range's file; ValueError where it is damaged, not finite or comes from another run."""
-    try:
-        table = pq.read_table(path, page_checksum_verification=True)
-        note = json.loads(table.schema.metadata[b"llave"])
-        ids = table["id"].to_pylist()
-        vectors = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        vectors = vectors.reshape(len(ids), manifest["dimension"])
-        if (note["manifest"], note["first"]) != (_digest(manifest), span.first):
-            raise ValueError("it comes from another run")
-        if len(ids) + len(note["skipped"]) != span.stop - span.first:
-            raise ValueError(f"it has {len(ids)} rows, {len(note['skipped'])} skipped")
-        refuse_not_finite(vectors, lambda row: f"id {ids[row]!r}")
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be used ({error}); run embed again to replace it"
-        ) from error
-    return Shard(ids, vectors, note["skipped"])
-
-
 def _check(
     model: object,
     batch_size: int,
@@ -298,43 +259,6 @@ def _check(
         raise ValueError(f"rank must be in 0..world_size - 1, got {rank} of {world_size}")
 
 
-def _enter_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    path = folder / MANIFEST
-    if not path.exists():
-        text = json.dumps(manifest, indent=2) + "\n"
-        publish(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    else:
-        sweep(path)
-    # Read back, for the case that another process was first.
-    there = read_manifest(folder)
-    differing = [
-        f"{name} is {there.get(name)!r} there and {value!r} here"
-        for name, value in manifest.items()
-        if there.get(name) != value
-    ]
-    if differing:
-        raise ValueError(
-            f"out={folder} holds the embeddings of another run: {'; '.join(differing)}. Choose "
-            "another folder, delete this one, or go back to its settings"
-        )
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.blake2b(
-        json.dumps(manifest, sort_keys=True).encode(), digest_size=16
-    ).hexdigest()
-
-
-def _finished(path: Path, span: Range, manifest: dict[str, Any], on_error: OnError) -> Shard | None:
-    if not path.exists():
-        return None
-    try:
-        shard = read_shard(path, span, manifest)
-    except ValueError:
-        return None
-    return None if shard.skipped and on_error == "raise" else shard
-
-
 def _encode(
     chunks: Iterator[list[tuple[Row, Any]]],
     encode: Callable[[list[Any]], np.ndarray],
@@ -358,8 +282,8 @@ def _encode(
             elif row.problem:
                 refuse(row, row.problem, value)
             elif on_error == "raise":
-                shown = "in it" if isinstance(row.image, bytes) else row.image
-                refuse(row, f"the image {shown} cannot be read ({value})", value)
+                place = "in it" if isinstance(row.image, bytes) else shown(row.image)
+                refuse(row, f"the image {place} cannot be read ({value})", value)
             else:  # without folders, which differ between machines
                 name = row.image.name if isinstance(row.image, Path) else "its content"
                 refuse(row, f"{type(value).__name__} from {name}", value)
@@ -399,13 +323,3 @@ def _encoded(
             return
         found = error
     yield [row for row, _ in items], found
-
-
-def _write_shard(path: Path, *, shard: Shard, note: dict[str, Any]) -> None:
-    vectors = pa.FixedSizeListArray.from_arrays(shard.vectors.reshape(-1), shard.vectors.shape[1])
-    table = pa.table(
-        {"id": pa.array(shard.ids, pa.string()), "embedding": vectors},
-        metadata={"llave": json.dumps(note)},
-    )
-    # Embeddings do not compress.
-    pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)

@@ -1,16 +1,24 @@
-"""Files that appear whole, errors that name damaged ones, and what a system leaves beside."""
+"""Files and folders that appear whole, errors that name damaged ones, names from data as text."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from glob import escape
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 LFS_POINTER = b"version https://git-lfs"  # what a clone has in place of a file not yet fetched
 LONGEST_NAME = 1000  # characters that ``shown`` keeps
@@ -28,9 +36,13 @@ def shown(name: object) -> str:
     nothing become backslash escapes; of more than 1,000 characters only the first are shown.
     """
     text = str(name)
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:LONGEST_NAME]) + (
-        "..." if len(text) > LONGEST_NAME else ""
-    )
+    cut = "..." if len(text) > LONGEST_NAME else ""
+    return escaped(text[:LONGEST_NAME]) + cut
+
+
+def escaped(text: str) -> str:
+    """A text of any length on one line, as ``shown`` does it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def left_behind(name: str) -> bool:
@@ -61,13 +73,15 @@ def snapshot(folder: Path) -> Path:
 
 
 def publish(path: Path, write: Callable[[Path], object]) -> None:
-    """Let a file appear whole, and stay through a power loss.
+    """Let a file appear whole, and stay through a power loss, in place of one that is ours.
 
     ``write`` makes it beside ``path`` under a random name, then it is renamed. Several processes may
     publish the same file at a time.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
     """
-    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
-    try:
+    with _beside(path) as temporary:
         write(temporary)
         try:
             sync(temporary)
@@ -76,10 +90,93 @@ def publish(path: Path, write: Callable[[Path], object]) -> None:
             # Another process finished the same file first and swept ours.
             if not path.exists():
                 raise
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def create(path: Path, write: Callable[[Path], object]) -> bool:
+    """``publish`` where nothing is: of several processes one makes the file, the others are told.
+
+    Returns:
+        False where ``path`` is something already, a broken link too, which is left as it is.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with _beside(path) as temporary:
+        write(temporary)
+        try:
+            sync(temporary)
+            os.link(temporary, path)  # unlike a rename it replaces nothing
+        except FileExistsError:
+            return False
+        except OSError:  # the file system has no links, or another process swept ours
+            return _claim(temporary, path)
+    return True
+
+
+def _claim(temporary: Path, path: Path) -> bool:
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    try:
+        temporary.replace(path)
+    except OSError:
+        path.unlink()
+        raise
+    return True
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """An empty file beside ``path``, of a name that nobody can know before."""
+    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
+    with writing(path):
+        try:
+            temporary.touch(exist_ok=False)  # a link is not followed
+            yield temporary
+            sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
     sweep(path)
+
+
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """An empty folder beside ``path``, which is removed at the end.
+
+    Those that killed processes left are removed at the start, those of living ones are not.
+    """
+    for leftover in _leftovers(path):
+        with _locked(leftover) as ours:
+            if ours:
+                shutil.rmtree(leftover, ignore_errors=True)
+    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
+    with writing(path):
+        temporary.mkdir()
+    with _locked(temporary):
+        try:
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Lock a folder until the end, the process's at the latest; False where another one has it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except (OSError, AttributeError):  # no folder, or Windows
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
 
 
 def sync(path: Path) -> None:
@@ -93,8 +190,78 @@ def sync(path: Path) -> None:
 
 def sweep(path: Path) -> None:
     """Remove what dead processes left of a file that is done."""
-    for leftover in path.parent.glob(f"{escape(path.name)}.{'[0-9a-f]' * 32}.tmp"):
-        leftover.unlink(missing_ok=True)
+    for leftover in _leftovers(path):
+        if leftover.is_symlink() or not leftover.is_dir():
+            leftover.unlink(missing_ok=True)
+
+
+def _leftovers(path: Path) -> list[Path]:
+    names = re.compile(re.escape(path.name) + r"\.[0-9a-f]{32}\.tmp")
+    try:
+        return [other for other in path.parent.iterdir() if names.fullmatch(other.name)]
+    except FileNotFoundError:
+        return []
+
+
+def refuse_overlap(name: str, out: Path, others: dict[str, str | os.PathLike[str]]) -> None:
+    """ValueError where a folder to write is, holds or lies in one of others, by their names.
+
+    Hub names and others that are not on this disk are passed over.
+    """
+    here = out.resolve()
+    for other, place in others.items():
+        there = Path(place).resolve()
+        if there.exists() and (here.is_relative_to(there) or there.is_relative_to(here)):
+            how = "is" if here == there else "lies in" if here.is_relative_to(there) else "holds"
+            raise ValueError(
+                f"{name}={shown(out)} {how} {other}={shown(place)}; choose a folder apart from it"
+            )
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file or folder that a system or a library fails to write.
+
+    Raises:
+        OSError: for an error of the system or of safetensors, with its ``errno``.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        cause = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        named = OSError(
+            f"{shown(path)} cannot be written ({cause}); what was finished stays, and the same "
+            "command goes on once that is mended"
+        )
+        named.errno = getattr(error, "errno", None)
+        raise named from error
+
+
+def regular(path: Path) -> Path:
+    """The path, if a file is there.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: a folder is, or what would be waited for: a pipe, a socket, a device.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{shown(path)} is no file but a folder, pipe, socket or device")
+    return path
+
+
+def read_json(file: Path, kind: type = dict) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged or holds no ``kind``; it is named.
+    """
+    try:
+        found = json.loads(regular(file).read_bytes())
+        if not isinstance(found, kind):
+            raise TypeError(f"expected a {kind.__name__}, got a {type(found).__name__}")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise _unreadable(error, file) from error
+    return found
 
 
 @contextmanager
@@ -109,20 +276,25 @@ def reading(*files: Path) -> Iterator[None]:
     except Exception as error:
         if type(error) is ValueError:
             raise
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(
-            f"{' or '.join(map(str, files))} cannot be read ({said}): it is cut short or not what "
-            "its name says; download it again"
-        ) from error
+        raise _unreadable(error, *files) from error
+
+
+def _unreadable(error: Exception, *files: Path) -> ValueError:
+    names = " or ".join(map(shown, files))
+    if isinstance(error, OSError) and error.strerror:  # the system's, not a decoder's
+        return ValueError(f"{names} cannot be read ({error.strerror})")
+    said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ValueError(
+        f"{names} cannot be read ({said}): it is cut short or not what its name says; download it "
+        "again"
+    )
 
 
 def refuse_damaged(folder: Path) -> None:
     """ValueError for the first JSON or safetensors file of a folder that cannot be opened."""
     for file in sorted(folder.rglob("*")):
-        with reading(file):
-            if file.suffix == ".json":
-                expected = list if file.name == "modules.json" else dict
-                if not isinstance(json.loads(file.read_bytes()), expected):
-                    raise TypeError(f"expected a {expected.__name__}")
-            elif file.suffix == ".safetensors":
-                safe_open(file, "pt")
+        if file.suffix == ".json":
+            read_json(file, list if file.name == "modules.json" else dict)
+        elif file.suffix == ".safetensors":
+            with reading(file):
+                safe_open(regular(file), "pt")

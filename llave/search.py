@@ -10,15 +10,10 @@ import numpy as np
 import pyarrow as pa
 from sentence_transformers import SentenceTransformer
 
-from llave.embedding import (
-    Shard,
-    model_fingerprint,
-    ranges,
-    read_manifest,
-    read_shard,
-    refuse_not_finite,
-)
+from llave.embedding import model_fingerprint
+from llave.files import shown
 from llave.modeling import encode
+from llave.shards import Shard, ranges, read_manifest, read_shard, refuse_not_finite
 
 # Queries scored at a time, which bounds the scores in memory to this times a shard's rows.
 QUERY_BLOCK = 256
@@ -82,7 +77,7 @@ def _shards(folder: Path, manifest: dict[str, Any], partial: bool) -> Iterator[S
     if len(there) < len(spans) and not partial:
         missing = min(set(spans) - set(there))
         raise ValueError(
-            f"folder {folder} lacks {len(spans) - len(there)} of {len(spans)} files, the first "
+            f"folder {shown(folder)} lacks {len(spans) - len(there)} of {len(spans)} files, the first "
             f"{missing.file}; run embed again to complete it, or search what there is with "
             "partial=True"
         )

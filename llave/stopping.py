@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# A terminal tells every process of a stop, and torchrun tells its own again: it is one request.
+SAME_REQUEST = 1.0  # seconds
 
 
 class Stopped(KeyboardInterrupt):
@@ -25,24 +30,44 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Raise :class:`Stopped` at the first SIGINT or SIGTERM; a second one acts at once.
+    """Raise :class:`Stopped` at the first SIGINT or SIGTERM; one that comes later acts at once.
 
-    Outside the main thread, where Python takes no signals, nothing changes.
+    Whatever error a library makes of it on the way, :class:`Stopped` is what leaves. Outside the
+    main thread, where Python takes no signals, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    unraisable = sys.unraisablehook
+    received: list[tuple[int, float]] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
-        raise Stopped(number)
+        if not received:
+            received.append((number, time.monotonic()))
+            raise Stopped(number)
+        if time.monotonic() - received[0][1] > SAME_REQUEST:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def unheard(lost: Any) -> None:
+        if isinstance(lost.exc_value, Stopped):
+            # It was raised in a finaliser, where Python drops exceptions: once more, a bit later.
+            received.clear()
+            threading.Timer(0.02, signal.raise_signal, [lost.exc_value.number]).start()
+        else:
+            unraisable(lost)
 
     for number in SIGNALS:
         signal.signal(number, stop)
+    sys.unraisablehook = unheard
     try:
         yield
+    except BaseException as error:
+        if received and not isinstance(error, Stopped):
+            raise Stopped(received[0][0]) from error
+        raise
     finally:
+        sys.unraisablehook = unraisable
         for number, handler in before.items():
             signal.signal(number, handler)

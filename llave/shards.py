@@ -1,0 +1,234 @@
+"""A folder of embeddings on disk: its manifest, its parquet files, and what may be written there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llave.corpus import OnError
+from llave.files import (
+    create,
+    left_behind,
+    publish,
+    read_json,
+    refuse_overlap,
+    regular,
+    shown,
+    sweep,
+)
+
+MANIFEST = "manifest.json"
+MOST_FILES = 1_000_000  # of a folder: more would take long to find, and gigabytes to list
+PARQUET = b"PAR1"  # how every parquet file begins
+# What embed may write; other values are another program's, or damage.
+MANIFEST_VALUES = {"dtype": ("float32", "float16"), "normalised": (True, False)}
+
+
+class Shard(NamedTuple):
+    """One parquet file's contents: ids, embeddings of shape (rows, D), and rows left out."""
+
+    ids: list[str]
+    vectors: np.ndarray
+    skipped: list[dict[str, Any]]
+
+
+class Range(NamedTuple):
+    """Rows ``first`` to ``stop - 1`` of the corpus."""
+
+    first: int
+    stop: int
+
+    @property
+    def file(self) -> str:
+        return f"part-{self.first:010d}-{self.stop - 1:010d}.parquet"
+
+
+def refuse_out(
+    out: str | Path, source: str | Path, model: str | os.PathLike[str] | None = None
+) -> None:
+    """ValueError where ``out`` is no place for embeddings of ``source``, before anything is loaded.
+
+    It must be apart from the source and from the model's folder, and it holds embeddings, or
+    nothing but what a system leaves.
+    """
+    folder = Path(out)
+    others = {"source": source} if model is None else {"source": source, "model": model}
+    refuse_overlap("out", folder, others)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f"out={shown(folder)} is no folder; choose another")
+    there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    # A listing may miss what another process makes meanwhile.
+    if MANIFEST in there or os.path.lexists(folder / MANIFEST):
+        read_manifest(folder)
+        return
+    names = sorted(n for n in there if not left_behind(n) and not n.startswith(f"{MANIFEST}."))
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ValueError(
+            f"out={shown(folder)} holds other things ({', '.join(map(shown, names[:3]))}{more}); "
+            "choose a new or an empty folder"
+        )
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The settings of a folder of embeddings; ValueError where there are none."""
+    try:
+        manifest: dict[str, Any] = read_json(Path(folder) / MANIFEST)
+        values = manifest | {"rows": manifest["source"]["rows"]}
+        for name in ("rows", "shard_rows", "dimension"):
+            if type(values[name]) is not int or values[name] < 1:
+                raise ValueError(f"{name} is {values[name]!r:.80}, not a positive number")
+        for name, kinds in MANIFEST_VALUES.items():
+            if values[name] not in kinds:
+                raise ValueError(f"{name} is {values[name]!r:.80}")
+        if values["rows"] > MOST_FILES * values["shard_rows"]:
+            raise ValueError(f"it has more than the {MOST_FILES} files that are allowed")
+    except (ValueError, KeyError, TypeError) as error:
+        said = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"{shown(folder)} is not a folder of embeddings: {MANIFEST} cannot be used ({said}); "
+            "embed the corpus into a new folder"
+        ) from error
+    return manifest
+
+
+def ranges(manifest: dict[str, Any]) -> list[Range]:
+    """The ranges a corpus is cut into, of which each has one file."""
+    rows, step = manifest["source"]["rows"], manifest["shard_rows"]
+    return [Range(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+
+def read_shard(path: Path, span: Range, manifest: dict[str, Any]) -> Shard:
+    """One range's file; ValueError where it is damaged, not finite or comes from another run."""
+    try:
+        refuse_foreign(path, span, manifest)
+        with pq.ParquetFile(regular(path), page_checksum_verification=True) as file:
+            _refuse_inflated(file.metadata, span)
+            table = file.read()
+        note = json.loads(table.schema.metadata[b"llave"])
+        if not table.schema.equals(_schema(manifest)):
+            raise ValueError(f"it has the columns {table.schema.to_string()!r:.200}")
+        ids = table["id"].to_pylist()
+        vectors = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        vectors = vectors.reshape(len(ids), manifest["dimension"])
+        if len(ids) + len(note["skipped"]) != span.stop - span.first:
+            raise ValueError(f"it has {len(ids)} rows, {len(note['skipped'])} skipped")
+        refuse_not_finite(vectors, lambda row: f"id {ids[row]!r}")
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{shown(path)} cannot be used ({' '.join(str(error).split())}); run embed again to "
+            "replace it"
+        ) from error
+    return Shard(ids, vectors, note["skipped"])
+
+
+def _schema(manifest: dict[str, Any]) -> pa.Schema:
+    values = pa.from_numpy_dtype(np.dtype(manifest["dtype"]))
+    embedding = pa.list_(values, manifest["dimension"])
+    return pa.schema({"id": pa.string(), "embedding": embedding})
+
+
+def _refuse_inflated(metadata: pq.FileMetaData, span: Range) -> None:
+    """ValueError for a file that takes more memory than it has bytes: ours are stored plainly."""
+    if metadata.num_rows > span.stop - span.first:
+        raise ValueError(f"it has {metadata.num_rows} rows")
+    for group in range(metadata.num_row_groups):
+        for place in range(metadata.num_columns):
+            column = metadata.row_group(group).column(place)
+            if column.compression != "UNCOMPRESSED" or column.has_dictionary_page:
+                raise ValueError("it is compressed, as embed writes none")
+
+
+def refuse_foreign(path: Path, span: Range, manifest: dict[str, Any]) -> None:
+    """ValueError where another run's file, or no shard at all, has the name of a range's.
+
+    A file that was ours and is cut or bent is not refused: it is to be written again.
+    """
+    if not os.path.lexists(path):
+        return
+    remedy = "move it away"
+    with regular(path).open("rb") as file:
+        start = file.read(len(PARQUET))
+    if not PARQUET.startswith(start) and start.strip(b"\0"):
+        raise ValueError(f"{shown(path)} is no shard of embeddings; {remedy}")
+    try:
+        note = json.loads(pq.read_schema(path).metadata[b"llave"])
+        known = note["manifest"], note["first"]
+    except (TypeError, KeyError) as error:  # a whole file
+        raise ValueError(f"{shown(path)} is not of embed; {remedy}") from error
+    except (pa.ArrowException, OSError, ValueError):
+        return
+    if known != (_digest(manifest), span.first):
+        raise ValueError(f"{shown(path)} comes from another run; {remedy}")
+
+
+def refuse_not_finite(vectors: np.ndarray, name: Callable[[int], str]) -> None:
+    """ValueError with ``name(row)`` of the first row of ``vectors`` (rows, D) with inf or NaN."""
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        raise ValueError(
+            f"{name(int(np.argmin(finite)))}: the embedding is not finite in {vectors.dtype}; "
+            "check the model and its precision"
+        )
+
+
+def enter_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    text = json.dumps(manifest, indent=2) + "\n"
+    path = folder / MANIFEST
+    if path.exists() or not create(path, partial(Path.write_text, data=text, encoding="utf-8")):
+        sweep(path)
+    # Read back, for the case that another process was first.
+    there = read_manifest(folder)
+    differing = [
+        f"{name} is {there.get(name)!r} there and {value!r} here"
+        for name, value in manifest.items()
+        if there.get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"out={shown(folder)} holds the embeddings of another run: {'; '.join(differing)}. "
+            "Choose another folder, delete this one, or go back to its settings"
+        )
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.blake2b(
+        json.dumps(manifest, sort_keys=True).encode(), digest_size=16
+    ).hexdigest()
+
+
+def finished(path: Path, span: Range, manifest: dict[str, Any], on_error: OnError) -> Shard | None:
+    if not path.exists():
+        return None
+    try:
+        shard = read_shard(path, span, manifest)
+    except ValueError:
+        return None
+    return None if shard.skipped and on_error == "raise" else shard
+
+
+def put(path: Path, span: Range, shard: Shard, manifest: dict[str, Any]) -> None:
+    note = {"manifest": _digest(manifest), "first": span.first, "skipped": shard.skipped}
+    write = partial(_write_shard, shard=shard, note=note, schema=_schema(manifest))
+    if os.path.lexists(path):  # ours, which could not be used
+        refuse_foreign(path, span, manifest)
+        publish(path, write)
+    elif not create(path, write):
+        read_shard(path, span, manifest)  # another process's of this run, or nobody's we know
+
+
+def _write_shard(path: Path, *, shard: Shard, note: dict[str, Any], schema: pa.Schema) -> None:
+    vectors = pa.FixedSizeListArray.from_arrays(shard.vectors.reshape(-1), shard.vectors.shape[1])
+    columns = [pa.array(shard.ids, pa.string()), vectors]
+    table = pa.table(columns, schema.with_metadata({"llave": json.dumps(note)}))
+    # Embeddings do not compress.
+    pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
