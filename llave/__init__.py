@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["__version__", "build", "load"]  # noqa: F822
+__all__ = ["__version__", "build", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from llave.files import escaped
@@ -55,10 +56,8 @@ def _mistakes() -> tuple[type[Exception], ...]:
 
 
 def _say(line: str) -> None:
-    try:
+    with suppress(OSError):  # nobody may read it
         print(line, file=sys.stderr)
-    except OSError:  # nobody reads it
-        pass
 
 
 def _flushed() -> bool:

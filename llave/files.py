@@ -75,8 +75,8 @@ def snapshot(folder: Path) -> Path:
 def publish(path: Path, write: Callable[[Path], object]) -> None:
     """Let a file appear whole, and stay through a power loss, in place of one that is ours.
 
-    ``write`` makes it beside ``path`` under a random name, then it is renamed. Several processes may
-    publish the same file at a time.
+    ``write`` makes it beside ``path`` under a random name, then it is renamed. Several processes
+    may publish the same file at a time.
 
     Raises:
         OSError: it cannot be written; what was there stays.

@@ -77,8 +77,8 @@ def _shards(folder: Path, manifest: dict[str, Any], partial: bool) -> Iterator[S
     if len(there) < len(spans) and not partial:
         missing = min(set(spans) - set(there))
         raise ValueError(
-            f"folder {shown(folder)} lacks {len(spans) - len(there)} of {len(spans)} files, the first "
-            f"{missing.file}; run embed again to complete it, or search what there is with "
+            f"folder {shown(folder)} lacks {len(spans) - len(there)} of {len(spans)} files, the "
+            f"first {missing.file}; run embed again to complete it, or search what there is with "
             "partial=True"
         )
     return (read_shard(folder / span.file, span, manifest) for span in there)

@@ -1,4 +1,4 @@
-"""A folder of embeddings on disk: its manifest, its parquet files, and what may be written there."""
+"""A folder of embeddings on disk: its manifest, its parquet files, what may be written there."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ from llave.files import (
 
 MANIFEST = "manifest.json"
 MOST_FILES = 1_000_000  # of a folder: more would take long to find, and gigabytes to list
+MOST_BYTES = 1 << 30  # of a file that is compressed, which ours are not
+PLAIN = {"PLAIN", "RLE"}
 PARQUET = b"PAR1"  # how every parquet file begins
 # What embed may write; other values are another program's, or damage.
 MANIFEST_VALUES = {"dtype": ("float32", "float16"), "normalised": (True, False)}
@@ -109,10 +111,10 @@ def ranges(manifest: dict[str, Any]) -> list[Range]:
 
 def read_shard(path: Path, span: Range, manifest: dict[str, Any]) -> Shard:
     """One range's file; ValueError where it is damaged, not finite or comes from another run."""
+    refuse_foreign(path, span, manifest)
     try:
-        refuse_foreign(path, span, manifest)
         with pq.ParquetFile(regular(path), page_checksum_verification=True) as file:
-            _refuse_inflated(file.metadata, span)
+            _refuse_inflated(file.metadata, span, manifest["dimension"])
             table = file.read()
         note = json.loads(table.schema.metadata[b"llave"])
         if not table.schema.equals(_schema(manifest)):
@@ -137,15 +139,19 @@ def _schema(manifest: dict[str, Any]) -> pa.Schema:
     return pa.schema({"id": pa.string(), "embedding": embedding})
 
 
-def _refuse_inflated(metadata: pq.FileMetaData, span: Range) -> None:
-    """ValueError for a file that takes more memory than it has bytes: ours are stored plainly."""
-    if metadata.num_rows > span.stop - span.first:
-        raise ValueError(f"it has {metadata.num_rows} rows")
-    for group in range(metadata.num_row_groups):
-        for place in range(metadata.num_columns):
-            column = metadata.row_group(group).column(place)
-            if column.compression != "UNCOMPRESSED" or column.has_dictionary_page:
-                raise ValueError("it is compressed, as embed writes none")
+def _refuse_inflated(metadata: pq.FileMetaData, span: Range, dimension: int) -> None:
+    """ValueError for a file that takes far more memory than it has bytes."""
+    rows = metadata.num_rows
+    if rows > span.stop - span.first:
+        raise ValueError(f"it has {rows} rows")
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    columns = [group.column(place) for group in groups for place in range(metadata.num_columns)]
+    # As embed stores them: as large in memory as on the disk.
+    plain = all(c.compression == "UNCOMPRESSED" and PLAIN.issuperset(c.encodings) for c in columns)
+    # Otherwise every row may hold all there is.
+    largest = rows * (8 * dimension + sum(c.total_uncompressed_size for c in columns))
+    if not plain and largest > MOST_BYTES:
+        raise ValueError(f"unpacked it may take more than the {MOST_BYTES} bytes that are allowed")
 
 
 def refuse_foreign(path: Path, span: Range, manifest: dict[str, Any]) -> None:
