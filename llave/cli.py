@@ -175,7 +175,8 @@ def _evaluate(arguments: Arguments, _: list[str]) -> None:
     from llave.modeling import load, set_length
 
     # Before the model is loaded, which takes minutes.
-    refuse_out(arguments.out, arguments.tasks, model=arguments.model, data=arguments.data)
+    others = {"model": arguments.model, "data": arguments.data, "images": arguments.images}
+    refuse_out(arguments.out, arguments.tasks, **others)
     model = load(arguments.model)
     if arguments.max_seq_length is not None:
         set_length(model, arguments.max_seq_length)

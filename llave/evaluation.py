@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
+import os
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,10 +18,11 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from llave.data import Candidates, Images, content_id, load_evaluation, make_input
-from llave.embedding import model_fingerprint, refuse_not_finite
-from llave.files import publish
+from llave.embedding import model_fingerprint
+from llave.files import create, read_json, shown, sweep, writing
 from llave.mmeb import METAS, PUBLISHED, PUBLISHED_VIDEO, TASKS, pixels
 from llave.modeling import RefusedItemError, encode
+from llave.shards import refuse_not_finite
 from llave_kernels import similarity_statistics
 
 
@@ -68,11 +72,13 @@ def evaluate(
         images: folder the image and video paths are relative to.
         out: folder of this model's results, one ``TASK.json`` each, written as they come, which
             says what was scored: digests of the model and of the task's rows with the contents of
-            their image and video files. A task whose file is there is not encoded again.
+            their image and video files. A task whose file is there is not encoded again, and no
+            file is replaced.
         batch_size: inputs encoded at a time, 16 by default; scores depend on it by rounding alone.
 
     Raises:
-        ValueError: ``out`` holds results of another model or of other data, no such task, no
+        ValueError: ``out`` holds results of another model or of other data, or other files of
+            their names, no such task, no
             candidates in a row, an image path that leaves ``images``, an image that cannot be read
             or an embedding that is not finite.
     """
@@ -80,28 +86,61 @@ def evaluate(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if isinstance(tasks, str):
         raise ValueError(f"tasks must be a list of names, got {tasks!r}; use [{tasks!r}]")
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, names = Path(out), _names(tasks)
     identity = {
         "model": model_fingerprint(model),
         "max_seq_length": getattr(model, "max_seq_length", None),  # part of it, said by name
     }
+    others = {} if images is None else {"images": images}
+    for file, (there, _) in refuse_out(out, names, data=data, **others).items():
+        _refuse_others(file, there, identity)  # before anything is encoded
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     results = []
-    for task in TASKS if list(tasks) == ["all"] else tasks:
-        file, pictures = folder / f"{task}.json", Images(images, pixels(task))
+    for task in names:
+        file, pictures = _file(folder, task), Images(images, pixels(task))
         try:
             rows = load_evaluation(data, task)
             scored = identity | {"data": data_fingerprint(rows, pictures)}
-            if file.exists():
-                results.append(_read(file, scored))
-                continue
-            result = score(model, task, rows, pictures, batch_size)
+            if not file.exists():
+                result = score(model, task, rows, pictures, batch_size)
         except (ValueError, OSError) as error:
-            raise ValueError(f"task {task}: {error}") from error
-        text = json.dumps(scored | result._asdict(), indent=1)
-        publish(file, partial(Path.write_text, data=text))
+            raise ValueError(f"task {shown(task)}: {error}") from error
+        if file.exists() or not create(file, partial(_write, scored=scored, result=result)):
+            sweep(file)
+            there, result = _read(file)
+            _refuse_others(file, there, scored)
         results.append(result)
     return results
+
+
+def refuse_out(
+    out: str | Path, tasks: Sequence[str], **others: str | Path
+) -> dict[Path, tuple[dict[str, Any], Result]]:
+    """The results that ``out`` holds of tasks, with what they are of, before anything is loaded.
+
+    Raises:
+        ValueError: a file of a task's name is no result, ``out`` is no folder, or it is one of
+            ``others``, by their names, whose files results would stand among.
+    """
+    folder = Path(out)
+    for name, other in others.items():
+        if folder.resolve() == Path(other).resolve():
+            raise ValueError(f"out={shown(out)} is the folder of {name}; choose another")
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f"out={shown(out)} is no folder; choose another")
+    files = [_file(folder, task) for task in _names(tasks)]
+    return {file: _read(file) for file in files if os.path.lexists(file)}
+
+
+def _names(tasks: Sequence[str]) -> list[str]:
+    return list(TASKS if list(tasks) == ["all"] else tasks)
+
+
+def _file(folder: Path, task: str) -> Path:
+    if Path(task).name != task:
+        raise ValueError(f"task {shown(task)} must be a name, not a path")
+    return folder / f"{task}.json"
 
 
 def data_fingerprint(rows: Sequence[Candidates], images: Images) -> str:
@@ -124,17 +163,32 @@ def data_fingerprint(rows: Sequence[Candidates], images: Images) -> str:
     return digest.hexdigest()
 
 
-def _read(file: Path, scored: dict[str, Any]) -> Result:
-    """A task's result on disk, if it is of what is to be scored."""
+def _write(file: Path, *, scored: dict[str, Any], result: Result) -> None:
+    whole = scored | result._asdict()
+    file.write_text(json.dumps(whole | {"checksum": _checksum(whole)}, indent=1))
+
+
+def _checksum(whole: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(whole, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _read(file: Path) -> tuple[dict[str, Any], Result]:
+    """What a task's result on disk is of, and the result."""
     try:
-        done = json.loads(file.read_text())
-        there = {name: done.pop(name) for name in scored}
-        result = Result(**done)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        done = read_json(file)
+        if done.pop("checksum") != _checksum(done):
+            raise ValueError("it is not as it was written")
+        there = {name: done.pop(name) for name in ("model", "max_seq_length", "data")}
+        return there, Result(**done)
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{file} is no result that says what it scored ({error!r}); remove it, or choose "
-            "another out"
+            f"{shown(file)} is no result that says what it scored ({error!r}); remove it, or "
+            "choose another out"
         ) from error
+
+
+def _refuse_others(file: Path, there: dict[str, Any], scored: dict[str, Any]) -> None:
+    """ValueError where a result is not of what is to be scored."""
     of = {"model": "another model", "data": "other data"}
     others = [
         of.get(name, f"{name} {there[name]}, not {scored[name]}")
@@ -142,8 +196,9 @@ def _read(file: Path, scored: dict[str, Any]) -> Result:
         if there[name] != scored[name]
     ]
     if others:
-        raise ValueError(f"{file} holds the score of {', '.join(others)}; choose another out")
-    return result
+        raise ValueError(
+            f"{shown(file)} holds the score of {', '.join(others)}; choose another out"
+        )
 
 
 def score(
@@ -187,11 +242,11 @@ def score(
         np.array([places[item] for item in items])
         for items in zip(*((row.query, row.targets[row.right]) for row in rows), strict=True)
     )
-    shown = torch.from_numpy(ids[target])
+    targets = torch.from_numpy(ids[target])
     similarities = similarity_statistics(
         *(torch.from_numpy(vectors[side]) for side in (query, target)),
-        query_ids=shown,
-        target_ids=shown,
+        query_ids=targets,
+        target_ids=targets,
     )
     first, fifth, tenth = (float(100 * (above + tied < k).mean()) for k in (1, 5, 10))
     return Result(
@@ -216,8 +271,8 @@ def _embedded(
         return encode(model, made, batch_size=batch_size, **settings)
     except RefusedItemError as error:
         text, image = items[error.place]
-        shown = f" with {image}" if image else ""
-        raise ValueError(f"the text {text!r:.80}{shown}: {error.reason}") from error
+        beside = f" with {shown(image)}" if image else ""
+        raise ValueError(f"the text {text!r:.80}{beside}: {error.reason}") from error
 
 
 def summarise(results: Sequence[Result]) -> dict[str, float]:
@@ -255,5 +310,10 @@ def format_table(results: Sequence[Result]) -> str:
 
 
 def _row(*cells: str | int | float) -> str:
-    shown = (f"{c:.1f}".replace("nan", "-") if isinstance(c, float) else str(c) for c in cells)
-    return f"| {' | '.join(shown)} |"
+    said = (f"{c:.1f}".replace("nan", "-") if isinstance(c, float) else _cell(c) for c in cells)
+    return f"| {' | '.join(said)} |"
+
+
+def _cell(value: str | int) -> str:
+    """A name from data as text of a Markdown page, which may become HTML."""
+    return re.sub(r"[|`\[\\]", r"\\\g<0>", html.escape(shown(value), quote=False))
