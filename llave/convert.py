@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,16 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from llave.files import reading
+from llave.files import (
+    folder_beside,
+    read_json,
+    reading,
+    refuse_pipes,
+    regular,
+    shown,
+    sync,
+    writing,
+)
 from llave.modeling import build, inputs, load
 
 logger = logging.getLogger(__name__)
@@ -94,12 +102,14 @@ def convert(
 
     Raises:
         ValueError: ``src`` is no such checkpoint, a file of it is cut short or not what its name
-            says, its weights are pickled, tensors are missing, unknown or of the wrong shape (all
-            of them are listed), or ``dst`` exists.
+            says, its index names files outside it, its weights are pickled, tensors are missing,
+            unknown or of the wrong shape (all of them are listed), or ``dst`` exists.
+        OSError: ``dst`` cannot be written, for want of room or of permission.
     """
     src, dst = Path(src), Path(dst)
-    if dst.exists():
+    if os.path.lexists(dst):
         raise ValueError(f"dst={str(dst)!r} exists; give a new folder")
+    refuse_pipes(src)
     settings = _settings(src)
     shards = _shards(src, allow_pickle)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -127,9 +137,10 @@ def convert(
     wanted = {short: tuple(model.state_dict()[name].shape) for short, name in targets.items()}
     _compare(src, shapes, renamed, wanted)
 
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{dst.name}.", dir=dst.parent) as folder:
-        backbone = Path(folder, "backbone")
+    with writing(dst):
+        dst.parent.mkdir(parents=True, exist_ok=True)
+    with folder_beside(dst) as folder, writing(dst):
+        backbone, made = folder / "backbone", folder / "model"
         backbone.mkdir()
         config.save_pretrained(backbone)
         _processor(config, tokenizer).save_pretrained(backbone)
@@ -148,11 +159,16 @@ def convert(
             index.update(dict.fromkeys(part, file))
         text = json.dumps({"metadata": {}, "weight_map": index})
         (backbone / "model.safetensors.index.json").write_text(text)
-        made = build(backbone, pinpoints=settings["image_grid_pinpoints"], device="cpu")
-        made.save(str(Path(folder, "model")), create_model_card=False)
-        os.replace(Path(folder, "model"), dst)
+        model = build(backbone, pinpoints=settings["image_grid_pinpoints"], device="cpu")
+        model.save(str(made), create_model_card=False)
+        for path in (made, *made.rglob("*")):
+            sync(path)
+        if os.path.lexists(dst):  # made meanwhile
+            raise ValueError(f"dst={str(dst)!r} exists; give a new folder")
+        made.replace(dst)
+        sync(dst.parent)
     for name in left_out:
-        logger.info("left out: %s", name)
+        logger.info("left out: %s", shown(name))
     return left_out
 
 
@@ -183,20 +199,12 @@ def check(path: str | os.PathLike[str], image: Any) -> dict[str, float]:
     return scores
 
 
-def _json(file: Path) -> dict[str, Any]:
-    with reading(file):
-        found: dict[str, Any] = json.loads(file.read_bytes())
-        if not isinstance(found, dict):
-            raise TypeError(f"expected an object, got {type(found).__name__}")
-    return found
-
-
 def _tokenizer(src: Path) -> Qwen2Tokenizer:
     """The checkpoint's tokenizer with the tokens of images and videos."""
-    there = [src / name for name in _TOKENIZER_FILES if (src / name).is_file()]
+    there = [src / name for name in _TOKENIZER_FILES if (src / name).exists()]
     for file in there:
         if file.suffix == ".json":
-            _json(file)
+            read_json(file)
     words = [file for file in there if file.name != "tokenizer_config.json"]
     if not words:
         raise ValueError(f"src={str(src)!r} has no tokenizer.json, nor vocab.json and merges.txt")
@@ -221,7 +229,7 @@ def _settings(src: Path) -> dict[str, Any]:
     file = src / "config.json"
     if not file.is_file():
         raise ValueError(f"src={str(src)!r} has no config.json; give the checkpoint's folder")
-    settings = _json(file)
+    settings = read_json(file)
     with reading(file):
         architecture = (settings.get("architectures") or [None])[0]
     if architecture != "LlavaQwenForCausalLM" and settings.get("model_type") != "llava_qwen":
@@ -250,12 +258,13 @@ def _shards(src: Path, allow_pickle: bool) -> list[Path]:
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index = src / f"{stem}.index.json"
         if index.is_file():
-            files = [src / name for name in sorted(set(_weight_map(index).values()))]
+            names = sorted(set(_weight_map(index).values()))
+            files = [_named(src, name, Path(stem).suffix, index) for name in names]
         else:
             files = [src / stem] if (src / stem).is_file() else []
         if not files:
             continue
-        absent = [file.name for file in files if not file.is_file()]
+        absent = [file.name for file in files if not file.exists()]
         if absent:
             raise ValueError(f"src={str(src)!r} lacks {absent}, named in {index.name}")
         if stem.endswith(".bin") and not allow_pickle:
@@ -267,8 +276,25 @@ def _shards(src: Path, allow_pickle: bool) -> list[Path]:
     raise ValueError(f"src={str(src)!r} has no model.safetensors, nor shards with their index")
 
 
+def _named(src: Path, name: str, suffix: str, index: Path) -> Path:
+    """A file that an index names; ValueError where it is of another kind or not in the folder."""
+    path = src / name
+    if path.suffix != suffix:
+        raise ValueError(f"{shown(index)} names {name!r:.200}; it may name {suffix} files only")
+    here = src.resolve()
+    # In the hub's cache files are links to its blobs.
+    bases = [here, *(p.parent / "blobs" for p in here.parents if p.name == "snapshots")]
+    try:
+        inside = any(map(path.resolve().is_relative_to, bases))
+    except (OSError, RuntimeError, ValueError):  # links in a circle, a null byte
+        inside = False
+    if not inside:
+        raise ValueError(f"{shown(index)} names {name!r:.200}, which leaves {shown(src)}")
+    return regular(path) if path.exists() else path
+
+
 def _weight_map(index: Path) -> dict[str, str]:
-    found = _json(index)
+    found = read_json(index)
     with reading(index):
         return {name: str(file) for name, file in found["weight_map"].items()}
 
@@ -289,7 +315,8 @@ def _opened(shard: Path) -> Iterator[tuple[list[str], Callable[[str, str], torch
 
         def read(name: str, device: str) -> torch.Tensor:
             if device == "cpu":
-                return file.get_tensor(name)
+                with reading(shard):
+                    return file.get_tensor(name)
             # An empty slice has the type, and reads nothing.
             part = file.get_slice(name)
             shape = part.get_shape()
@@ -319,10 +346,10 @@ def _compare(
         if short in wanted and shapes[name] != wanted[short]
     ]
     found = {"unknown": unknown, "missing": missing, "of the wrong shape": wrong}
-    lines = [f"{what}: {', '.join(names)}" for what, names in found.items() if names]
-    if lines:
+    parts = [f"{what}: {', '.join(map(shown, names))}" for what, names in found.items() if names]
+    if parts:
         raise ValueError(
-            f"src={str(src)!r} does not hold the tensors of its config.json\n" + "\n".join(lines)
+            f"src={str(src)!r} does not hold the tensors of its config.json; {'; '.join(parts)}"
         )
 
 
@@ -338,7 +365,7 @@ def _config(
     }
     absent = [name for name in sources.values() if name not in shapes]
     if absent:
-        raise ValueError(f"the checkpoint's tensors are incomplete\nmissing: {', '.join(absent)}")
+        raise ValueError(f"the checkpoint's tensors are incomplete, missing: {', '.join(absent)}")
     size = {key: shapes[name] for key, name in sources.items()}
     tile = min(side for grid in settings["image_grid_pinpoints"] for side in grid)
     patch = size["patches"][-1]

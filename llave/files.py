@@ -223,11 +223,14 @@ def writing(path: Path) -> Iterator[None]:
     """Name the file or folder that a system or a library fails to write.
 
     Raises:
-        OSError: for an error of the system or of safetensors, with its ``errno``.
+        OSError: for an error of the system or of such a library, with its ``errno``.
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        # Of the libraries in Rust one has its own type, one raises Exception itself.
+        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:
+            raise
         cause = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         named = OSError(
             f"{shown(path)} cannot be written ({cause}); what was finished stays, and the same "
@@ -238,7 +241,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def regular(path: Path) -> Path:
-    """The path, if a file is there.
+    """The path, if a file is there, or a link to one.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -247,6 +250,13 @@ def regular(path: Path) -> Path:
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(f"{shown(path)} is no file but a folder, pipe, socket or device")
     return path
+
+
+def refuse_pipes(folder: Path) -> None:
+    """ValueError for what a library would wait for in a folder: a pipe, a socket, a device."""
+    for path in sorted(folder.rglob("*")):
+        if path.exists() and not path.is_dir():
+            regular(path)
 
 
 def read_json(file: Path, kind: type = dict) -> Any:
