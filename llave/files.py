@@ -301,10 +301,13 @@ def _unreadable(error: Exception, *files: Path) -> ValueError:
 
 
 def refuse_damaged(folder: Path) -> None:
-    """ValueError for the first JSON or safetensors file of a folder that cannot be opened."""
+    """ValueError for the first file of a model's folder that is not what its name says."""
     for file in sorted(folder.rglob("*")):
         if file.suffix == ".json":
             read_json(file, list if file.name == "modules.json" else dict)
+        elif file.suffix == ".jinja":
+            with reading(file):
+                regular(file).read_text(encoding="utf-8")
         elif file.suffix == ".safetensors":
             with reading(file):
                 safe_open(regular(file), "pt")

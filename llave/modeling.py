@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from jinja2 import TemplateError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modality import infer_modality
@@ -22,7 +23,8 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from transformers import PretrainedConfig
 
 from llave.chat import chat_template, formatted
-from llave.files import reading, refuse_damaged
+from llave.damage import all_weights, unloadable
+from llave.files import reading, refuse_damaged, refuse_pipes
 from llave.images import to_rgb
 from llave.pickling import make_picklable
 from llave.video import load_frames
@@ -79,18 +81,19 @@ def build(
     backbone = os.fspath(backbone)
     # Not AutoConfig, which knows no llava_qwen and so could not point to its conversion.
     model_type = PretrainedConfig.get_config_dict(backbone)[0].get("model_type")
-    transformer = Transformer(
-        backbone,
-        model_kwargs=model_kwargs,
-        processor_kwargs={
-            "chat_template": chat_template(model_type),
-            "padding_side": "right",
-            "truncation_side": "right",
-            "model_max_length": max_seq_length,
-        },
-        # Packing texts without padding loses Qwen-VL's three-dimensional positions.
-        unpad_inputs=None if model_type == "llava_onevision" else False,
-    )
+    with all_weights(backbone):
+        transformer = Transformer(
+            backbone,
+            model_kwargs=model_kwargs,
+            processor_kwargs={
+                "chat_template": chat_template(model_type),
+                "padding_side": "right",
+                "truncation_side": "right",
+                "model_max_length": max_seq_length,
+            },
+            # Packing texts without padding loses Qwen-VL's three-dimensional positions.
+            unpad_inputs=None if model_type == "llava_onevision" else False,
+        )
     if model_type == "llava_onevision":
         _set_pinpoints(transformer, pinpoints)
     elif pinpoints is not None:
@@ -123,29 +126,57 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> SentenceTransformer:
     Raises:
         ValueError: the model is not one of ours: a bare backbone, for which sentence-transformers
             falls back to mean pooling, or an embedding model with other pooling; or a file of it
-            is cut short or not what its name says.
+            is missing, cut short or not what its name says, or what was loaded does not tell two
+            texts apart.
     """
     path = os.fspath(path)
+    folder = Path(path)
     remedy = "make one with llave.build(path) or llave.convert"
-    if Path(path).is_dir() and not (Path(path) / "modules.json").is_file():
+    if folder.is_dir() and not (folder / "modules.json").is_file():
         raise ValueError(f"path={path!r} has no modules.json: it is no embedding model; {remedy}")
+    if folder.is_dir():
+        refuse_pipes(folder)
     try:
-        model = SentenceTransformer(path, **kwargs)
+        with all_weights(path):
+            model = SentenceTransformer(path, **kwargs)
     except Exception as error:  # libraries raise errors of many types, few of which name a file
-        refuse_damaged(Path(path))
-        if isinstance(error, (ImportError, OSError, ValueError)):
+        if not folder.is_dir() and isinstance(error, (ImportError, OSError, ValueError)):
             raise
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"path={path!r} cannot be loaded ({said}); download it again") from error
+        refuse_damaged(folder)
+        raise unloadable(path, error) from error
     # A tokenizer saved after use remembers how it truncated, over any ``max_seq_length`` set later.
     for setting in ("max_length", "stride", "truncation_strategy"):
         getattr(model.tokenizer, "init_kwargs", {}).pop(setting, None)
     modes = [module.pooling_mode for module in model if isinstance(module, Pooling)]
     if modes not in (["lasttoken"], [("lasttoken",)]):
         raise ValueError(f"path={path!r} has pooling {modes}, not the last token's; {remedy}")
-    _check_tokens(model, Path(path))
+    if missing := {"text", "image"} - set(model.modalities):
+        raise ValueError(
+            f"path={path!r} takes no {' and no '.join(sorted(missing))}: "
+            f"{folder / 'sentence_bert_config.json'} is not whole; download it again"
+        )
+    _check_tokens(model, folder)
+    try:
+        _probe(model)
+    except Exception as error:
+        raise unloadable(path, error) from error
     make_picklable(model)
     return model
+
+
+def _probe(model: SentenceTransformer) -> None:
+    """Embed two texts; ValueError where the model does not tell them apart."""
+    vectors = []
+    for text in ("a cat", "two dogs"):
+        message = {"role": "user", "content": [{"type": "text", "text": text}]}
+        made = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        features = model[0].processor.apply_chat_template([message], **made).to(model.device)
+        with torch.no_grad():
+            vectors.append(model({**features})["sentence_embedding"][0].float())
+    if torch.equal(*vectors):
+        raise ValueError("two texts have the same embedding")
+    if any(abs(float(vector.norm()) - 1) > 0.05 for vector in vectors):  # NaN is for who embeds
+        raise ValueError("its embeddings do not have the length 1")
 
 
 def _check_tokens(model: SentenceTransformer, folder: Path) -> None:
