@@ -1,0 +1,36 @@
+"""Kills of ``llave embed``: a corpus of texts in many small shards."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from llave.modeling import build
+from tests.drills import Point, drill
+from tests.llave import tiny
+
+ROWS = 60
+POINTS = {
+    "before the manifest": Point("llave.embedding.enter_manifest"),
+    "before the first rows": Point("llave.embedding.load_inputs"),
+    "in a temporary file": Point("llave.shards._write_shard", after=True),
+    "before the sync": Point("llave.files.sync"),
+    "before the name": Point("os.link"),
+    "between name and sweep": Point("os.link", after=True),
+    "before the sweep": Point("llave.files.sweep"),
+}
+
+
+def run(folder: Path, *, kills: int, seed: int) -> Counter[str]:
+    """The drill, as ``tests.drills.drill`` does it."""
+    build(tiny.llava_onevision(), device="cpu").save(str(folder / "model"))
+    source = folder / "corpus.jsonl"
+    rows = ({"id": f"row {n}", "text": f"a cat and {n} dogs"} for n in range(ROWS))
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def arguments(out: Path) -> list[str]:
+        small = ["--shard-rows", "4", "--batch-size", "4"]
+        return ["embed", str(folder / "model"), str(source), "--out", str(out), *small]
+
+    return drill(folder, arguments, POINTS, kills=kills, seed=seed)

@@ -1,0 +1,50 @@
+"""Kills of ``llave evaluate``: several small tasks over texts and images."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from PIL import Image
+
+from llave.modeling import build
+from tests.drills import Point, drill
+from tests.llave import tiny
+
+TASKS = [f"task{n}" for n in range(6)]
+COLOURS = ("red", "green", "blue", "grey")
+POINTS = {
+    "before a task": Point("llave.evaluation.score"),
+    "after a task": Point("llave.evaluation.score", after=True),
+    "in a temporary file": Point("llave.evaluation._write", after=True),
+    "before the sync": Point("llave.files.sync"),
+    "before the name": Point("os.link"),
+    "between name and sweep": Point("os.link", after=True),
+    "before the sweep": Point("llave.files.sweep"),
+}
+
+
+def run(folder: Path, *, kills: int, seed: int) -> Counter[str]:
+    """The drill, as ``tests.drills.drill`` does it."""
+    build(tiny.llava_onevision(), device="cpu").save(str(folder / "model"))
+    for name in COLOURS:
+        Image.new("RGB", (16, 16), name).save(folder / f"{name}.png")
+    (folder / "data").mkdir()
+    for number, task in enumerate(TASKS):
+        rows = [
+            {
+                "qry_text": f"what is {colour}, {number}",
+                "qry_img_path": "",
+                "tgt_text": [""] * len(COLOURS),
+                "tgt_img_path": [f"{name}.png" for name in COLOURS],
+            }
+            for colour in COLOURS
+        ]
+        (folder / "data" / f"{task}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def arguments(out: Path) -> list[str]:
+        where = ["--data", str(folder / "data"), "--images", str(folder), "--out", str(out)]
+        return ["evaluate", str(folder / "model"), "--tasks", *TASKS, *where]
+
+    return drill(folder, arguments, POINTS, kills=kills, seed=seed)
