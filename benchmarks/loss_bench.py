@@ -227,6 +227,11 @@ def _version(package: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
+    if there := sorted(path.name for path in options.out.glob("loss_bench*")):
+        raise SystemExit(
+            f"--out: {options.out} has {', '.join(there)} already; choose another folder"
+        )
+    options.out.mkdir(parents=True, exist_ok=True)
     symmetric = not options.one_direction
     reasons = refusals(options.device, symmetric, options.negatives > 0)
     asked = options.impl or list(PEERS)
@@ -238,7 +243,6 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit("nothing to measure: none of the implementations asked for can run")
     sets = list(datasets(options))
     about = environment(options, sys.argv[1:] if argv is None else argv)
-    options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "loss_bench.csv"
     rows: list[dict[str, Any]] = []
     progress = tqdm(total=len(sets) * len(names) * (1 + ROUNDS), unit="turn", file=sys.stderr)

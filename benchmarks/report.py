@@ -9,6 +9,8 @@ import csv
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +67,18 @@ def _alphas(row: Row) -> str:
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
-    """One row a measurement; written beside, then renamed."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, newline="") as beside:
-        writer = csv.DictWriter(beside, COLUMNS, extrasaction="ignore")
+    """One row a measurement."""
+    with _whole(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
+
+
+@contextmanager
+def _whole(path: Path, mode: str, **settings: Any) -> Iterator[Any]:
+    """A file that is written beside, then renamed."""
+    with tempfile.NamedTemporaryFile(mode, dir=path.parent, delete=False, **settings) as beside:
+        yield beside
     os.chmod(beside.name, 0o644)
     os.replace(beside.name, path)
 
@@ -127,7 +136,8 @@ def plots(rows: list[Row], folder: Path) -> list[Path]:
         axes[0].legend(fontsize=8)
         path = folder / f"loss_bench_D{d}.png"
         figure.tight_layout()
-        figure.savefig(path, dpi=130)
+        with _whole(path, "wb") as file:
+            figure.savefig(file, format="png", dpi=130)
         plt.close(figure)
         written.append(path)
     return written

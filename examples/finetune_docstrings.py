@@ -46,7 +46,7 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 
-from llave.files import publish
+from llave.files import publish, refuse_existing
 from llave_kernels.integrations.sentence_transformers import MultipleNegativesRankingLoss
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -66,6 +66,7 @@ STEPS = 16
 TOKENS = 32  # a summary's median is 15, a signature's 25
 QUICK = {"alpha": [0.0, 9.0], "seeds": 1, "batch": 32, "steps": 4, "every": 8}
 METRICS = {"recall_at_1": "R@1", "recall_at_10": "R@10", "mrr": "MRR"}
+FILES = ("runs.csv", "table.csv", "metrics.png")
 RUN_COLUMNS = ["alpha", "seed", *METRICS, "steps", "batch", "train_pairs", "test_pairs", "seconds"]
 TABLE_COLUMNS = ["alpha", "seeds"] + [
     f"{metric}_{kind}" for metric in METRICS for kind in ("mean", "min", "max")
@@ -88,6 +89,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         vars(options).update(QUICK)
     if options.seeds < 1 or min(options.alpha) < 0:
         parser.error("expected --seeds of 1 or more and no --alpha below 0")
+    try:
+        refuse_existing(options.out, FILES)
+    except ValueError as error:
+        parser.error(f"--out: {error}")
     return options
 
 
@@ -257,9 +262,10 @@ def main(argv: list[str] | None = None) -> None:
         run["seconds"] = round(time.perf_counter() - start, 1)
         runs.append(run | sizes | retrieval(model, test))
         rows = table(runs)
-        write_csv(options.out / "runs.csv", RUN_COLUMNS, runs)
-        write_csv(options.out / "table.csv", TABLE_COLUMNS, rows)
-        plot(options.out / "metrics.png", runs)
+        raw, means, figure = (options.out / name for name in FILES)
+        write_csv(raw, RUN_COLUMNS, runs)
+        write_csv(means, TABLE_COLUMNS, rows)
+        plot(figure, runs)
         print(show(rows), flush=True)
     print(f"{time.perf_counter() - begin:.0f} s; written to {options.out}")
 

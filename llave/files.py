@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,12 @@ def refuse_overlap(name: str, out: Path, others: dict[str, str | os.PathLike[str
             raise ValueError(
                 f"{name}={shown(out)} {how} {other}={shown(place)}; choose a folder apart from it"
             )
+
+
+def refuse_existing(out: Path, names: Iterable[str]) -> None:
+    """ValueError where a folder already has one of the files that are to be written there."""
+    if there := [name for name in names if os.path.lexists(out / name)]:
+        raise ValueError(f"{shown(out)} has {', '.join(there)} already; choose another folder")
 
 
 @contextmanager

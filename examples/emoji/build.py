@@ -299,7 +299,8 @@ def build(
         "rows": {table: len(rows) for table, rows in sorted(tables.items())},
     }
 
-    partial = out.with_name(f".{out.name}.{os.getpid()}")  # renamed when whole
+    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    partial = beside / "whole"  # which is renamed
     try:
         for vendor in vendors:
             (partial / "images" / vendor).mkdir(parents=True)
@@ -314,7 +315,7 @@ def build(
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         partial.rename(out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
     return manifest
 
 

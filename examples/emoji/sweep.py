@@ -33,13 +33,14 @@ import matplotlib as mpl
 import torch
 
 from llave.evaluation import Result, evaluate
-from llave.files import publish
+from llave.files import publish, refuse_existing
 from llave.training import read_recipe, train
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 HELD_OUT = "_held_out"
+FILES = ("runs.csv", "precision.png", "overlap.png")
 SCORES = ("task", "rows", "precision", "recall_5", "recall_10", "ties", "overlap")
 COLUMNS = ("alpha", "seed", "seconds", *SCORES)  # seconds of the run, the same in all its rows
 SHOWN = "image_to_image"  # the task of the histograms, and the only one of --quick
@@ -134,6 +135,10 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.quick:
         options.alpha, options.seeds = [9.0], 1
+    try:
+        refuse_existing(options.out, FILES)
+    except ValueError as error:
+        parser.error(f"--out: {error}")
     options.out.mkdir(parents=True, exist_ok=True)
     plan = [(alpha, seed) for seed in range(options.seeds) for alpha in options.alpha]
     rows: list[dict[str, Any]] = []
@@ -153,9 +158,10 @@ def main(argv: list[str] | None = None) -> None:
                 print(rows[-1], flush=True)
                 if seed == 0 and result.task == SHOWN:
                     histograms[alpha] = result
-            publish(options.out / "runs.csv", lambda path: write_csv(path, rows))
-            publish(options.out / "precision.png", lambda path: plot_precision(path, rows))
-            publish(options.out / "overlap.png", lambda path: plot_overlap(path, histograms))
+            runs_csv, precision, overlap = (options.out / name for name in FILES)
+            publish(runs_csv, lambda path: write_csv(path, rows))
+            publish(precision, lambda path: plot_precision(path, rows))
+            publish(overlap, lambda path: plot_overlap(path, histograms))
 
 
 if __name__ == "__main__":
