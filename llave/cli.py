@@ -38,9 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":  # under torchrun all are told
             _say(f"{command}: stopped{again}")
         return 128 + stopped.number
+    except BrokenPipeError:
+        _let_go()
+        return 141  # 128 + SIGPIPE, which Windows does not have
     except Exception as error:
-        if not _flushed() and isinstance(error, BrokenPipeError):
-            return 141  # 128 + SIGPIPE, which Windows does not have
+        _let_go()
         if not isinstance(error, _mistakes()):
             raise
         _say(f"{command}: error: {escaped(' '.join(str(error).split()))}")
@@ -60,14 +62,12 @@ def _say(line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def _flushed() -> bool:
-    """Whether stdout takes what was printed; else it is let go, so that Python ends in peace."""
+def _let_go() -> None:
+    """Where stdout takes no more, drop what is left: Python would complain of it as it ends."""
     try:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
-    return True
 
 
 def _parser() -> argparse.ArgumentParser:

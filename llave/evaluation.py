@@ -107,9 +107,9 @@ def evaluate(
         except (ValueError, OSError) as error:
             raise ValueError(f"task {shown(task)}: {error}") from error
         if file.exists() or not create(file, partial(_write, scored=scored, result=result)):
-            sweep(file)
             there, result = _read(file)
             _refuse_others(file, there, scored)
+            sweep(file)
         results.append(result)
     return results
 

@@ -90,6 +90,7 @@ def publish(path: Path, write: Callable[[Path], object]) -> None:
             # Another process finished the same file first and swept ours.
             if not path.exists():
                 raise
+    sweep(path)
 
 
 def create(path: Path, write: Callable[[Path], object]) -> bool:
@@ -109,11 +110,14 @@ def create(path: Path, write: Callable[[Path], object]) -> bool:
         except FileExistsError:
             return False
         except OSError:  # the file system has no links, or another process swept ours
-            return _claim(temporary, path)
+            if not _claim(temporary, path):
+                return False
+    sweep(path)
     return True
 
 
 def _claim(temporary: Path, path: Path) -> bool:
+    """``create`` by a name that is taken before it gets its contents."""
     try:
         path.touch(exist_ok=False)
     except FileExistsError:
@@ -131,13 +135,12 @@ def _beside(path: Path) -> Iterator[Path]:
     """An empty file beside ``path``, of a name that nobody can know before."""
     temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
     with writing(path):
+        temporary.touch(exist_ok=False)  # a link is not followed
         try:
-            temporary.touch(exist_ok=False)  # a link is not followed
             yield temporary
             sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
-    sweep(path)
 
 
 @contextmanager

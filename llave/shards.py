@@ -190,10 +190,11 @@ def refuse_not_finite(vectors: np.ndarray, name: Callable[[int], str]) -> None:
 def enter_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     text = json.dumps(manifest, indent=2) + "\n"
     path = folder / MANIFEST
-    if path.exists() or not create(path, partial(Path.write_text, data=text, encoding="utf-8")):
-        sweep(path)
+    if not path.exists():
+        create(path, partial(Path.write_text, data=text, encoding="utf-8"))
     # Read back, for the case that another process was first.
     there = read_manifest(folder)
+    sweep(path)
     differing = [
         f"{name} is {there.get(name)!r} there and {value!r} here"
         for name, value in manifest.items()

@@ -54,7 +54,8 @@ def stoppable() -> Iterator[None]:
         if isinstance(lost.exc_value, Stopped):
             # It was raised in a finaliser, where Python drops exceptions: once more, a bit later.
             received.clear()
-            threading.Timer(0.02, signal.raise_signal, [lost.exc_value.number]).start()
+            again = threading.main_thread().ident, lost.exc_value.number
+            threading.Timer(0.02, signal.pthread_kill, again).start()
         else:
             unraisable(lost)
 

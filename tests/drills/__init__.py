@@ -1,8 +1,8 @@
 """Kill drills: a command that is killed and started again ends as one that nobody disturbed.
 
-``python -m tests.drills embed --kills 30 --seed 0`` is the long form; ``tests/llave/test_drills.py``
-runs a short one. A run is killed with SIGKILL at a random moment, or where it reaches a point, which
-is a function that is patched in the process alone: nothing in the package knows of drills.
+``python -m tests.drills embed --kills 30 --seed 0`` is the long form; the suite runs a short one.
+A run is killed with SIGKILL at a random moment, or where it reaches a point, which is a function
+that is patched in that process alone: nothing in the package knows of drills.
 """
 
 from __future__ import annotations

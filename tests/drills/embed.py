@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from llave.modeling import build
@@ -22,15 +23,20 @@ POINTS = {
 }
 
 
-def run(folder: Path, *, kills: int, seed: int) -> Counter[str]:
-    """The drill, as ``tests.drills.drill`` does it."""
+def arguments(folder: Path) -> Callable[[Path], list[str]]:
+    """A model and a corpus in ``folder``, and the command that writes to another."""
     build(tiny.llava_onevision(), device="cpu").save(str(folder / "model"))
     source = folder / "corpus.jsonl"
     rows = ({"id": f"row {n}", "text": f"a cat and {n} dogs"} for n in range(ROWS))
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def arguments(out: Path) -> list[str]:
+    def to(out: Path) -> list[str]:
         small = ["--shard-rows", "4", "--batch-size", "4"]
         return ["embed", str(folder / "model"), str(source), "--out", str(out), *small]
 
-    return drill(folder, arguments, POINTS, kills=kills, seed=seed)
+    return to
+
+
+def run(folder: Path, *, kills: int, seed: int) -> Counter[str]:
+    """The drill, as ``tests.drills.drill`` does it."""
+    return drill(folder, arguments(folder), POINTS, kills=kills, seed=seed)

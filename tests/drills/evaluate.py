@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
@@ -25,8 +26,8 @@ POINTS = {
 }
 
 
-def run(folder: Path, *, kills: int, seed: int) -> Counter[str]:
-    """The drill, as ``tests.drills.drill`` does it."""
+def arguments(folder: Path) -> Callable[[Path], list[str]]:
+    """A model, tasks and images in ``folder``, and the command that writes to another."""
     build(tiny.llava_onevision(), device="cpu").save(str(folder / "model"))
     for name in COLOURS:
         Image.new("RGB", (16, 16), name).save(folder / f"{name}.png")
@@ -43,8 +44,13 @@ def run(folder: Path, *, kills: int, seed: int) -> Counter[str]:
         ]
         (folder / "data" / f"{task}.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
-    def arguments(out: Path) -> list[str]:
+    def to(out: Path) -> list[str]:
         where = ["--data", str(folder / "data"), "--images", str(folder), "--out", str(out)]
         return ["evaluate", str(folder / "model"), "--tasks", *TASKS, *where]
 
-    return drill(folder, arguments, POINTS, kills=kills, seed=seed)
+    return to
+
+
+def run(folder: Path, *, kills: int, seed: int) -> Counter[str]:
+    """The drill, as ``tests.drills.drill`` does it."""
+    return drill(folder, arguments(folder), POINTS, kills=kills, seed=seed)
