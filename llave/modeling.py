@@ -173,7 +173,7 @@ def _probe(model: SentenceTransformer) -> None:
         features = model[0].processor.apply_chat_template([message], **made).to(model.device)
         with torch.no_grad():
             vectors.append(model({**features})["sentence_embedding"][0].float())
-    if torch.equal(*vectors):
+    if torch.allclose(*vectors, rtol=0, atol=1e-6):
         raise ValueError("two texts have the same embedding")
     if any(abs(float(vector.norm()) - 1) > 0.05 for vector in vectors):  # NaN is for who embeds
         raise ValueError("its embeddings do not have the length 1")

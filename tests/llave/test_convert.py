@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -291,6 +292,58 @@ def test_a_damaged_file_is_named(backbone, tmp_path, kind):
             assert [entry.name for entry in tmp_path.iterdir()] == ["src"]
         file.write_bytes(whole)
     convert.convert(src, tmp_path / "dst", allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/etc/passwd.safetensors", "which leaves"),
+        ("../outside.safetensors", "which leaves"),
+        ("inner/../../outside.safetensors", "which leaves"),
+        ("link.safetensors", "which leaves"),
+        ("circle.safetensors", "which leaves|lacks"),
+        ("a\0b.safetensors", "which leaves"),
+        ("folder.safetensors", "is no file but a folder"),
+        ("pickled.bin", r"may name \.safetensors files only"),
+        ("outside", r"may name \.safetensors files only"),
+        ("a\x1b[2J\n.safetensors", "lacks"),
+    ],
+)
+def test_an_index_names_files_of_the_folder(backbone, tmp_path, capsys, name, message):
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    src.mkdir()
+    state = write_checkpoint(src, backbone[0])
+    write_shards(src, state, 2)
+    save_file({"x": torch.zeros(1)}, tmp_path / "outside.safetensors")
+    torch.save(state, src / "pickled.bin")
+    (src / "link.safetensors").symlink_to(tmp_path / "outside.safetensors")
+    (src / "circle.safetensors").symlink_to("circle.safetensors")
+    (src / "folder.safetensors").mkdir()
+    index = src / "model.safetensors.index.json"
+    named = json.loads(index.read_text())
+    named["weight_map"]["model.surprise"] = name
+    index.write_text(json.dumps(named))
+    assert main(["convert", str(src), str(dst)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line)
+    assert line.isprintable()
+    assert not dst.exists()
+
+
+def test_a_checkpoint_with_a_pipe_is_not_waited_for(backbone, tmp_path):
+    write_shards(tmp_path, write_checkpoint(tmp_path, backbone[0]), 1)
+    os.mkfifo(tmp_path / "chat_template.jinja")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is no file but a folder, pipe"):
+        convert.convert(tmp_path, tmp_path / "dst")
+
+
+def test_what_a_killed_conversion_left_is_removed(backbone, tmp_path):
+    write_shards(tmp_path, write_checkpoint(tmp_path, backbone[0]), 1)
+    left = tmp_path / "out" / f"dst.{'0' * 32}.tmp"
+    (left / "backbone").mkdir(parents=True)
+    (left / "backbone" / "model.safetensors").write_bytes(b"half")
+    convert.convert(tmp_path, tmp_path / "out" / "dst")
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["dst"]
 
 
 def test_cut_merges_would_be_another_tokenizer(backbone, tmp_path):

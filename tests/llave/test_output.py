@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 for needed in ("sentence_transformers", "datasets", "torchvision"):
     pytest.importorskip(needed)
 
-from llave import evaluation, modeling, shards  # noqa: E402
+from llave import evaluation, files, modeling, shards  # noqa: E402
 from llave.cli import main  # noqa: E402
 from llave.evaluation import Result  # noqa: E402
 from llave.shards import Range, Shard, enter_manifest, put, read_manifest  # noqa: E402
+from tests import drills  # noqa: E402
+from tests.drills import embed, evaluate  # noqa: E402
 from tests.llave.test_files import THINGS, tree  # noqa: E402
 from tests.llave.test_files import put as plant  # noqa: E402
 
@@ -141,7 +149,7 @@ def test_a_file_that_appears_under_a_shard_s_name_stays(tmp_path: Path, thing: s
     span = Range(0, 4)
     plant(folder / span.file, thing)
     before = tree(tmp_path)
-    shard = Shard(list("abcd"), shards.np.zeros((4, 2), "float32"), [])
+    shard = Shard(list("abcd"), np.zeros((4, 2), "float32"), [])
     with pytest.raises((ValueError, OSError), match=r"part-0000000000-0000000003\.parquet"):
         put(folder / span.file, span, shard, MANIFEST)
     assert tree(tmp_path) == before
@@ -159,3 +167,100 @@ def test_a_manifest_that_cannot_be(tmp_path: Path, change: dict[str, object]) ->
     (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST | change))
     with pytest.raises(ValueError, match=r"^[^\n]*manifest\.json cannot be used[^\n]*$"):
         read_manifest(tmp_path)
+
+
+class Full:
+    """A disk with room for so many more files."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def __call__(self, path: Path) -> None:
+        self.room -= 1
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("made", [embed, evaluate])
+def test_a_command_goes_on_once_there_is_room(
+    tmp_path: Path,
+    made: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.undo()  # a model is loaded here
+    place = tmp_path / "new"
+    place.mkdir()
+    arguments, out = made.arguments(place), place / "out"
+    kept: dict[str, bytes] = {}
+    for room in (0, 2, 3):
+        monkeypatch.setattr(files, "sync", Full(room))
+        assert main(arguments(out)) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert re.search(rf"error: {out}/\S+ cannot be written \(No space left on device\)", last)
+        found = drills.contents(out)
+        assert kept.items() <= found.items()
+        kept = found
+    monkeypatch.undo()
+    assert main(arguments(out)) == 0
+    assert main(arguments(place / "whole")) == 0
+    assert drills.contents(out) == drills.contents(place / "whole")
+
+
+def test_a_bent_shard_is_refused_or_right(tmp_path: Path) -> None:
+    span = Range(0, 4)
+    shard = Shard(list("abcd"), np.arange(8, dtype="float32").reshape(4, 2), [])
+    file = tmp_path / span.file
+    put(file, span, shard, MANIFEST)
+    whole = file.read_bytes()
+    for place in range(0, len(whole), 13):
+        for bent in (
+            whole[:place],
+            whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :],
+            whole[:place] + bytes(len(whole) - place),
+        ):
+            file.write_bytes(bent)
+            try:
+                found = shards.read_shard(file, span, MANIFEST)
+            except ValueError as error:
+                refused(file, error)
+            else:
+                assert found.ids == shard.ids
+                assert (found.vectors == shard.vectors).all()
+
+
+def refused(file: Path, error: Exception) -> None:
+    assert re.fullmatch(rf"[^\n]*{file.name}[^\n]*", str(error))
+
+
+def test_a_small_file_asks_for_no_gigabytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "MOST_BYTES", 1 << 20)
+    rows, span = 1000, Range(0, 1000)
+    manifest = MANIFEST | {"source": {"rows": rows}, "shard_rows": rows}
+    note = {"manifest": shards._digest(manifest), "first": 0, "skipped": []}
+    zeros = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(2 * rows, "float32")), 2)
+    names = pa.array(["x" * 10_000] * rows)
+    schema = shards._schema(manifest).with_metadata({"llave": json.dumps(note)})
+    pq.write_table(pa.table([names, zeros], schema), tmp_path / span.file)  # one name is stored
+    with pytest.raises(ValueError, match=r"parquet cannot be used \(unpacked it takes more"):
+        shards.read_shard(tmp_path / span.file, span, manifest)
+    with pytest.raises(ValueError, match="it has 1000 rows"):
+        shards._table(tmp_path / span.file, Range(0, 4))
+
+
+def test_a_bent_result_is_refused_or_right(tmp_path: Path) -> None:
+    scored(tmp_path, "one")
+    file = tmp_path / "task.json"
+    whole, right = file.read_bytes(), evaluation._read(file)
+    for place in range(0, len(whole), 3):
+        flipped = bytes([whole[place] ^ 1 << place % 8])
+        for bent in (whole[:place], whole[:place] + flipped + whole[place + 1 :]):
+            file.write_bytes(bent)
+            try:
+                found = evaluation._read(file)
+            except ValueError as error:
+                refused(file, error)
+            else:
+                assert found == right

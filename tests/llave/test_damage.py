@@ -1,0 +1,109 @@
+"""A model's folder with a file that is gone, cut or bent: refused by name, or as it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+for needed in ("sentence_transformers", "torchvision"):
+    pytest.importorskip(needed)
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+import llave  # noqa: E402
+from tests.llave import tiny  # noqa: E402
+
+TEXTS = ["a cat", "the video of two dogs"]
+DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
+    "gone": lambda whole: None,
+    "empty": lambda whole: b"",
+    "cut": lambda whole: whole[: len(whole) // 2],
+    "zeros": lambda whole: bytes(len(whole)),
+    "a list": lambda whole: b"[]",
+    "an object": lambda whole: b"{}",
+    "nested": lambda whole: b"[" * 100_000,
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    llave.build(tiny.llava_onevision(), device="cpu").save(str(folder), create_model_card=False)
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_file_is_named_or_was_not_needed(saved: Path, tmp_path: Path, damage: str) -> None:
+    expected = llave.load(saved, device="cpu").encode(TEXTS)
+    for file in sorted(path for path in saved.rglob("*") if path.is_file()):
+        folder = tmp_path / "model"
+        shutil.copytree(saved, folder)
+        bent, contents = folder / file.relative_to(saved), DAMAGE[damage](file.read_bytes())
+        bent.unlink()
+        if contents is not None:
+            bent.write_bytes(contents)
+        try:
+            found = llave.load(folder, device="cpu").encode(TEXTS)
+        except ValueError as error:
+            refused(error, file.name)
+        else:
+            np.testing.assert_allclose(found, expected, atol=1e-6)
+        shutil.rmtree(folder)
+
+
+def refused(error: Exception, name: str) -> None:
+    assert name in str(error)
+    assert "\n" not in str(error)
+
+
+def test_weights_that_no_file_has_are_not_drawn(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("up_proj.weight"))
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lack 1 weights .*up_proj\.weight"):
+        llave.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("family", ["llava", "2", "2_5"])
+def test_a_model_without_its_tokenizer(saved: Path, tmp_path: Path, family: str) -> None:
+    folder = tmp_path / "model"
+    if family == "llava":
+        shutil.copytree(saved, folder)
+    else:
+        llave.build(tiny.qwen_vl(family), device="cpu").save(str(folder))
+    (folder / "tokenizer.json").unlink()
+    for left in (True, False):
+        if not left:
+            (folder / "tokenizer_config.json").unlink()
+        with pytest.raises(ValueError, match="tokenizer"):
+            llave.load(folder, device="cpu")
+
+
+def test_texts_that_are_not_told_apart(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        if "embed_tokens" in name:
+            weight.zero_()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="two texts have the same embedding"):
+        llave.load(folder, device="cpu")
+
+
+def test_a_module_of_another_package(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[1]["type"] = "os.path.join"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ValueError, match=r"look at modules\.json"):
+        llave.load(folder, device="cpu")
