@@ -17,7 +17,20 @@ def reference_logsumexp(
     query: Tensor, target: Tensor, **rules: object
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """p (N,), n (N,) and n' (M,), which is None if not symmetric; ``rules`` as below."""
-    return similarity_logsumexp(query @ target.T, **rules)  # type: ignore[arg-type]
+    allowance = tie_allowance(query, target, rules.get("labels"))  # type: ignore[arg-type]
+    return similarity_logsumexp(query @ target.T, allowance=allowance, **rules)  # type: ignore[arg-type]
+
+
+def tie_allowance(query: Tensor, target: Tensor, labels: Tensor | None = None) -> Tensor:
+    """(N,) how far rounding may lift a similarity that equals the positive's above it.
+
+    ``eps (2 sqrt(D) sum_k |q_k t_k| + D |sum_k q_k t_k| / 4)`` of the positive pair: errors that
+    average out, and errors that add up where the partial sums grow steadily.
+    """
+    terms = (query * target[: len(query)] if labels is None else query * target[labels]).detach()
+    d = terms.shape[1]
+    spread, steady = 2 * d**0.5 * terms.abs().sum(1), d / 4 * terms.sum(1).abs()
+    return torch.finfo(terms.dtype).eps * (spread + steady)
 
 
 def similarity_logsumexp(
@@ -33,8 +46,9 @@ def similarity_logsumexp(
     query_ids: Tensor | None = None,
     target_ids: Tensor | None = None,
     false_negative_margin: float | None = None,
+    allowance: float | Tensor = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same of similarities (N, M)."""
+    """The same of similarities (N, M). ``allowance``: (N,), see ``tie_allowance``."""
     n, m = s.shape
     labels = torch.arange(n, device=s.device) if labels is None else labels
     owners = torch.arange(m, device=s.device) % n if owners is None else owners
@@ -48,9 +62,10 @@ def similarity_logsumexp(
         valid = valid & (query_ids[:, None] != target_ids)
     row_valid = column_valid = valid
     if false_negative_margin is not None:
-        column_positive = s.new_full((m,), INF).index_put((labels,), positive.detach())
-        row_valid = valid & ~(~own & (s > positive.detach()[:, None] + false_negative_margin))
-        column_valid = valid & ~(~own & (s > column_positive + false_negative_margin))
+        rows_limit = positive.detach() + allowance + false_negative_margin
+        columns_limit = s.new_full((m,), INF).index_put((labels,), rows_limit)
+        row_valid = valid & ~(~own & (s > rows_limit[:, None]))
+        column_valid = valid & ~(~own & (s > columns_limit))
 
     def logsumexp(alpha: float, valid: Tensor, dim: int) -> Tensor:
         z = logit_scale * s + alpha * weighted * s.detach()
@@ -66,7 +81,8 @@ def similarity_logsumexp(
 
 def reference_loss(query: Tensor, target: Tensor, **rules: object) -> Tensor:
     """The hardness-weighted contrastive loss; ``rules`` as in ``similarity_loss``."""
-    return similarity_loss(query @ target.T, **rules)  # type: ignore[arg-type]
+    allowance = tie_allowance(query, target, rules.get("labels"))  # type: ignore[arg-type]
+    return similarity_loss(query @ target.T, allowance=allowance, **rules)  # type: ignore[arg-type]
 
 
 def similarity_loss(s: Tensor, *, reduction: str = "mean", **rules: object) -> Tensor:
