@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid
 
 from llave_kernels import checks, dispatch, functional
 from llave_kernels.agreement import Call, Group, Peer, agree
-from llave_kernels.rules import Rules, at_labels, by_column, inside
+from llave_kernels.rules import Rules, at_labels, inside
 
 
 # Compiled, the call is a break in the graph: the exchanges' sizes are known only when the processes
@@ -132,8 +132,9 @@ def _global_rules(
             own = torch.arange(len(target), device=target.device)
         owners = _gather(counted_over_all(own), columns, group)
     if rules.margin is not None and rules.symmetric:
-        ties = dispatch.BACKENDS[backend].tie_limit(query, target, rules.labels)
-        column_limit = _gather(by_column(ties, rules.labels, len(target)), columns, group)
+        module = dispatch.BACKENDS[backend]
+        limits = module.margin_limit(query, target, rules.labels, rules.margin)
+        column_limit = _gather(rules.column_limits(limits, len(target)), columns, group)
     target_ids = rules.target_ids
     return dataclasses.replace(
         rules,

@@ -105,7 +105,7 @@ def hardness_weighted_contrastive_loss(
         false_negative_margin: leave out negatives owned by other rows whose similarity exceeds
             that of the positive by more than this (Qwen3-Embedding: 0.1). In the target direction
             the positive is the column's own. A row's own mined negatives are never left out by it.
-            At 0 ties with the positive stay, to the rounding that ``docs/numerics.md`` states.
+            What equals the positive is kept, to an allowance for rounding (docs/numerics.md).
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (a loss per row).
         backend: ``"auto"`` or a name from ``available_backends()``.
 

@@ -22,15 +22,20 @@ def reference_logsumexp(
 
 
 def tie_allowance(query: Tensor, target: Tensor, labels: Tensor | None = None) -> Tensor:
-    """(N,) how far rounding may lift a similarity that equals the positive's above it.
+    """(N,) how far rounding may put a similarity that equals the positive's from it.
 
-    ``eps (2 sqrt(D) sum_k |q_k t_k| + D |sum_k q_k t_k| / 4)`` of the positive pair: errors that
-    average out, and errors that add up where the partial sums grow steadily.
+    Of the positive pair's terms ``q_k t_k`` let ``a`` be the sum of sizes; ``r`` their norm and
+    ``c`` the largest of the partial sums after each eighth of them, both over ``a``:
+    ``eps a (2 sqrt(D (r^2 + c^2)) + D c^2 / 4)``, for errors that average out, and errors that add
+    up where the partial sums grow steadily.
     """
     terms = (query * target[: len(query)] if labels is None else query * target[labels]).detach()
-    d = terms.shape[1]
-    spread, steady = 2 * d**0.5 * terms.abs().sum(1), d / 4 * terms.sum(1).abs()
-    return torch.finfo(terms.dtype).eps * (spread + steady)
+    d, numbers = terms.shape[1], torch.finfo(terms.dtype)
+    a = terms.abs().sum(1)
+    shares = terms / a.clamp(min=numbers.tiny)[:, None]
+    partial = torch.stack([x.sum(1) for x in shares.tensor_split(8, dim=1)]).cumsum(0)
+    c2, r2 = partial.abs().amax(0).square(), shares.square().sum(1)
+    return numbers.eps * a * (2 * (d * (r2 + c2)).sqrt() + d * c2 / 4)
 
 
 def similarity_logsumexp(
@@ -46,7 +51,7 @@ def similarity_logsumexp(
     query_ids: Tensor | None = None,
     target_ids: Tensor | None = None,
     false_negative_margin: float | None = None,
-    allowance: float | Tensor = 0.0,
+    allowance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same of similarities (N, M). ``allowance``: (N,), see ``tie_allowance``."""
     n, m = s.shape
@@ -62,7 +67,11 @@ def similarity_logsumexp(
         valid = valid & (query_ids[:, None] != target_ids)
     row_valid = column_valid = valid
     if false_negative_margin is not None:
-        rows_limit = positive.detach() + allowance + false_negative_margin
+        margin = torch.full_like(positive, false_negative_margin)
+        allowance = torch.zeros_like(positive) if allowance is None else allowance
+        # No nearer to 0 than rounding: ties with the positive are judged alike.
+        margin = torch.where(margin < 0, margin.clamp(max=-allowance), margin.clamp(min=allowance))
+        rows_limit = positive.detach() + margin
         columns_limit = s.new_full((m,), INF).index_put((labels,), rows_limit)
         row_valid = valid & ~(~own & (s > rows_limit[:, None]))
         column_valid = valid & ~(~own & (s > columns_limit))

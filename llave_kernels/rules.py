@@ -24,9 +24,9 @@ class Rules:
             column is its own owner (no mined negatives), which backends can treat faster.
         query_ids: (N,) int64 content ids, or None. Given together with ``target_ids``.
         target_ids: (M,) int64 content ids, or None.
-        column_limit: (M,) the ``tie_limit`` of each column's positive pair, infinite where it has
-            none, where rows elsewhere hold some of these pairs; None: the rows at hand tell. Read
-            with a margin only.
+        column_limit: (M,) the ``margin_limit`` of each column's positive pair, infinite where it
+            has none, where rows elsewhere hold some of these pairs; None: the rows at hand tell.
+            Read with a margin only.
         alpha: hardness strength of the query -> target direction.
         target_alpha: hardness strength of the target -> query direction.
         hardness: one of ``HARDNESS_MODES``.
@@ -50,19 +50,14 @@ class Rules:
         """Whether a pair has the same logit in both directions: one exponential serves both."""
         return self.margin is None and self.alpha == self.target_alpha
 
-    def margin_limits(self, ties: Tensor, m: int) -> tuple[Tensor, Tensor]:
-        """Similarities above which the margin leaves a negative out: of each row (N,), and of each
-        column (M,), infinite where a column is nobody's positive.
-
-        Args:
-            ties: (N,) ``tie_limit`` of each row's positive.
-            m: number of columns.
-        """
-        assert self.margin is not None
-        columns = self.column_limit
-        if columns is None:
-            columns = by_column(ties, self.labels, m)
-        return ties + self.margin, columns + self.margin
+    def column_limits(self, rows: Tensor, m: int) -> Tensor:
+        """(M,) the limits of the rows (N,) whose positives the columns are; infinite where a column
+        is nobody's."""
+        if self.column_limit is not None:
+            return self.column_limit
+        known, safe = inside(self.labels, m)
+        place = torch.where(known, safe, m)  # labels outside go where nobody looks
+        return rows.new_full((m + 1,), math.inf).scatter_(0, place, rows)[:m]
 
 
 def inside(labels: Tensor, m: int) -> tuple[Tensor, Tensor]:
@@ -77,13 +72,6 @@ def at_labels(columns: Tensor, labels: Tensor) -> Tensor:
     """(N,) the columns' values (M,) at the labels, NaN for a label outside."""
     known, safe = inside(labels, len(columns))
     return torch.where(known, columns[safe], math.nan)
-
-
-def by_column(limits: Tensor, labels: Tensor, m: int) -> Tensor:
-    """(M,) the limit (N,) of the row whose positive a column is, infinite where there is none."""
-    known, safe = inside(labels, m)
-    place = torch.where(known, safe, m)  # labels outside go where nobody looks
-    return limits.new_full((m + 1,), math.inf).scatter_(0, place, limits)[:m]
 
 
 def default_owners(n: int, m: int, device: torch.device) -> Tensor | None:

@@ -14,7 +14,7 @@ import llave_kernels.ops  # noqa: F401  (registers torch.ops.llave)
 from llave_kernels.backends.torch_strips import kept_shape, one_direction
 from llave_kernels.dispatch import BACKENDS
 from llave_kernels.reference import reference_logsumexp
-from llave_kernels.rules import Rules, at_labels, by_column
+from llave_kernels.rules import Rules, at_labels
 from tests.helpers import clear_margin, embeddings, relative_error
 
 N, M, D = 70, 150, 8
@@ -116,7 +116,8 @@ def test_what_is_read_and_written_at_labels() -> None:
     read.backward(torch.tensor([1.0, math.nan, 2.0, math.nan, math.nan]))
     assert values.grad is not None
     assert values.grad.tolist() == [2.0, 0.0, 1.0]
-    assert by_column(torch.arange(5.0), labels, 3).tolist() == [2.0, math.inf, 0.0]
+    rules = rules_of(labels, None, 0.0, True)
+    assert rules.column_limits(torch.arange(5.0), 3).tolist() == [2.0, math.inf, 0.0]
 
 
 QUERY, TARGET = torch.ones(4, 3), torch.ones(6, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from llave_kernels import ops
 from llave_kernels.backends import positives, products, torch_strips
 from llave_kernels.dispatch import BACKENDS
 from llave_kernels.reference import reference_loss, similarity_loss
-from llave_kernels.rules import Rules, by_column
+from llave_kernels.rules import Rules
 from tests.helpers import fused, loss_and_gradients, multiplicands, relative_error, rounding
 from tests.test_numerics import DTYPES
 
@@ -99,12 +100,14 @@ def test_ties_stay_and_what_exceeds_goes(backend: str, data: st.DataObject) -> N
         assert float((reference - expected).norm()) <= 1e-6 * size, name
 
 
-def negatives_that_count(query: Tensor, target: Tensor, backend: str) -> Tensor:
-    """Of each row (N,) and of each column (M,), under a margin of 0; rows own their column only."""
+def negatives_that_count(
+    query: Tensor, target: Tensor, backend: str, margin: float = 0.0
+) -> Tensor:
+    """Of each row (N,) and of each column (M,), under a margin; rows own their column only."""
     n, m = len(query), len(target)
     dtype = torch.promote_types(query.dtype, torch.float32)
     rules = Rules(
-        torch.arange(n), torch.arange(m), None, None, None, 0.0, 0.0, "in_batch", 0.0, True
+        torch.arange(n), torch.arange(m), None, None, None, 0.0, 0.0, "in_batch", margin, True
     )
     scale = torch.tensor(1e-6, dtype=dtype)  # each adds exp(0)
     outputs = torch.ops.llave.contrastive_logsumexp(
@@ -117,10 +120,28 @@ def test_ties_stay_where_every_addition_rounds_the_same_way(backend: str) -> Non
     n = 5
     for dtype in DTYPES[backend]:
         for d in (100, 384, *([] if backend == "triton" else [1000, 3000, 4096])):
-            for sign in (1, -1):
-                query = torch.full((n, d), d**-0.5, dtype=dtype)
-                counted = negatives_that_count(query, sign * query, backend)
-                assert bool((counted == n - 1).all()), (dtype, d, sign)
+            query = torch.full((n, d), d**-0.5, dtype=dtype)
+            for sign, margin in itertools.product((1, -1), (0.0, 1e-12, -1e-12)):
+                counted = negatives_that_count(query, sign * query, backend, margin)
+                assert bool((counted == (n - 1 if margin >= 0 else 0)).all()), (dtype, d, margin)
+
+
+def test_ties_stay_where_the_halves_cancel(backend: str) -> None:
+    """Partial sums are large, and the similarity is none."""
+    for dtype in DTYPES[backend]:
+        for d in (64, 384, *([] if backend == "triton" else [3000, 4096])):
+            query = torch.randn(4, d, dtype=torch.float64).repeat(2, 1).to(dtype)
+            target = torch.cat([query[:, : d // 2], -query[:, d // 2 :]], dim=1)
+            counted = negatives_that_count(multiplicands(query), multiplicands(target), backend)
+            assert bool((counted >= 1).all()), (dtype, d)
+
+
+def test_a_margin_beyond_rounding_is_taken_as_it_is(backend: str) -> None:
+    query, target = multiplicands(torch.randn(9, 33)), multiplicands(torch.randn(9, 33))
+    positive = (query.double() * target.double()).sum(1)
+    for margin in (0.05, -0.05):
+        limit = BACKENDS[backend].margin_limit(query, target, torch.arange(9), margin)
+        assert relative_error(limit, positive + margin) < 1e-6
 
 
 def test_the_directions_judge_alike_wherever_a_column_is_known(backend: str) -> None:
@@ -130,8 +151,8 @@ def test_the_directions_judge_alike_wherever_a_column_is_known(backend: str) -> 
     target = torch.randn(n, d).repeat_interleave(3, 0)[:n]
     scale = torch.tensor(0.3)
     labels = torch.randperm(n)
-    ties = BACKENDS[backend].tie_limit(query, target, labels)
-    limit = by_column(ties, labels, n)
+    rows = BACKENDS[backend].margin_limit(query, target, labels, 0.0)
+    limit = torch.empty(n).index_put((labels,), rows)
 
     def columns(part: slice, limit: Tensor | None) -> Tensor:
         rules = Rules(labels[part], None, None, None, limit, 0.1, 0.1, "in_batch", 0.0, True)

@@ -82,11 +82,11 @@ def _architecture(device: torch.device) -> int:
     return 80 if major >= 8 else 0
 
 
-def tie_limit(query: Tensor, target: Tensor, labels: Tensor) -> Tensor:
-    """``positives.tie_limit`` of this backend's products: TMA rounds float32 to the nearest TF32,
-    and so does our own code before sm_90."""
+def margin_limit(query: Tensor, target: Tensor, labels: Tensor, margin: float) -> Tensor:
+    """``positives.margin_limit`` of this backend's products: TMA rounds float32 to the nearest
+    TF32, and so does our own code before sm_90."""
     nearest = positives.nearest_tf32 if query.dtype == torch.float32 else None
-    return positives.tie_limit(query, target, labels, nearest)
+    return positives.margin_limit(query, target, labels, margin, nearest)
 
 
 def forward(
@@ -170,8 +170,8 @@ class _Call:
         owners, query_ids, target_ids = (None if x is None else x.contiguous() for x in optional)
         labels, row_limit, column_limit = rules.labels.contiguous(), None, None
         if rules.margin is not None:
-            ties = tie_limit(query, target, labels)
-            row_limit, column_limit = rules.margin_limits(ties, len(target))
+            row_limit = margin_limit(query, target, labels, rules.margin)
+            column_limit = rules.column_limits(row_limit, len(target)).contiguous()
         ids = owners, query_ids, target_ids
         self.tensors = query, target, scale, labels, *ids, row_limit, column_limit
         self.problem = _cuda.Problem(

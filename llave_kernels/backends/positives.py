@@ -1,4 +1,4 @@
-"""The positives' similarities, and up to where a negative's similarity ties with them.
+"""The positives' similarities, and where a margin leaves negatives out.
 
 A margin compares each similarity with its positive's. A matrix product rounds otherwise than the
 sum of one pair's terms, and two equal columns of it may differ in the last bit: without an
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from llave_kernels.backends.products import accumulation_dtype
 from llave_kernels.rules import inside
 
 AT_A_TIME = 1 << 21  # numbers of each side: 8 MiB of float32
+PARTS = 8  # of a sum, after each of which its size is looked at
 TF32_BITS = 13  # of a float32's mantissa that TF32 lacks
 
 
@@ -27,18 +29,21 @@ def positive_similarity(query: Tensor, target: Tensor, labels: Tensor) -> Tensor
     return torch.where(known, torch.cat(similarity), math.nan)
 
 
-def tie_limit(
+def margin_limit(
     query: Tensor,
     target: Tensor,
     labels: Tensor,
+    margin: float,
     multiplicands: Callable[[Tensor], Tensor] | None = None,
     rounding: float = 0.0,
 ) -> Tensor:
-    """(N,) the largest similarity of a row that counts as equal to its positive's.
+    """(N,) the similarity above which the margin leaves a negative out; NaN for a label outside.
 
-    ``s_{i, l_i}`` plus an allowance for the rounding of sums, which are float32 or float64:
-    ``eps (2 sqrt(D) sum_k |q_k t_k| + D |s| / 4)``. Its first part covers errors that average out,
-    its second those that add up where the partial sums grow steadily.
+    ``s_{i, l_i} + margin``, the margin at least as far from 0 as an allowance for the rounding of
+    sums in float32, or float64. Of a pair's terms ``q_k t_k`` let ``a`` be the sum of sizes;
+    ``r`` their norm and ``c`` the largest of the partial sums after each eighth of them, both over
+    ``a``. The allowance is ``eps a (2 sqrt(D (r^2 + c^2)) + D c^2 / 4)``: errors that average out,
+    and errors that add up where the partial sums grow steadily.
 
     Args:
         multiplicands: what the products make of float32 before they multiply.
@@ -46,13 +51,18 @@ def tie_limit(
     """
     known, safe = inside(labels, len(target))
     d = query.shape[1]
-    eps = torch.finfo(accumulation_dtype(query.dtype)).eps
+    numbers = torch.finfo(accumulation_dtype(query.dtype))
     limits = []
     for q, t in _pairs(query, target, safe):
         terms = q * t if multiplicands is None else multiplicands(q) * multiplicands(t)
-        similarity, size = terms.sum(1), terms.abs().sum(1)
-        allowance = (2 * eps * math.sqrt(d) + rounding) * size + d * eps / 4 * similarity.abs()
-        limits.append(similarity + allowance)
+        size = terms.abs().sum(1)
+        shares = terms / size.clamp(min=numbers.tiny)[:, None]
+        parts = (part.sum(1) for part in shares.tensor_split(PARTS, dim=1))
+        steady = torch.stack(list(accumulate(parts))).abs().amax(0).square()
+        average = 2 * (d * (shares.square().sum(1) + steady)).sqrt()
+        allowance = (numbers.eps * (average + d * steady / 4) + rounding) * size
+        pushed = allowance.clamp(min=margin) if margin >= 0 else (-allowance).clamp(max=margin)
+        limits.append(terms.sum(1) + pushed)
     return torch.where(known, torch.cat(limits), math.nan)
 
 

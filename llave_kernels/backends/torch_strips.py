@@ -63,9 +63,9 @@ def rounds_gradients(query: Tensor) -> bool:
     return query.dtype.itemsize == 2 and multiplies_halves(query.device.type)
 
 
-def tie_limit(query: Tensor, target: Tensor, labels: Tensor) -> Tensor:
-    """``positives.tie_limit`` of this backend's products."""
-    return positives.tie_limit(query, target, labels, rounding=rounding(query))
+def margin_limit(query: Tensor, target: Tensor, labels: Tensor, margin: float) -> Tensor:
+    """``positives.margin_limit`` of this backend's products."""
+    return positives.margin_limit(query, target, labels, margin, rounding=rounding(query))
 
 
 def strip_rows(n: int, m: int, dtype: torch.dtype) -> int:
@@ -105,8 +105,8 @@ class _Strips:
         self.bounded = self._bounded()
         self.row_limit = self.column_limit = None
         if rules.margin is not None:
-            ties = tie_limit(query, target, rules.labels)
-            self.row_limit, self.column_limit = rules.margin_limits(ties, len(target))
+            self.row_limit = margin_limit(query, target, rules.labels, rules.margin)
+            self.column_limit = rules.column_limits(self.row_limit, len(target))
         # One exponential serves both directions: dS = exp(z) (row factor + column factor).
         self.together = self.bounded and rules.shared_logits
 

@@ -61,12 +61,12 @@ def supports(query: Tensor, target: Tensor, rules: Rules) -> str | None:
     return None
 
 
-def tie_limit(query: Tensor, target: Tensor, labels: Tensor) -> Tensor:
-    """``positives.tie_limit`` of this backend's products: the tensor cores read of float32 the bits
-    that TF32 has."""
+def margin_limit(query: Tensor, target: Tensor, labels: Tensor, margin: float) -> Tensor:
+    """``positives.margin_limit`` of this backend's products: the tensor cores read of float32 the
+    bits that TF32 has."""
     truncates = query.dtype == torch.float32 and _precision() == "tf32"
     truncated = positives.truncated_tf32 if truncates else None
-    return positives.tie_limit(query, target, labels, truncated)
+    return positives.margin_limit(query, target, labels, margin, truncated)
 
 
 def forward(
@@ -145,8 +145,8 @@ class _Call:
         # An absent tensor's pointer is never read; labels stand in.
         row_limit = column_limit = labels
         if rules.margin is not None:
-            ties = tie_limit(query, target, labels)
-            row_limit, column_limit = rules.margin_limits(ties, m)
+            row_limit = margin_limit(query, target, labels, rules.margin)
+            column_limit = rules.column_limits(row_limit, m).contiguous()
         optional = (rules.owners, rules.query_ids, rules.target_ids)
         pointers = [labels if x is None else x.contiguous() for x in optional]
         self.inputs = (query, target, scale, labels, *pointers, row_limit, column_limit)

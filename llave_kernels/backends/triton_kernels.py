@@ -24,7 +24,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 IN_BATCH = tl.constexpr(0)
 HARD_NEGATIVES = tl.constexpr(1)
 INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 # What stands for a label and for an owner that is no column: equal to no column nor to each other.
 NOWHERE = tl.constexpr(-1)
 NOBODY = tl.constexpr(-2)
@@ -122,7 +121,7 @@ def positive_kernel(
             p_t + b_label.to(tl.int64)[:, None] * s_tm + o_k[None, :] * s_td, mask=m, other=0.0
         )
         b_sum += tl.sum(b_q.to(tl.float32) * b_t.to(tl.float32), 1)
-    tl.store(p_similarity + o_m, tl.where(m_label, b_sum, NAN), mask=m_m)
+    tl.store(p_similarity + o_m, tl.where(m_label, b_sum, float("nan")), mask=m_m)
 
 
 @triton.jit(do_not_specialize=["N", "M", "ROWS", "COLUMNS"])
@@ -146,7 +145,7 @@ def forward_kernel(
         m_m = o_m < N
         b_label = _columns(p_label, o_m, m_m, M, NOWHERE)
         b_row_max = tl.full((BM,), -INF, tl.float32)
-        b_row_sum = tl.where(b_label == NOWHERE, NAN, 0.0)
+        b_row_sum = tl.where(b_label == NOWHERE, float("nan"), 0.0)
         for c in range(0, COLUMNS):
             o_n = (i_columns * COLUMNS + c) * BN + tl.arange(0, BN)
             m_n = o_n < M
