@@ -176,11 +176,12 @@ void forward(int device, int architecture, const Problem& whole, int start, int 
     select_device(device);
     return launch_forward<decltype(number)::value, decltype(element)>(p, outputs, cuda_stream);
   });
-  const Combination rows = {row_parts, tiles_over(p.m, kColumns),        p.n, nullptr,
-                            true,      pointer<float>(query_lse) + start};
+  const Combination rows = {row_parts, tiles_over(p.m, kColumns),        p.n,      nullptr,
+                            true,      pointer<float>(query_lse) + start, p.labels, p.m,
+                            outputs.positive};
   const Combination columns = {
       column_parts, tiles_over(p.n, tile_rows), p.symmetric ? p.m : 0, state,
-      start == 0,   pointer<float>(target_lse)};
+      start == 0,   pointer<float>(target_lse), nullptr, 0, nullptr};
   launch_combine(rows, columns, cuda_stream);
 }
 

@@ -6,7 +6,8 @@
 
 namespace llave {
 
-// What a rule looks at. A row beyond the edge has label `kOutside`.
+// What a rule looks at. A row beyond the edge has label `kOutside`; a label or an owner that is no
+// column is `kNowhere` or `kNobody`, which equal no column and not each other.
 struct Row {
   int label;
   float limit;
@@ -19,7 +20,7 @@ struct Column {
   int64_t id;
 };
 
-constexpr int kOutside = -1;
+constexpr int kOutside = -1, kNowhere = -2, kNobody = -3;
 
 // Whether a pair carries the hardness weight, and whether it counts as a negative in each
 // direction.
@@ -27,9 +28,16 @@ struct Pair {
   bool weighted, in_row, in_column;
 };
 
+// A column given in 64 bits, or `otherwise` where there is none of that number.
+CUTE_HOST_DEVICE int column_or(int64_t column, int m, int otherwise) {
+  return static_cast<uint64_t>(column) < static_cast<uint64_t>(m) ? static_cast<int>(column)
+                                                                  : otherwise;
+}
+
 CUTE_HOST_DEVICE Row load_row(const Problem& p, int i) {
   if (i >= p.n) return {kOutside, kInfinity, 0};
-  return {static_cast<int>(p.labels[i]), p.row_limit == nullptr ? kInfinity : p.row_limit[i],
+  return {column_or(p.labels[i], p.m, kNowhere),
+          p.row_limit == nullptr ? kInfinity : p.row_limit[i],
           p.query_ids == nullptr ? 0 : p.query_ids[i]};
 }
 
@@ -50,7 +58,7 @@ struct ColumnReader {
   CUTE_HOST_DEVICE Column operator()(int offset) const {
     const int j = first + offset;
     if (offset >= count) return {j, j, kInfinity, 0};
-    return {j, owners == nullptr ? j : static_cast<int>(owners[offset]),
+    return {j, owners == nullptr ? j : column_or(owners[offset], first + count, kNobody),
             limits == nullptr ? kInfinity : limits[offset], ids == nullptr ? 0 : ids[offset]};
   }
 };

@@ -20,8 +20,7 @@ from torch.nn.functional import logsigmoid
 
 from llave_kernels import checks, dispatch, functional, transforms
 from llave_kernels.agreement import Group, Peer, Terms, agree, learns
-from llave_kernels.backends.strip_gemm import positive_similarity
-from llave_kernels.rules import Rules
+from llave_kernels.rules import Rules, at_labels, inside
 
 DEFAULTS: dict[str, Any] = functional.hardness_weighted_contrastive_loss.__kwdefaults__ or {}
 
@@ -105,13 +104,13 @@ def loss_over(
     query, target, scale, own, reduction, name = call
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     columns = [peer.columns for peer in peers]
-    rules = _global_rules(query, target, own, peers, rank, group)
+    rules = _global_rules(query, target, own, name, peers, rank, group)
     everything: Tensor = _GatherRows.apply(target, columns, group)
     logits = functional.logsumexp(query, everything, scale, rules, name)
     loss = -logsigmoid(logits.positive - logits.query)
     if logits.target is not None:
         own_columns: Tensor = _OwnColumns.apply(logits.target, columns, group)
-        loss = (loss - logsigmoid(logits.positive - own_columns[own.labels])) / 2
+        loss = (loss - logsigmoid(logits.positive - at_labels(own_columns, own.labels))) / 2
     if reduction == "none":
         return loss
     if reduction == "sum":
@@ -156,28 +155,38 @@ def checked(
 
 
 def _global_rules(
-    query: Tensor, target: Tensor, rules: Rules, peers: list[Peer], rank: int, group: Group
+    query: Tensor,
+    target: Tensor,
+    rules: Rules,
+    backend: str,
+    peers: list[Peer],
+    rank: int,
+    group: Group,
 ) -> Rules:
     """This process's rules with columns counted over all processes."""
     columns = [peer.columns for peer in peers]
     offset = sum(columns[:rank])
-    owners = column_positive = None
+
+    def counted_over_all(own: Tensor) -> Tensor:  # what names no column here names none there
+        return torch.where(inside(own, len(target))[0], own + offset, -1)
+
+    owners = column_limit = None
     if any(peer.owners for peer in peers):
         own = rules.owners
         if own is None:
             own = torch.arange(len(target), device=target.device)
-        owners = gather_rows(own + offset, columns, group)
+        owners = gather_rows(counted_over_all(own), columns, group)
     if rules.margin is not None and rules.symmetric:
-        similarity = positive_similarity(query, target, rules.labels)
-        own = similarity.new_full((len(target),), math.inf)
-        column_positive = gather_rows(own.index_put((rules.labels,), similarity), columns, group)
+        module = dispatch.BACKENDS[backend]
+        limits = module.margin_limit(query, target, rules.labels, rules.margin)
+        column_limit = gather_rows(rules.column_limits(limits, len(target)), columns, group)
     target_ids = rules.target_ids
     return dataclasses.replace(
         rules,
-        labels=rules.labels + offset,
+        labels=counted_over_all(rules.labels),
         owners=owners,
         target_ids=None if target_ids is None else gather_rows(target_ids, columns, group),
-        column_positive=column_positive,
+        column_limit=column_limit,
     )
 
 

@@ -10,7 +10,8 @@ from torch.nn.functional import logsigmoid
 
 from llave_kernels import checks, dispatch, ops, transforms
 from llave_kernels.backends import torch_strips
-from llave_kernels.rules import HARDNESS_MODES, Rules, default_owners
+from llave_kernels.backends.products import accumulation_dtype
+from llave_kernels.rules import HARDNESS_MODES, Rules, at_labels, default_owners
 
 
 class ContrastiveLogits(NamedTuple):
@@ -105,6 +106,7 @@ def hardness_weighted_contrastive_loss(
         false_negative_margin: leave out negatives owned by other rows whose similarity exceeds
             that of the positive by more than this (Qwen3-Embedding: 0.1). In the target direction
             the positive is the column's own. A row's own mined negatives are never left out by it.
+            What equals the positive is kept, to an allowance for rounding (docs/numerics.md).
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (a loss per row).
         backend: ``"auto"`` or a name from ``available_backends()``.
 
@@ -142,7 +144,7 @@ def hardness_weighted_contrastive_loss(
     logits = logsumexp(query, target, scale, rules, name)
     loss = -logsigmoid(logits.positive - logits.query)
     if logits.target is not None:
-        loss = (loss - logsigmoid(logits.positive - logits.target[rules.labels])) / 2
+        loss = (loss - logsigmoid(logits.positive - at_labels(logits.target, rules.labels))) / 2
     if reduction == "none":
         return loss
     return loss.mean() if reduction == "mean" else loss.sum()
@@ -183,7 +185,7 @@ def resolve(
     """Checked arguments as (0-d scale tensor on the device, rules)."""
     checks.embeddings(query, target)
     n, m, device = len(query), len(target), query.device
-    dtype = torch_strips.accumulation_dtype(query.dtype)
+    dtype = accumulation_dtype(query.dtype)
     alpha = checks.strength("alpha", alpha, dtype)
     if target_alpha is None:
         target_alpha = alpha

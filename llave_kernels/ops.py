@@ -6,18 +6,20 @@ makes the gradients along with the loss where the upstream gradient can only be 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llave_kernels import transforms
+from llave_kernels import checks, transforms
 from llave_kernels.backends import torch_strips
-from llave_kernels.backends.torch_strips import accumulation_dtype
+from llave_kernels.backends.products import accumulation_dtype
 from llave_kernels.dispatch import BACKENDS
-from llave_kernels.rules import Rules
+from llave_kernels.rules import HARDNESS_MODES, Rules
 
 # One flat signature, because an operator's schema holds only tensors and scalars.
 # Order: the fields of ``Rules``.
@@ -43,7 +45,7 @@ def rule_args(rules: Rules) -> RuleArgs:
         rules.owners,
         rules.query_ids,
         rules.target_ids,
-        rules.column_positive,
+        rules.column_limit,
         rules.alpha,
         rules.target_alpha,
         rules.hardness,
@@ -62,7 +64,7 @@ def contrastive_logsumexp(
     owners: Tensor | None,
     query_ids: Tensor | None,
     target_ids: Tensor | None,
-    column_positive: Tensor | None,
+    column_limit: Tensor | None,
     alpha: float,
     target_alpha: float,
     hardness: str,
@@ -75,17 +77,21 @@ def contrastive_logsumexp(
         owners,
         query_ids,
         target_ids,
-        column_positive,
+        column_limit,
         alpha,
         target_alpha,
         hardness,
         margin,
         symmetric,
     )
+    rules = _checked(query, target, logit_scale, rules)
+    module = _named(backend)
+    if (reason := module.supports(query, target, rules)) is not None:
+        raise ValueError(f"backend={backend!r} does not support this call: {reason}")
     with _on(query, target, logit_scale):
         if backend == torch_strips.NAME:
             return torch_strips.forward(query, target, logit_scale, rules)
-        outputs = BACKENDS[backend].forward(query, target, logit_scale, rules)
+        outputs = module.forward(query, target, logit_scale, rules)
         return (*outputs, query.new_empty((len(target), 0), dtype=torch.float32))
 
 
@@ -118,7 +124,7 @@ def contrastive_logsumexp_backward(
     owners: Tensor | None,
     query_ids: Tensor | None,
     target_ids: Tensor | None,
-    column_positive: Tensor | None,
+    column_limit: Tensor | None,
     alpha: float,
     target_alpha: float,
     hardness: str,
@@ -134,21 +140,25 @@ def contrastive_logsumexp_backward(
         owners,
         query_ids,
         target_ids,
-        column_positive,
+        column_limit,
         alpha,
         target_alpha,
         hardness,
         margin,
         symmetric,
     )
-    upstream = d_positive, d_query_lse, d_target_lse
+    rules = _checked(query, target, logit_scale, rules)
+    module = _named(backend)
+    upstream = _like_outputs(rules, query, target, "d_", d_positive, d_query_lse, d_target_lse)
+    lses = _like_outputs(rules, query, target, "", positive, query_lse, target_lse)
+    _expect("kept", kept, (len(target), kept.shape[-1]), query)
     with _on(query, target, logit_scale):
         if backend == torch_strips.NAME:
+            _, row_lse, column_lse = lses
             return torch_strips.backward(
-                *upstream, query, target, logit_scale, query_lse, target_lse, kept, rules
+                *upstream, query, target, logit_scale, row_lse, column_lse, kept, rules
             )
-        lses = positive, query_lse, target_lse
-        return BACKENDS[backend].backward(
+        return module.backward(
             *upstream, query, target, logit_scale, *lses, rules, scale_gradient=scale_gradient
         )
 
@@ -175,7 +185,7 @@ def one_direction_loss(
     owners: Tensor | None,
     query_ids: Tensor | None,
     target_ids: Tensor | None,
-    column_positive: Tensor | None,
+    column_limit: Tensor | None,
     alpha: float,
     target_alpha: float,
     hardness: str,
@@ -191,13 +201,14 @@ def one_direction_loss(
         owners,
         query_ids,
         target_ids,
-        column_positive,
+        column_limit,
         alpha,
         target_alpha,
         hardness,
         margin,
         symmetric,
     )
+    rules = _checked(query, target, logit_scale, rules)
     with _on(query, target, logit_scale):
         loss, dq, dt, d_scale = torch_strips.one_direction(query, target, logit_scale, rules)
         return loss.sum(), dq, dt, d_scale
@@ -214,6 +225,55 @@ def _gradients_like(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dt = (x.new_empty(x.shape, dtype=dtype) for x in (query, target))
     return dq, dt, query.new_empty((), dtype=accumulation_dtype(query.dtype))
+
+
+def _checked(query: Tensor, target: Tensor, logit_scale: Tensor, rules: Rules) -> Rules:
+    """The rules of a call whose arguments may be anyone's, with labels and owners as int64.
+
+    Backends read what is passed as what ``Rules`` says it is.
+    """
+    checks.embeddings(query, target)
+    n, m, device = len(query), len(target), query.device
+    _expect("logit_scale", logit_scale, (), query)
+    checks.one_of("hardness", rules.hardness, HARDNESS_MODES)
+    checks.ids(rules.query_ids, rules.target_ids, n, m, device)
+    if rules.column_limit is not None:
+        _expect("column_limit", rules.column_limit, (m,), query)
+    labels = checks.columns("labels", rules.labels, n, m, device, unique=rules.symmetric)
+    owners = rules.owners
+    if owners is not None:
+        owners = checks.columns("owners", owners, m, m, device)
+    return dataclasses.replace(rules, labels=labels, owners=owners)
+
+
+def _named(backend: str) -> ModuleType:
+    checks.one_of("backend", backend, tuple(BACKENDS))
+    if (reason := BACKENDS[backend].unavailable()) is not None:
+        raise RuntimeError(f"backend={backend!r} cannot run on this machine: {reason}")
+    return BACKENDS[backend]
+
+
+def _like_outputs(
+    rules: Rules, query: Tensor, target: Tensor, prefix: str, *values: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values of the shapes of the forward's first outputs, checked, without gaps."""
+    n = len(query)
+    sizes = n, n, len(target) if rules.symmetric else 0
+    names = "positive", "query_lse", "target_lse"
+    for name, value, size in zip(names, values, sizes, strict=True):
+        _expect(prefix + name, value, (size,), query)
+    positive, query_lse, target_lse = (value.contiguous() for value in values)
+    return positive, query_lse, target_lse
+
+
+def _expect(name: str, value: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
+    """A tensor of this shape beside ``query``, in the dtype of its sums."""
+    dtype = accumulation_dtype(query.dtype)
+    if (value.shape, value.dtype, value.device) != (shape, dtype, query.device):
+        raise ValueError(
+            f"{name} must be {dtype} of shape {shape} on {query.device}, got {value.dtype} of "
+            f"shape {tuple(value.shape)} on {value.device}"
+        )
 
 
 @contextmanager
@@ -246,7 +306,7 @@ def _backward_logsumexp(
     upstream = (d_positive, positive), (d_query, query_lse), (d_target, target_lse)
     learnable = ctx.needs_input_grad[2]
     dq, dt, d_scale = contrastive_logsumexp_backward(
-        *(torch.zeros_like(x) if d is None else d.contiguous() for d, x in upstream),
+        *(torch.zeros_like(x) if d is None else d for d, x in upstream),
         *(query, target, scale, positive, query_lse, target_lse, kept, learnable, ctx.backend),
         *(*ids, *ctx.scalars),
     )

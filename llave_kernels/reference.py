@@ -17,7 +17,25 @@ def reference_logsumexp(
     query: Tensor, target: Tensor, **rules: object
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """p (N,), n (N,) and n' (M,), which is None if not symmetric; ``rules`` as below."""
-    return similarity_logsumexp(query @ target.T, **rules)  # type: ignore[arg-type]
+    allowance = tie_allowance(query, target, rules.get("labels"))  # type: ignore[arg-type]
+    return similarity_logsumexp(query @ target.T, allowance=allowance, **rules)  # type: ignore[arg-type]
+
+
+def tie_allowance(query: Tensor, target: Tensor, labels: Tensor | None = None) -> Tensor:
+    """(N,) how far rounding may put a similarity that equals the positive's from it.
+
+    Of the positive pair's terms ``q_k t_k`` let ``a`` be the sum of sizes; ``r`` their norm and
+    ``c`` the largest of the partial sums after each eighth of them, both over ``a``:
+    ``eps a (2 sqrt(D (r^2 + c^2)) + D c^2 / 4)``, for errors that average out, and errors that add
+    up where the partial sums grow steadily.
+    """
+    terms = (query * target[: len(query)] if labels is None else query * target[labels]).detach()
+    d, numbers = terms.shape[1], torch.finfo(terms.dtype)
+    a = terms.abs().sum(1)
+    shares = terms / a.clamp(min=numbers.tiny)[:, None]
+    partial = torch.stack([x.sum(1) for x in shares.tensor_split(8, dim=1)]).cumsum(0)
+    c2, r2 = partial.abs().amax(0).square(), shares.square().sum(1)
+    return numbers.eps * a * (2 * (d * (r2 + c2)).sqrt() + d * c2 / 4)
 
 
 def similarity_logsumexp(
@@ -33,8 +51,9 @@ def similarity_logsumexp(
     query_ids: Tensor | None = None,
     target_ids: Tensor | None = None,
     false_negative_margin: float | None = None,
+    allowance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same of similarities (N, M)."""
+    """The same of similarities (N, M). ``allowance``: (N,), see ``tie_allowance``."""
     n, m = s.shape
     labels = torch.arange(n, device=s.device) if labels is None else labels
     owners = torch.arange(m, device=s.device) % n if owners is None else owners
@@ -48,9 +67,14 @@ def similarity_logsumexp(
         valid = valid & (query_ids[:, None] != target_ids)
     row_valid = column_valid = valid
     if false_negative_margin is not None:
-        column_positive = s.new_full((m,), INF).index_put((labels,), positive.detach())
-        row_valid = valid & ~(~own & (s > positive.detach()[:, None] + false_negative_margin))
-        column_valid = valid & ~(~own & (s > column_positive + false_negative_margin))
+        margin = torch.full_like(positive, false_negative_margin)
+        allowance = torch.zeros_like(positive) if allowance is None else allowance
+        # No nearer to 0 than rounding: ties with the positive are judged alike.
+        margin = torch.where(margin < 0, margin.clamp(max=-allowance), margin.clamp(min=allowance))
+        rows_limit = positive.detach() + margin
+        columns_limit = s.new_full((m,), INF).index_put((labels,), rows_limit)
+        row_valid = valid & ~(~own & (s > rows_limit[:, None]))
+        column_valid = valid & ~(~own & (s > columns_limit))
 
     def logsumexp(alpha: float, valid: Tensor, dim: int) -> Tensor:
         z = logit_scale * s + alpha * weighted * s.detach()
@@ -66,7 +90,8 @@ def similarity_logsumexp(
 
 def reference_loss(query: Tensor, target: Tensor, **rules: object) -> Tensor:
     """The hardness-weighted contrastive loss; ``rules`` as in ``similarity_loss``."""
-    return similarity_loss(query @ target.T, **rules)  # type: ignore[arg-type]
+    allowance = tie_allowance(query, target, rules.get("labels"))  # type: ignore[arg-type]
+    return similarity_loss(query @ target.T, allowance=allowance, **rules)  # type: ignore[arg-type]
 
 
 def similarity_loss(s: Tensor, *, reduction: str = "mean", **rules: object) -> Tensor:

@@ -24,9 +24,9 @@ class Rules:
             column is its own owner (no mined negatives), which backends can treat faster.
         query_ids: (N,) int64 content ids, or None. Given together with ``target_ids``.
         target_ids: (M,) int64 content ids, or None.
-        column_positive: (M,) similarity of each column's positive pair, infinite where it has none,
-            where rows elsewhere hold some of these pairs; None: the rows at hand tell. Read with a
-            margin only.
+        column_limit: (M,) the ``margin_limit`` of each column's positive pair, infinite where it
+            has none, where rows elsewhere hold some of these pairs; None: the rows at hand tell.
+            Read with a margin only.
         alpha: hardness strength of the query -> target direction.
         target_alpha: hardness strength of the target -> query direction.
         hardness: one of ``HARDNESS_MODES``.
@@ -38,7 +38,7 @@ class Rules:
     owners: Tensor | None
     query_ids: Tensor | None
     target_ids: Tensor | None
-    column_positive: Tensor | None
+    column_limit: Tensor | None
     alpha: float
     target_alpha: float
     hardness: str
@@ -50,19 +50,28 @@ class Rules:
         """Whether a pair has the same logit in both directions: one exponential serves both."""
         return self.margin is None and self.alpha == self.target_alpha
 
-    def margin_limits(self, positive: Tensor, m: int) -> tuple[Tensor, Tensor]:
-        """Similarities above which the margin leaves a negative out: of each row (N,), and of each
-        column (M,), infinite where a column is nobody's positive.
+    def column_limits(self, rows: Tensor, m: int) -> Tensor:
+        """(M,) the limits of the rows (N,) whose positives the columns are; infinite where a column
+        is nobody's."""
+        if self.column_limit is not None:
+            return self.column_limit
+        known, safe = inside(self.labels, m)
+        place = torch.where(known, safe, m)  # labels outside go where nobody looks
+        return rows.new_full((m + 1,), math.inf).scatter_(0, place, rows)[:m]
 
-        Args:
-            positive: (N,) similarity of each row's positive.
-            m: number of columns.
-        """
-        assert self.margin is not None
-        rows = positive + self.margin
-        if self.column_positive is not None:
-            return rows, self.column_positive + self.margin
-        return rows, rows.new_full((m,), math.inf).index_put((self.labels,), rows)
+
+def inside(labels: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """Whether labels (N,) name one of the ``m`` columns, and what to read: any column for those
+    outside. On a device their values are not checked, and no backend may read beyond its tensors.
+    """
+    known = (labels >= 0) & (labels < m)  # Inductor's C++ of torch 2.15 fails for a clamp
+    return known, torch.where(known, labels, 0)
+
+
+def at_labels(columns: Tensor, labels: Tensor) -> Tensor:
+    """(N,) the columns' values (M,) at the labels, NaN for a label outside."""
+    known, safe = inside(labels, len(columns))
+    return torch.where(known, columns[safe], math.nan)
 
 
 def default_owners(n: int, m: int, device: torch.device) -> Tensor | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llave_kernels.backends import products, strip_gemm
+from llave_kernels.backends import positives, products, strip_gemm
 from llave_kernels.rules import Rules
 
 NAME = "cuda"
@@ -82,16 +82,20 @@ def _architecture(device: torch.device) -> int:
     return 80 if major >= 8 else 0
 
 
+def margin_limit(query: Tensor, target: Tensor, labels: Tensor, margin: float) -> Tensor:
+    """``positives.margin_limit`` of this backend's products: TMA rounds float32 to the nearest
+    TF32, and so does our own code before sm_90."""
+    nearest = positives.nearest_tf32 if query.dtype == torch.float32 else None
+    return positives.margin_limit(query, target, labels, margin, nearest)
+
+
 def forward(
     query: Tensor, target: Tensor, logit_scale: Tensor, rules: Rules
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Positive logits (N,), n (N,), and n' (M,) or (0,), float32. ``logit_scale`` is 0-d
     float32."""
     assert _cuda is not None
-    similarity = None
-    if rules.margin is not None:
-        similarity = strip_gemm.positive_similarity(query, target, rules.labels)
-    call = _Call(query, target, logit_scale, rules, similarity)
+    call = _Call(query, target, logit_scale, rules)
     n, m = len(query), len(target)
     sizes = (n, n, m if rules.symmetric else 0)
     positive, query_lse, target_lse = (query.new_empty(k, dtype=torch.float32) for k in sizes)
@@ -129,7 +133,7 @@ def backward(
     """dQ (N, D) and dT (M, D) in the inputs' dtype and d logit_scale () or, unless asked for, NaN,
     given those of ``forward``'s outputs."""
     assert _cuda is not None
-    call = _Call(query, target, logit_scale, rules, positive / logit_scale)
+    call = _Call(query, target, logit_scale, rules)
     upstream = (d_positive, d_query_lse, *([d_target_lse] if rules.symmetric else []))
     half = query.dtype == torch.float16
     gain = products.gain(logit_scale, *upstream) if half else None
@@ -157,16 +161,17 @@ def backward(
 class _Call:
     """What the launches of one call share. Holds the tensors whose addresses it passes on."""
 
-    def __init__(
-        self, query: Tensor, target: Tensor, scale: Tensor, rules: Rules, similarity: Tensor | None
-    ) -> None:
+    def __init__(self, query: Tensor, target: Tensor, scale: Tensor, rules: Rules) -> None:
         assert _cuda is not None
+        if query.device.type != _cuda.device:
+            raise ValueError(f"query is on {query.device}, not on a {_cuda.device} device")
         query, target = _aligned(query), _aligned(target)
         optional = (rules.owners, rules.query_ids, rules.target_ids)
         owners, query_ids, target_ids = (None if x is None else x.contiguous() for x in optional)
         labels, row_limit, column_limit = rules.labels.contiguous(), None, None
-        if rules.margin is not None and similarity is not None:
-            row_limit, column_limit = rules.margin_limits(similarity, len(target))
+        if rules.margin is not None:
+            row_limit = margin_limit(query, target, labels, rules.margin)
+            column_limit = rules.column_limits(row_limit, len(target)).contiguous()
         ids = owners, query_ids, target_ids
         self.tensors = query, target, scale, labels, *ids, row_limit, column_limit
         self.problem = _cuda.Problem(

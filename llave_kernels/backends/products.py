@@ -17,11 +17,18 @@ import torch
 from torch import Tensor
 
 ONEDNN_WORK = 1 << 24  # multiplications from which a product repays oneDNN's set-up
+CPU_TRIAL = 256  # rows and columns of a product that is large enough for it
+TF32_EPS = 2.0**-10
 SUM_COLUMNS = 1024  # rows of a sum at a time where the library cannot add in place
 WIDENED = 1 << 21  # numbers widened at a time: 8 MiB of float32
 # float16 ends at 65504; twice this still fits.
 LARGEST = 15.0  # log2 of the largest |dS| after the gain
 SMALLEST = -100.0  # log2 of the bound below which gradients are zero in every type
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays; everything else is computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @lru_cache
@@ -57,6 +64,28 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
             out[part] += product(a[part], b)
     else:
         out.addmm_(a, b)
+
+
+def rounding(x: Tensor) -> float:
+    """Relative error that a product of ``x`` may make of a term before the sum, 0 where it makes
+    none: torch may multiply float32 in a smaller type, and how it rounds to that is not said."""
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it is set by torch.backends, for each device apart
+        precision = "medium"
+    on_cpu = x.device.type == "cpu"
+    if precision == "highest" or (on_cpu and not _cpu_rounds(precision)):
+        return 0.0
+    smaller = torch.finfo(torch.bfloat16).eps if on_cpu and precision == "medium" else TF32_EPS
+    # Both factors of a term lose up to this, or half of it where they are rounded to the nearest.
+    return 0.0 if x.dtype == torch.float64 or torch.finfo(x.dtype).eps >= smaller else 2 * smaller
+
+
+@lru_cache
+def _cpu_rounds(precision: str) -> bool:
+    """Whether the CPU at hand has instructions for it."""
+    ones = torch.ones(CPU_TRIAL, CPU_TRIAL)
+    return bool((product(ones + TF32_EPS / 4, ones) == CPU_TRIAL).any())
 
 
 def gain(scale: Tensor, *upstream: Tensor) -> Tensor:

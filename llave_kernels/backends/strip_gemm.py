@@ -68,16 +68,5 @@ def strip_workspace(query: Tensor, target: Tensor) -> Tensor:
     return query.new_empty((strip_rows(n, m, query.dtype.itemsize), _pitch(m)))
 
 
-def positive_similarity(query: Tensor, target: Tensor, labels: Tensor) -> Tensor:
-    """(N,) ``s_{i, l_i}``, float32 or float64, by strips of rows and without a gradient."""
-    n, d = query.shape
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    rows = strip_rows(n, d, dtype.itemsize)
-    query, target = query.detach(), target.detach()
-    strips = [slice(start, start + rows) for start in range(0, n, rows)]
-    pairs = [torch.linalg.vecdot(query[s].to(dtype), target[labels[s]].to(dtype)) for s in strips]
-    return torch.cat(pairs)
-
-
 def _pitch(m: int) -> int:
     return -(-m // ALIGNMENT) * ALIGNMENT

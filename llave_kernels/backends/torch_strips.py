@@ -25,8 +25,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from llave_kernels.backends.products import add_product, gain, multiplies_halves, product
-from llave_kernels.rules import Rules
+from llave_kernels.backends import positives
+from llave_kernels.backends.products import (
+    accumulation_dtype,
+    add_product,
+    gain,
+    multiplies_halves,
+    product,
+    rounding,
+)
+from llave_kernels.rules import Rules, inside
 
 NAME = "torch"
 STRIP_BUDGET = 8 << 20  # bytes of one strip; up to two are alive
@@ -55,9 +63,9 @@ def rounds_gradients(query: Tensor) -> bool:
     return query.dtype.itemsize == 2 and multiplies_halves(query.device.type)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays; everything else is computed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def margin_limit(query: Tensor, target: Tensor, labels: Tensor, margin: float) -> Tensor:
+    """``positives.margin_limit`` of this backend's products."""
+    return positives.margin_limit(query, target, labels, margin, rounding=rounding(query))
 
 
 def strip_rows(n: int, m: int, dtype: torch.dtype) -> int:
@@ -91,11 +99,14 @@ class _Strips:
         self.target = target.to(self.dtype) if widens else target
         self.scale, self.rules, self.kept = scale.to(self.dtype), rules, kept
         self.rows = strip_rows(len(query), len(target), query.dtype)
-        self.positive = self._positive_similarity()
+        # A label outside names no column: its row's outputs are NaN.
+        self.inside, self.columns = inside(rules.labels, len(target))
+        self.positive = positives.positive_similarity(query, self.target, rules.labels)
         self.bounded = self._bounded()
         self.row_limit = self.column_limit = None
         if rules.margin is not None:
-            self.row_limit, self.column_limit = rules.margin_limits(self.positive, len(target))
+            self.row_limit = margin_limit(query, target, rules.labels, rules.margin)
+            self.column_limit = rules.column_limits(self.row_limit, len(target))
         # One exponential serves both directions: dS = exp(z) (row factor + column factor).
         self.together = self.bounded and rules.shared_logits
 
@@ -106,12 +117,11 @@ class _Strips:
     def queries(self, strip: slice) -> Tensor:
         return self.query[strip].to(self.target.dtype)
 
-    def _positive_similarity(self) -> Tensor:
-        def pairs(strip: slice) -> Tensor:
-            positives = self.target[self.rules.labels[strip]]
-            return torch.linalg.vecdot(self.query[strip].to(self.dtype), positives.to(self.dtype))
-
-        return torch.cat([pairs(strip) for strip in self])
+    def put_positives(self, strip: slice, matrix: Tensor, values: Tensor | float) -> Tensor:
+        """Overwrite the positives' places in (M, rows) by ``values`` (rows,) or a number."""
+        columns = self.columns[None, strip]
+        values = torch.where(self.inside[strip], values, matrix.gather(0, columns))
+        return matrix.scatter_(0, columns, values)
 
     def _bounded(self) -> bool:
         """Whether no logit can leave the range in which exponentials need no maximum subtracted.
@@ -178,7 +188,7 @@ class _Strips:
             z.masked_fill_(suspect if own is None else suspect & ~own, -INF)
         if rules.query_ids is not None and rules.target_ids is not None:
             z.masked_fill_(rules.target_ids[:, None] == rules.query_ids[strip], -INF)
-        return z.scatter_(0, labels[None], -INF)
+        return self.put_positives(strip, z, -INF)
 
 
 def _finite(shift: Tensor) -> Tensor:
@@ -246,7 +256,7 @@ def forward(
         reduce(strip)
     return (
         strips.positive * strips.scale,
-        rows,
+        rows.masked_fill_(~strips.inside, math.nan),
         columns.logsumexp() if rules.symmetric else rows.new_empty(0),
         strips.kept,
     )
@@ -337,7 +347,7 @@ class _Gradients:
     def add(self, strip: slice, ds: Tensor, d_positive: Tensor) -> None:
         """Complete ``ds`` (M, rows) with the positives' gradient, then run both GEMMs."""
         strips, queries = self.strips, self.strips.queries(strip)
-        ds.scatter_(0, strips.rules.labels[None, strip], d_positive[None])
+        strips.put_positives(strip, ds, d_positive)
         if rounds_gradients(strips.query):
             ds = ds.to(queries.dtype)
         d_query = product(ds.T, strips.target)

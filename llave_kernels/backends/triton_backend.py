@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llave_kernels.backends import tiles
+from llave_kernels.backends import positives, tiles
 from llave_kernels.backends.products import gain
 from llave_kernels.backends.strip_gemm import gradients, strip_workspace
 from llave_kernels.rules import HARDNESS_MODES, Rules
@@ -61,6 +61,14 @@ def supports(query: Tensor, target: Tensor, rules: Rules) -> str | None:
     return None
 
 
+def margin_limit(query: Tensor, target: Tensor, labels: Tensor, margin: float) -> Tensor:
+    """``positives.margin_limit`` of this backend's products: the tensor cores read of float32 the
+    bits that TF32 has."""
+    truncates = query.dtype == torch.float32 and _precision() == "tf32"
+    truncated = positives.truncated_tf32 if truncates else None
+    return positives.margin_limit(query, target, labels, margin, truncated)
+
+
 def forward(
     query: Tensor, target: Tensor, logit_scale: Tensor, rules: Rules
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +112,6 @@ def backward(
 
 def flags(rules: Rules) -> dict[str, Any]:
     """What the kernels are compiled for, tile apart."""
-    exact = torch.get_float32_matmul_precision() == "highest"
     return {
         "HARDNESS": HARDNESS_MODES.index(rules.hardness),
         "HAS_OWNERS": rules.owners is not None,
@@ -112,8 +119,14 @@ def flags(rules: Rules) -> dict[str, Any]:
         "HAS_MARGIN": rules.margin is not None,
         "SYMMETRIC": rules.symmetric,
         "SAME_ALPHA": rules.alpha == rules.target_alpha,
-        "PRECISION": "ieee" if exact else "tf32",
+        "PRECISION": _precision(),
     }
+
+
+def _precision() -> str:
+    """What float32 is multiplied as. The interpreter has no TF32."""
+    exact = INTERPRETED or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
 
 
 class _Call:
@@ -132,7 +145,8 @@ class _Call:
         # An absent tensor's pointer is never read; labels stand in.
         row_limit = column_limit = labels
         if rules.margin is not None:
-            row_limit, column_limit = rules.margin_limits(self.positive, m)
+            row_limit = margin_limit(query, target, labels, rules.margin)
+            column_limit = rules.column_limits(row_limit, m).contiguous()
         optional = (rules.owners, rules.query_ids, rules.target_ids)
         pointers = [labels if x is None else x.contiguous() for x in optional]
         self.inputs = (query, target, scale, labels, *pointers, row_limit, column_limit)
@@ -180,11 +194,11 @@ class _Call:
         raise NotImplementedError
 
     def _positive(self, labels: Tensor) -> Tensor:
-        n, _, d, *strides = self.sizes
+        n, m, d, *strides = self.sizes
         out = self.query.new_empty(n, dtype=torch.float32)
         block = 16
         kernels.positive_kernel[(triton.cdiv(n, block),)](
-            self.query, self.target, labels, out, n, d, *strides, BM=block, BK=64, **COMPILE
+            self.query, self.target, labels, out, n, m, d, *strides, BM=block, BK=64, **COMPILE
         )
         return out
 

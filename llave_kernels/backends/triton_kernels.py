@@ -24,6 +24,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 IN_BATCH = tl.constexpr(0)
 HARD_NEGATIVES = tl.constexpr(1)
 INF = tl.constexpr(float("inf"))
+# What stands for a label and for an owner that is no column: equal to no column nor to each other.
+NOWHERE = tl.constexpr(-1)
+NOBODY = tl.constexpr(-2)
 
 
 @triton.jit
@@ -35,6 +38,13 @@ def _exp(x):
 def _finite(x):
     """0 in place of -inf, so that (-inf) - x stays -inf where nothing is summed."""
     return tl.where(x == -INF, 0.0, x)
+
+
+@triton.jit
+def _columns(p, o, m, M, OUTSIDE: tl.constexpr):
+    """The int64 columns at ``p + o``, as int32; ``OUTSIDE`` where there is no such column."""
+    b = tl.load(p + o, mask=m, other=-1)
+    return tl.where((b >= 0) & (b < M), b, OUTSIDE).to(tl.int32)
 
 
 @triton.jit
@@ -65,7 +75,7 @@ def _pairs(
     m_m, m_n = o_m < N, o_n < M
     positive = b_label[:, None] == o_n[None, :]
     if HAS_OWNERS:
-        b_owner = tl.load(p_owner + o_n, mask=m_n, other=-1).to(tl.int32)
+        b_owner = _columns(p_owner, o_n, m_n, M, NOBODY)
         own = b_label[:, None] == b_owner[None, :]
     else:
         own = positive
@@ -91,24 +101,27 @@ def _running(b_max, b_sum, b_tile_max, b_tile_sum):
     return b_new, b_sum * _exp(b_max - b_shift) + b_tile_sum * _exp(b_tile_max - b_shift)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "M"])
 def positive_kernel(
-    p_q, p_t, p_label, p_similarity, N, D, s_qn, s_qd, s_tm, s_td,
+    p_q, p_t, p_label, p_similarity, N, M, D, s_qn, s_qd, s_tm, s_td,
     BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     m_m = o_m < N
-    b_label = tl.load(p_label + o_m, mask=m_m, other=0)
+    b_label = _columns(p_label, o_m, m_m, M, NOWHERE)
+    m_label = b_label != NOWHERE
     b_sum = tl.zeros((BM,), tl.float32)
     for k in range(0, D, BK):
         o_k = (k + tl.arange(0, BK)).to(tl.int64)
-        m = m_m[:, None] & (o_k < D)[None, :]
+        m = m_label[:, None] & (o_k < D)[None, :]
         b_q = tl.load(
             p_q + o_m.to(tl.int64)[:, None] * s_qn + o_k[None, :] * s_qd, mask=m, other=0.0
         )
-        b_t = tl.load(p_t + b_label[:, None] * s_tm + o_k[None, :] * s_td, mask=m, other=0.0)
+        b_t = tl.load(
+            p_t + b_label.to(tl.int64)[:, None] * s_tm + o_k[None, :] * s_td, mask=m, other=0.0
+        )
         b_sum += tl.sum(b_q.to(tl.float32) * b_t.to(tl.float32), 1)
-    tl.store(p_similarity + o_m, b_sum, mask=m_m)
+    tl.store(p_similarity + o_m, tl.where(m_label, b_sum, float("nan")), mask=m_m)
 
 
 @triton.jit(do_not_specialize=["N", "M", "ROWS", "COLUMNS"])
@@ -130,9 +143,9 @@ def forward_kernel(
     for r in range(0, ROWS):
         o_m = (i_rows * ROWS + r) * BM + tl.arange(0, BM)
         m_m = o_m < N
-        b_label = tl.load(p_label + o_m, mask=m_m, other=-1).to(tl.int32)
+        b_label = _columns(p_label, o_m, m_m, M, NOWHERE)
         b_row_max = tl.full((BM,), -INF, tl.float32)
-        b_row_sum = tl.zeros((BM,), tl.float32)
+        b_row_sum = tl.where(b_label == NOWHERE, float("nan"), 0.0)
         for c in range(0, COLUMNS):
             o_n = (i_columns * COLUMNS + c) * BN + tl.arange(0, BN)
             m_n = o_n < M
@@ -219,7 +232,7 @@ def strip_kernel(
     m_m, m_n = o_m < STOP, o_n < M
     scale = tl.load(p_scale)
     gain = tl.load(p_gain) * scale
-    b_label = tl.load(p_label + o_m, mask=m_m, other=-1).to(tl.int32)
+    b_label = _columns(p_label, o_m, m_m, M, NOWHERE)
     b_s = _similarity(
         p_q, p_t, o_m, o_n, STOP, M, D, s_qn, s_qd, s_tm, s_td, BM, BN, BK, PRECISION
     )  # fmt: skip

@@ -18,10 +18,11 @@ constexpr int kMultiprocessors = 4;  // so that problems of a few tiles take lar
 template <class Element>
 std::vector<float> operand(const void* data, int rows, int d, int64_t stride) {
   std::vector<float> values(size_t(rows) * d);
+  const cutlass::NumericConverter<Operand<Element>, Element> convert;  // as sm80/gemm.h and TMA
   for (int i = 0; i < rows; ++i) {
     for (int k = 0; k < d; ++k) {
       const Element x = static_cast<const Element*>(data)[i * stride + k];
-      values[size_t(i) * d + k] = static_cast<float>(static_cast<Operand<Element>>(x));
+      values[size_t(i) * d + k] = static_cast<float>(convert(x));
     }
   }
   return values;
