@@ -203,11 +203,18 @@ class CheckpointingTrainer(SentenceTransformerTrainer):
         self.model.model_card_data.set_best_model_step(runs.step_of(best))
         self._load_from_checkpoint(str(best))
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, *, train_dataloader: Any, epoch: int, **kwargs: Any) -> None:
         # The host stops only after a step: a finished run would make one more.
         if self.state.global_step >= self.state.max_steps:
             return
-        super()._run_epoch(*args, **kwargs)
+        # Where several processes go on within an epoch, the host does not reach the innermost
+        # sampler, which would draw the first epoch's batches again.
+        sampler = train_dataloader.batch_sampler
+        while sampler is not None:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+            sampler = getattr(sampler, "batch_sampler", None)
+        super()._run_epoch(train_dataloader=train_dataloader, epoch=epoch, **kwargs)
         if self.stopping and self._saved != self.state.global_step:
             self._save_checkpoint(self.model_wrapped, None)
 

@@ -353,7 +353,7 @@ TAKEN = {("false_negative_margin", -1)} | {
 }
 
 
-@pytest.mark.parametrize(("build", "names"), CONSTRUCTORS, ids=lambda x: str(x)[:60])
+@pytest.mark.parametrize(("build", "names"), CONSTRUCTORS, ids=map(str, range(len(CONSTRUCTORS))))
 def test_every_constructor_names_what_is_wrong(build: Callable[..., Any], names: str) -> None:
     for name in names.split():
         for value in ANYTHING:

@@ -25,7 +25,7 @@ from tests.llave import train_worker
 from tests.llave.train_worker import POINTS
 
 ROOT = Path(__file__).parents[2]
-LAST = 8
+LAST = 12
 # A longer run has the losses of a shorter one, checkpoints are removed, and logs span several.
 SETTINGS = {
     "trainer.lr_scheduler_type": "constant",
