@@ -26,8 +26,8 @@ from PIL import Image, UnidentifiedImageError  # noqa: E402
 from llave import data, jsonl, limits  # noqa: E402
 from llave.corpus import Source, load_inputs  # noqa: E402
 from llave.data import Images, input_batches, load_training  # noqa: E402
-from llave.shards import MANIFEST, ranges, read_manifest, read_shard  # noqa: E402
 from llave.images import FORMATS, open_rgb  # noqa: E402
+from llave.shards import MANIFEST, ranges, read_manifest, read_shard  # noqa: E402
 from llave.subsets import typed as retyped  # noqa: E402
 from tests.llave.test_embedding import quick, read, texts, write_jsonl  # noqa: E402
 from tests.llave.test_subsets import queries, rows, write  # noqa: E402
