@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -26,9 +25,9 @@ from llave.files import (
     shown,
     sweep,
 )
+from llave.sealing import checksum
 
 MANIFEST = "manifest.json"
-MOST_BYTES = 1 << 30  # of a file that is compressed, which ours are not
 PLAIN = {"PLAIN", "RLE"}
 PARQUET = b"PAR1"  # how every parquet file begins
 # What embed may write; other values are another program's, or damage.
@@ -149,8 +148,8 @@ def _refuse_inflated(metadata: pq.FileMetaData, span: Range, dimension: int) -> 
     plain = all(c.compression == "UNCOMPRESSED" and PLAIN.issuperset(c.encodings) for c in columns)
     # Otherwise every row may hold all there is.
     largest = rows * (8 * dimension + sum(c.total_uncompressed_size for c in columns))
-    if not plain and largest > MOST_BYTES:
-        raise ValueError(f"unpacked it may take more than the {MOST_BYTES} bytes that are allowed")
+    if not plain:
+        limits.check("LLAVE_MAX_SHARD_BYTES", largest, "bytes unpacked")
 
 
 def refuse_foreign(path: Path, span: Range, manifest: dict[str, Any]) -> None:
@@ -172,7 +171,7 @@ def refuse_foreign(path: Path, span: Range, manifest: dict[str, Any]) -> None:
         raise ValueError(f"{shown(path)} is not of embed; {remedy}") from error
     except (pa.ArrowException, OSError, ValueError):
         return
-    if known != (_digest(manifest), span.first):
+    if known != (checksum(manifest), span.first):
         raise ValueError(f"{shown(path)} comes from another run; {remedy}")
 
 
@@ -206,12 +205,6 @@ def enter_manifest(folder: Path, manifest: dict[str, Any]) -> None:
         )
 
 
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.blake2b(
-        json.dumps(manifest, sort_keys=True).encode(), digest_size=16
-    ).hexdigest()
-
-
 def finished(path: Path, span: Range, manifest: dict[str, Any], on_error: OnError) -> Shard | None:
     if not path.exists():
         return None
@@ -223,7 +216,7 @@ def finished(path: Path, span: Range, manifest: dict[str, Any], on_error: OnErro
 
 
 def put(path: Path, span: Range, shard: Shard, manifest: dict[str, Any]) -> None:
-    note = {"manifest": _digest(manifest), "first": span.first, "skipped": shard.skipped}
+    note = {"manifest": checksum(manifest), "first": span.first, "skipped": shard.skipped}
     write = partial(_write_shard, shard=shard, note=note, schema=_schema(manifest))
     if os.path.lexists(path):  # ours, which could not be used
         refuse_foreign(path, span, manifest)

@@ -26,8 +26,9 @@ from PIL import Image, UnidentifiedImageError  # noqa: E402
 from llave import data, jsonl, limits  # noqa: E402
 from llave.corpus import Source, load_inputs  # noqa: E402
 from llave.data import Images, input_batches, load_training  # noqa: E402
-from llave.embedding import MANIFEST, ranges, read_manifest, read_shard  # noqa: E402
 from llave.images import FORMATS, open_rgb  # noqa: E402
+from llave.sealing import checksum  # noqa: E402
+from llave.shards import MANIFEST, ranges, read_manifest, read_shard  # noqa: E402
 from llave.subsets import typed as retyped  # noqa: E402
 from tests.llave.test_embedding import quick, read, texts, write_jsonl  # noqa: E402
 from tests.llave.test_subsets import queries, rows, write  # noqa: E402
@@ -372,7 +373,13 @@ def test_a_shard_that_asks_for_gigabytes(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "out")
     span = ranges(manifest)[0]
     path = tmp_path / "out" / span.file
-    pq.write_table(pa.table({"id": pa.nulls(10**7, pa.string())}), path)
+
+    def forge(ids: pa.Array, manifest: dict[str, Any]) -> None:
+        note = json.dumps({"manifest": checksum(manifest), "first": 0, "skipped": []})
+        table = pa.table({"id": ids}).replace_schema_metadata({"llave": note})
+        pq.write_table(table, path)
+
+    forge(pa.nulls(10**7, pa.string()), manifest)
     assert path.stat().st_size < 100_000
 
     def refuse() -> None:
@@ -381,8 +388,8 @@ def test_a_shard_that_asks_for_gigabytes(tmp_path: Path) -> None:
 
     assert grown(refuse) < 20
     whole = manifest | {"dimension": 2**40}
-    pq.write_table(pa.table({"id": ["a"] * 8}), path)
-    with pytest.raises(ValueError, match="LLAVE_MAX_ROW_GROUP_BYTES"):
+    forge(pa.array(["a"] * 8), whole)
+    with pytest.raises(ValueError, match="LLAVE_MAX_SHARD_BYTES"):
         read_shard(path, span, whole)
 
 
