@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 
 from llave.chat import chat_template, formatted
 from llave.damage import all_weights, unloadable
-from llave.files import reading, refuse_damaged, refuse_pipes
+from llave.files import reading, refuse_damaged, refuse_pipes, writing
 from llave.images import to_rgb
 from llave.pickling import make_picklable
 from llave.sealing import refuse_changed
@@ -71,8 +71,9 @@ def build(
     if isinstance(backbone, tuple):
         model, processor = backbone
         with TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            processor.save_pretrained(folder)
+            with writing(Path(folder)):
+                model.save_pretrained(folder)
+                processor.save_pretrained(folder)
             return build(
                 folder,
                 pinpoints=pinpoints,

@@ -390,7 +390,8 @@ def build_model(
         if type(error) in (ImportError, OSError, ValueError):
             raise
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"model.backbone={backbone!r} cannot be loaded ({said})") from error
+        name = "backbone" if settings["scratch"] is None else "scratch"
+        raise ValueError(f"model.{name}={settings[name]!r} cannot be loaded ({said})") from error
     one, other = (model.tokenizer(text)["input_ids"] for text in ("a cat", "two dogs"))
     if one == other:  # as a tokenizer without its vocabulary does
         raise ValueError(

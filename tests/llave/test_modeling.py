@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -364,3 +365,17 @@ def test_a_sealed_model_may_be_links(saved, tmp_path):
     flipped(sealed / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors has other contents"):
         llave.load(folder)
+
+
+@pytest.mark.parametrize("size", [0, 300, 3000, 30_000, 100_000])
+def test_a_full_temporary_folder_is_named(backbone, monkeypatch, tmp_path, size):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(OSError, match=rf"{tmp_path}/\S+ cannot be written \(.*too large"):
+            llave.build(backbone)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
