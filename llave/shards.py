@@ -19,18 +19,21 @@ from llave.files import (
     create,
     left_behind,
     publish,
-    read_json,
     refuse_overlap,
     regular,
     shown,
     sweep,
 )
-from llave.sealing import checksum
+from llave.sealing import checksum, signed, unsigned
 
 MANIFEST = "manifest.json"
 PLAIN = {"PLAIN", "RLE"}
 PARQUET = b"PAR1"  # how every parquet file begins
-# What embed may write; other values are another program's, or damage.
+# What embed may write; all else is another program's, or damage.
+FIELDS = {
+    *("source", "image_root", "model", "dimension"),
+    *("shard_rows", "normalised", "dtype", "prompt"),
+}
 MANIFEST_VALUES = {"dtype": ("float32", "float16"), "normalised": (True, False)}
 
 
@@ -83,7 +86,9 @@ def refuse_out(
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The settings of a folder of embeddings; ValueError where there are none."""
     try:
-        manifest: dict[str, Any] = read_json(Path(folder) / MANIFEST)
+        manifest = unsigned(Path(folder) / MANIFEST, must=False)  # older ones have no checksum
+        if unknown := sorted(manifest.keys() - FIELDS):
+            raise ValueError(f"it has {', '.join(unknown)!r:.80}")
         values = manifest | {"rows": manifest["source"]["rows"]}
         for name in ("rows", "shard_rows", "dimension"):
             if type(values[name]) is not int or values[name] < 1:
@@ -92,7 +97,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             if values[name] not in kinds:
                 raise ValueError(f"{name} is {values[name]!r:.80}")
         limits.check("LLAVE_MAX_SHARDS", -(-values["rows"] // values["shard_rows"]), "files")
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         said = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(
             f"{shown(folder)} is not a folder of embeddings: {MANIFEST} cannot be used ({said}); "
@@ -186,7 +191,7 @@ def refuse_not_finite(vectors: np.ndarray, name: Callable[[int], str]) -> None:
 
 
 def enter_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    text = json.dumps(manifest, indent=2) + "\n"
+    text = signed(manifest) + "\n"
     path = folder / MANIFEST
     if not path.exists():
         create(path, partial(Path.write_text, data=text, encoding="utf-8"))
@@ -195,8 +200,8 @@ def enter_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     sweep(path)
     differing = [
         f"{name} is {there.get(name)!r} there and {value!r} here"
-        for name, value in manifest.items()
-        if there.get(name) != value
+        for name, value in (dict.fromkeys(there) | manifest).items()
+        if name not in there or there[name] != value
     ]
     if differing:
         raise ValueError(

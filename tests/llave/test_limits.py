@@ -393,6 +393,29 @@ def test_a_shard_that_asks_for_gigabytes(tmp_path: Path) -> None:
         read_shard(path, span, whole)
 
 
+def test_a_flipped_bit_of_a_manifest_is_noticed(tmp_path: Path) -> None:
+    source, out = write_jsonl(tmp_path / "a.jsonl", texts(9)), tmp_path / "out"
+    quick(source, out)
+    whole = (out / MANIFEST).read_bytes()
+    for place in range(0, len(whole) - 1, 7):
+        bent = bytearray(whole)
+        bent[place] ^= 1
+        (out / MANIFEST).write_bytes(bent)
+        if json.loads(whole) == _loaded(bent):
+            continue
+        with pytest.raises(ValueError, match=f"{MANIFEST} cannot be used"):
+            read_manifest(out)
+    (out / MANIFEST).write_bytes(whole)
+    quick(source, out)
+
+
+def _loaded(data: bytes | bytearray) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError:
+        return None
+
+
 def test_names_from_data_stay_on_their_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
