@@ -15,12 +15,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from tokenizers.normalizers import Replace, Sequence
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
+
+from llave.files import writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -153,7 +156,8 @@ def formatted(tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> PreTra
             f"{len(opening) + len(closing)} tokens"
         )
     with TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        with writing(Path(folder)):
+            tokenizer.save_pretrained(folder)
         made = PreTrainedTokenizerFast.from_pretrained(
             folder, model_input_names=tokenizer.model_input_names
         )

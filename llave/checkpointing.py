@@ -22,10 +22,9 @@ from transformers import TrainerCallback
 from llave import runs, sealing
 from llave.files import sync
 from llave.processes import from_first, largest, part_at_exit, several
-from llave.stopping import SIGNALS, Stopped
+from llave.stopping import SAME_REQUEST, SIGNALS, Stopped
 
 _PROGRESS = "progress.json"
-_SAME_REQUEST = 1.0  # seconds in which a second signal is the first one, sent by another, too
 _GONE = 1 << 16  # above the numbers of signals
 
 
@@ -258,7 +257,7 @@ class CheckpointingTrainer(SentenceTransformerTrainer):
                 return
             if not self.signal:
                 self.signal, first = number, time.monotonic()
-            elif not launched and time.monotonic() - first > _SAME_REQUEST:
+            elif not launched and time.monotonic() - first > SAME_REQUEST:
                 raise Stopped(number)
 
         before = {number: signal.signal(number, notice) for number in SIGNALS}

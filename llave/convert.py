@@ -36,6 +36,7 @@ from llave.files import (
     writing,
 )
 from llave.modeling import build, inputs, load
+from llave.sealing import seal
 
 logger = logging.getLogger(__name__)
 
@@ -161,8 +162,7 @@ def convert(
         (backbone / "model.safetensors.index.json").write_text(text)
         model = build(backbone, pinpoints=settings["image_grid_pinpoints"], device="cpu")
         model.save(str(made), create_model_card=False)
-        for path in (made, *made.rglob("*")):
-            sync(path)
+        seal(made)
         if os.path.lexists(dst):  # made meanwhile
             raise ValueError(f"dst={str(dst)!r} exists; give a new folder")
         made.replace(dst)

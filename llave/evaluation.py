@@ -19,9 +19,10 @@ from sentence_transformers import SentenceTransformer
 
 from llave.data import Candidates, Images, content_id, input_batches, load_evaluation
 from llave.embedding import model_fingerprint
-from llave.files import create, read_json, shown, sweep, writing
+from llave.files import create, shown, sweep, writing
 from llave.mmeb import METAS, PUBLISHED, PUBLISHED_VIDEO, TASKS, pixels
 from llave.modeling import RefusedItemError, encode
+from llave.sealing import signed, unsigned
 from llave.shards import refuse_not_finite
 from llave_kernels import similarity_statistics
 
@@ -165,20 +166,13 @@ def data_fingerprint(rows: Sequence[Candidates], images: Images) -> str:
 
 
 def _write(file: Path, *, scored: dict[str, Any], result: Result) -> None:
-    whole = scored | result._asdict()
-    file.write_text(json.dumps(whole | {"checksum": _checksum(whole)}, indent=1))
-
-
-def _checksum(whole: dict[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(whole, sort_keys=True).encode(), digest_size=16).hexdigest()
+    file.write_text(signed(scored | result._asdict()))
 
 
 def _read(file: Path) -> tuple[dict[str, Any], Result]:
     """What a task's result on disk is of, and the result."""
     try:
-        done = read_json(file)
-        if done.pop("checksum") != _checksum(done):
-            raise ValueError("it is not as it was written")
+        done = unsigned(file)
         there = {name: done.pop(name) for name in ("model", "max_seq_length", "data")}
         return there, Result(**done)
     except (ValueError, KeyError, TypeError) as error:

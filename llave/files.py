@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from uuid import uuid4
 
 from safetensors import SafetensorError, safe_open
 
-from llave.jsonl import parsed
+from llave.jsonl import whole
 
 try:
     import fcntl
@@ -180,13 +181,33 @@ def _locked(folder: Path) -> Iterator[bool]:
         return
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = lock(descriptor)
         except OSError:
-            yield False
-        else:
-            yield True
+            ours = False
+        yield ours
     finally:
         os.close(descriptor)
+
+
+def lock(descriptor: int, *, inherited: bool = True) -> bool:
+    """Lock what is open, until it is closed; False where another process has the lock.
+
+    Args:
+        descriptor: of a file or a folder.
+        inherited: whether processes that are forked meanwhile hold it too. If not, it must be of a
+            file that is open for writing, and this process cannot keep itself out.
+
+    Raises:
+        OSError: the system or the file system has no such locks.
+    """
+    if fcntl is None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+    take = fcntl.flock if inherited else fcntl.lockf
+    try:
+        take(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def sync(path: Path) -> None:
@@ -288,7 +309,8 @@ def read_json(file: Path, kind: type = dict) -> Any:
         ValueError: there is no such file, or it is damaged or holds no ``kind``; it is named.
     """
     try:
-        found = parsed(regular(file).read_bytes())
+        with regular(file).open("rb") as stream:
+            found = whole(stream)
         if not isinstance(found, kind):
             raise TypeError(f"expected a {kind.__name__}, got a {type(found).__name__}")
     except (OSError, ValueError, TypeError, RecursionError) as error:

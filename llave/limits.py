@@ -24,6 +24,8 @@ DEFAULTS = {
     "LLAVE_MAX_ROWS": 2**32,  # that a parquet file declares
     "LLAVE_MAX_ROW_GROUP_BYTES": 2**33,  # the same, of the columns read
     "LLAVE_MAX_SHARDS": 2**20,  # of a folder of embeddings
+    # Of one of them, unpacked: those of embed are not packed, and as large as their files.
+    "LLAVE_MAX_SHARD_BYTES": 2**30,
     "LLAVE_MAX_DOWNLOAD_BYTES": 2**30,  # of an image given as a URL
 }
 

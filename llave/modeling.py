@@ -24,9 +24,10 @@ from transformers import PretrainedConfig
 
 from llave.chat import chat_template, formatted
 from llave.damage import all_weights, unloadable
-from llave.files import reading, refuse_damaged, refuse_pipes
+from llave.files import reading, refuse_damaged, refuse_pipes, writing
 from llave.images import to_rgb
 from llave.pickling import make_picklable
+from llave.sealing import refuse_changed
 from llave.video import load_frames
 
 if TYPE_CHECKING:
@@ -64,13 +65,15 @@ def build(
 
     Raises:
         ValueError: the backbone's type is not one of those, its tokenizer lacks the ChatML tokens,
-            a grid is not made of whole tiles, or ``max_seq_length`` has no room for the format.
+            a grid is not made of whole tiles, ``max_seq_length`` has no room for the format, or a
+            folder with a ``seal.json`` is not as it was written.
     """
     if isinstance(backbone, tuple):
         model, processor = backbone
         with TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            processor.save_pretrained(folder)
+            with writing(Path(folder)):
+                model.save_pretrained(folder)
+                processor.save_pretrained(folder)
             return build(
                 folder,
                 pinpoints=pinpoints,
@@ -79,6 +82,7 @@ def build(
                 device=device,
             )
     backbone = os.fspath(backbone)
+    refuse_changed(Path(backbone))
     # Not AutoConfig, which knows no llava_qwen and so could not point to its conversion.
     model_type = PretrainedConfig.get_config_dict(backbone)[0].get("model_type")
     with all_weights(backbone):
@@ -126,8 +130,8 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> SentenceTransformer:
     Raises:
         ValueError: the model is not one of ours: a bare backbone, for which sentence-transformers
             falls back to mean pooling, or an embedding model with other pooling; or a file of it
-            is missing, cut short or not what its name says, or what was loaded does not tell two
-            texts apart.
+            is missing, cut short, not what its name says or, where its folder has a ``seal.json``,
+            other than it was written; or what was loaded does not tell two texts apart.
     """
     path = os.fspath(path)
     folder = Path(path)
@@ -136,6 +140,7 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> SentenceTransformer:
         raise ValueError(f"path={path!r} has no modules.json: it is no embedding model; {remedy}")
     if folder.is_dir():
         refuse_pipes(folder)
+        refuse_changed(folder)
     try:
         with all_weights(path):
             model = SentenceTransformer(path, **kwargs)

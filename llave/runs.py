@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -15,7 +14,7 @@ from typing import Any
 from uuid import uuid4
 
 from llave import sealing
-from llave.files import publish, reading, refuse_damaged
+from llave.files import lock, publish, reading, refuse_damaged
 from llave.recipe import SECTIONS, Recipe
 
 RECORD = "run.json"
@@ -49,21 +48,18 @@ def alone(folder: Path) -> Iterator[None]:
         ValueError: another process does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Locked as lockf does it: a data loader's worker that outlives its process holds no lock.
-    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # which Windows lacks
+    descriptor = os.open(folder / _LOCK, flags, 0o666)
     try:
         until = time.monotonic() + _PATIENCE
         with suppress(OSError):  # of a file system that has no locks
-            while True:
-                try:
-                    fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except (BlockingIOError, PermissionError) as error:
-                    if time.monotonic() > until:
-                        raise ValueError(
-                            f"another process trains in trainer.output_dir={str(folder)!r}; wait "
-                            "for it, or choose another"
-                        ) from error
+            # A data loader's worker that outlives its process holds no lock.
+            while not lock(descriptor, inherited=False):
+                if time.monotonic() > until:
+                    raise ValueError(
+                        f"another process trains in trainer.output_dir={str(folder)!r}; wait for "
+                        "it, or choose another"
+                    )
                 time.sleep(0.1)
         yield
     finally:
@@ -332,7 +328,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
     """A run's record, or None where there is none of one."""
     file = folder / RECORD
     try:
-        there = sealing.unsigned(file, checksum=False)
+        there = sealing.unsigned(file, must=False)
         if "run" in there:
             sealing.unsigned(file)
     except (FileNotFoundError, NotADirectoryError):

@@ -14,40 +14,44 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from llave.files import publish, sync
+from llave.files import publish, regular, shown, sync
+from llave.jsonl import whole
 
 MARKER = "seal.json"
+CARD = "README.md"  # of a model
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 _BLOCK = 1 << 20  # bytes read at a time
 
 
 def signed(content: dict[str, Any]) -> str:
     """JSON that ``unsigned`` reads, with a checksum of itself."""
-    return json.dumps(content | {"checksum": _checksum(content)}, indent=1)
+    return json.dumps(content | {"checksum": checksum(content)}, indent=1)
 
 
-def unsigned(file: Path, *, checksum: bool = True) -> dict[str, Any]:
+def unsigned(file: Path, *, must: bool = True) -> dict[str, Any]:
     """What a file of ``signed`` holds.
 
     Args:
         file: the file.
-        checksum: whether it must have one. One that is there must be right.
+        must: whether it must have a checksum. One that is there must be right.
 
     Raises:
         ValueError: it is damaged, or no such file.
         OSError: it cannot be read.
     """
     try:
-        content: dict[str, Any] = json.loads(file.read_bytes())
+        with regular(file).open("rb") as stream:
+            content: dict[str, Any] = whole(stream)
         said = content.pop("checksum", None)
-        if said != _checksum(content) and (checksum or said is not None):
+        if said != checksum(content) and (must or said is not None):
             raise ValueError("its checksum is of other contents")
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged ({error})") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{shown(file)} is damaged ({error})") from error
     return content
 
 
-def _checksum(content: dict[str, Any]) -> str:
+def checksum(content: dict[str, Any]) -> str:
+    """Of what JSON says, however it is written."""
     return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -76,16 +80,15 @@ def seal(folder: Path, **facts: Any) -> None:
 def facts(folder: Path) -> dict[str, Any]:
     """What a folder's marker says of it; nothing where it has none that can be read."""
     try:
-        found: dict[str, Any] = unsigned(folder / MARKER)["facts"]
-    except (OSError, ValueError, KeyError):
+        return dict(unsigned(folder / MARKER)["facts"])
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return found
 
 
 def identity(folder: Path) -> str | None:
     """The checksum of a folder's marker, and so of all it holds; None where that is damaged."""
     try:
-        return _checksum(unsigned(folder / MARKER))
+        return checksum(unsigned(folder / MARKER))
     except (OSError, ValueError):
         return None
 
@@ -102,23 +105,49 @@ def problem(folder: Path, *, contents: bool = True) -> str | None:
     try:
         known = unsigned(folder / MARKER)["files"]
         there = _entries(folder)
-        if missing := sorted(known.keys() - there.keys()):
-            return f"{missing[0]} is missing"
+        if links := sorted(name for name, path in there.items() if path.is_symlink()):
+            return f"{links[0]} is a link"
+        if (found := _difference(folder, known, contents)) is not None:
+            return found
         if extra := sorted(there.keys() - known.keys() - {MARKER}):
             return f"{extra[0]} was not written with it"
-        for name, (size, _) in known.items():
-            if there[name].is_symlink() or not there[name].is_file():
-                return f"{name} is no plain file"
-            if (found := there[name].stat().st_size) != size:
-                return f"{name} has {found} bytes, not {size}"
-        if contents:
-            with ThreadPoolExecutor() as pool:
-                sums = pool.map(_sum, (there[name] for name in known))
-                for (name, (_, said)), found in zip(known.items(), sums, strict=True):
-                    if found != said:
-                        return f"{name} has other contents than were written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return str(error)
+    return None
+
+
+def refuse_changed(folder: Path) -> None:
+    """ValueError where a sealed model's files are not as they were written; it names the first.
+
+    The model card may be another, links such as those of the hub's cache are followed, and other
+    files may be there, too. Folders without a marker are passed over.
+    """
+    if not os.path.lexists(folder / MARKER):
+        return
+    try:
+        known = unsigned(folder / MARKER)["files"]
+        found = _difference(folder, {n: known[n] for n in known if n != CARD}, contents=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        found = str(error)
+    if found is not None:
+        raise ValueError(
+            f"{shown(folder)} is not as it was written: {shown(found)}; copy or download it again, "
+            f"or remove its {MARKER} if you changed it yourself"
+        )
+
+
+def _difference(folder: Path, known: dict[str, Any], contents: bool) -> str | None:
+    for name, (size, _) in known.items():
+        if not (folder / name).exists():
+            return f"{name} is missing"
+        if (found := regular(folder / name).stat().st_size) != size:
+            return f"{name} has {found} bytes, not {size}"
+    if contents:
+        with ThreadPoolExecutor() as pool:
+            sums = pool.map(_sum, (folder / name for name in known))
+            for (name, (_, said)), there in zip(known.items(), sums, strict=True):
+                if there != said:
+                    return f"{name} has other contents than were written"
     return None
 
 

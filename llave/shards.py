@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -20,18 +19,21 @@ from llave.files import (
     create,
     left_behind,
     publish,
-    read_json,
     refuse_overlap,
     regular,
     shown,
     sweep,
 )
+from llave.sealing import checksum, signed, unsigned
 
 MANIFEST = "manifest.json"
-MOST_BYTES = 1 << 30  # that a file may take beyond its size on the disk, which is ours' own
 BATCH_ROWS = 64  # read at a time
 PARQUET = b"PAR1"  # how every parquet file begins
-# What embed may write; other values are another program's, or damage.
+# What embed may write; all else is another program's, or damage.
+FIELDS = {
+    *("source", "image_root", "model", "dimension"),
+    *("shard_rows", "normalised", "dtype", "prompt"),
+}
 MANIFEST_VALUES = {"dtype": ("float32", "float16"), "normalised": (True, False)}
 
 
@@ -84,7 +86,9 @@ def refuse_out(
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The settings of a folder of embeddings; ValueError where there are none."""
     try:
-        manifest: dict[str, Any] = read_json(Path(folder) / MANIFEST)
+        manifest = unsigned(Path(folder) / MANIFEST, must=False)  # older ones have no checksum
+        if unknown := sorted(manifest.keys() - FIELDS):
+            raise ValueError(f"it has {', '.join(unknown)!r:.80}")
         values = manifest | {"rows": manifest["source"]["rows"]}
         for name in ("rows", "shard_rows", "dimension"):
             if type(values[name]) is not int or values[name] < 1:
@@ -93,7 +97,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             if values[name] not in kinds:
                 raise ValueError(f"{name} is {values[name]!r:.80}")
         limits.check("LLAVE_MAX_SHARDS", -(-values["rows"] // values["shard_rows"]), "files")
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         said = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(
             f"{shown(folder)} is not a folder of embeddings: {MANIFEST} cannot be used ({said}); "
@@ -138,7 +142,7 @@ def _schema(manifest: dict[str, Any]) -> pa.Schema:
 
 def _table(path: Path, span: Range) -> pa.Table:
     """A file's rows; ValueError for one that takes far more memory than it has bytes."""
-    most = MOST_BYTES + 4 * path.stat().st_size
+    size = path.stat().st_size
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         if file.metadata.num_rows > span.stop - span.first:
             raise ValueError(f"it has {file.metadata.num_rows} rows")
@@ -147,8 +151,9 @@ def _table(path: Path, span: Range) -> pa.Table:
         for batch in file.iter_batches(BATCH_ROWS):
             batches.append(batch)
             taken += batch.nbytes
-            if taken > most:
-                raise ValueError(f"unpacked it takes more than the {most} bytes that are allowed")
+            # As embed stores them they take no more memory than room on the disk.
+            if taken > 4 * size:
+                limits.check("LLAVE_MAX_SHARD_BYTES", taken, "bytes or more unpacked")
         return pa.Table.from_batches(batches, file.schema_arrow)
 
 
@@ -171,7 +176,7 @@ def refuse_foreign(path: Path, span: Range, manifest: dict[str, Any]) -> None:
         raise ValueError(f"{shown(path)} is not of embed; {remedy}") from error
     except (pa.ArrowException, OSError, ValueError):
         return
-    if known != (_digest(manifest), span.first):
+    if known != (checksum(manifest), span.first):
         raise ValueError(f"{shown(path)} comes from another run; {remedy}")
 
 
@@ -186,7 +191,7 @@ def refuse_not_finite(vectors: np.ndarray, name: Callable[[int], str]) -> None:
 
 
 def enter_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    text = json.dumps(manifest, indent=2) + "\n"
+    text = signed(manifest) + "\n"
     path = folder / MANIFEST
     if not path.exists():
         create(path, partial(Path.write_text, data=text, encoding="utf-8"))
@@ -195,20 +200,14 @@ def enter_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     sweep(path)
     differing = [
         f"{name} is {there.get(name)!r} there and {value!r} here"
-        for name, value in manifest.items()
-        if there.get(name) != value
+        for name, value in (dict.fromkeys(there) | manifest).items()
+        if name not in there or there[name] != value
     ]
     if differing:
         raise ValueError(
             f"out={shown(folder)} holds the embeddings of another run: {'; '.join(differing)}. "
             "Choose another folder, delete this one, or go back to its settings"
         )
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.blake2b(
-        json.dumps(manifest, sort_keys=True).encode(), digest_size=16
-    ).hexdigest()
 
 
 def finished(path: Path, span: Range, manifest: dict[str, Any], on_error: OnError) -> Shard | None:
@@ -222,7 +221,7 @@ def finished(path: Path, span: Range, manifest: dict[str, Any], on_error: OnErro
 
 
 def put(path: Path, span: Range, shard: Shard, manifest: dict[str, Any]) -> None:
-    note = {"manifest": _digest(manifest), "first": span.first, "skipped": shard.skipped}
+    note = {"manifest": checksum(manifest), "first": span.first, "skipped": shard.skipped}
     write = partial(_write_shard, shard=shard, note=note, schema=_schema(manifest))
     if os.path.lexists(path):  # ours, which could not be used
         refuse_foreign(path, span, manifest)

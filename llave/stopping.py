@@ -13,7 +13,7 @@ from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A terminal tells every process of a stop, and torchrun tells its own again: it is one request.
-SAME_REQUEST = 1.0  # seconds
+SAME_REQUEST = 1.0  # seconds in which a second signal is the first one, sent by another, too
 
 
 class Stopped(KeyboardInterrupt):

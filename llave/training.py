@@ -24,7 +24,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from llave import runs, scratch
 from llave.data import content_id, load_training, texts_of
 from llave.embedding import refuse_not_finite
-from llave.files import publish, refuse_damaged
+from llave.files import escaped, publish, refuse_damaged
 from llave.losses import CachedLLaVELoss, LLaVELoss
 from llave.modeling import build
 from llave.processes import from_first, part_at_exit
@@ -201,7 +201,7 @@ def fit(
         if done := max(made, there["saved"]) >= total:
             lines = [*there["lines"], f"{folder} holds a finished run: nothing is trained"]
         if trainer.is_world_process_zero():
-            print(*lines, sep="\n", end="\n" * bool(lines))
+            print(*map(escaped, lines), sep="\n", end="\n" * bool(lines))
         if there["saved"] >= total:
             trainer.take_weights(folder / runs.MODEL)
             part_at_exit()
@@ -390,7 +390,8 @@ def build_model(
         if type(error) in (ImportError, OSError, ValueError):
             raise
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"model.backbone={backbone!r} cannot be loaded ({said})") from error
+        name = "backbone" if settings["scratch"] is None else "scratch"
+        raise ValueError(f"model.{name}={settings[name]!r} cannot be loaded ({said})") from error
     one, other = (model.tokenizer(text)["input_ids"] for text in ("a cat", "two dogs"))
     if one == other:  # as a tokenizer without its vocabulary does
         raise ValueError(

@@ -9,13 +9,19 @@ from pathlib import Path
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.drills", description=__doc__)
-    parser.add_argument("command", choices=("embed", "evaluate"))
+    parser.add_argument("command", choices=("embed", "evaluate", "train"))
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, help="of a training, under torchrun")
     options = parser.parse_args()
+    settings = {"kills": options.kills, "seed": options.seed}
+    if options.command == "train":
+        settings["processes"] = options.processes
+    elif options.processes != 1:
+        parser.error(f"--processes {options.processes}: of a training only")
     with tempfile.TemporaryDirectory() as folder:
         run = import_module(f"tests.drills.{options.command}").run
-        done = run(Path(folder), kills=options.kills, seed=options.seed)
+        done = run(Path(folder), **settings)
     print(f"{options.command}: {done.total()} kills, every run ended with the same files")
     for name, times in sorted(done.items()):
         print(f"  {times:3d} {name}")

@@ -1,11 +1,10 @@
 """Kills of a tiny training, alone or under torchrun; each ends as one that nobody disturbed.
 
-``python -m tests.drills.train --kills 20 --seed 0 --processes 2``
+``python -m tests.drills train --kills 20 --processes 2``
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -13,7 +12,6 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections import Counter
@@ -36,7 +34,7 @@ SETTINGS = {
 }
 
 
-def drill(folder: Path, *, kills: int, seed: int, processes: int = 1) -> None:
+def run(folder: Path, *, kills: int, seed: int, processes: int = 1) -> Counter[str]:
     """Kill runs, at named points and at random moments, and compare what comes of them.
 
     Args:
@@ -44,6 +42,9 @@ def drill(folder: Path, *, kills: int, seed: int, processes: int = 1) -> None:
         kills: how many, up to two a run.
         seed: of the points and moments.
         processes: of each run.
+
+    Returns:
+        How often each point was met.
 
     Raises:
         AssertionError: a run failed, or ended in another way than the undisturbed one.
@@ -76,7 +77,7 @@ def drill(folder: Path, *, kills: int, seed: int, processes: int = 1) -> None:
         finish(out, processes)
         compare(out, whole)
         shutil.rmtree(out)
-    print(f"{processes} processes, kills: {dict(said)}; every run ended as the undisturbed one")
+    return said
 
 
 def start(out: Path, processes: int, point: str, steps: int = LAST) -> psutil.Process:
@@ -175,17 +176,3 @@ def names(folder: Path) -> set[str]:
 def losses(folder: Path) -> list[tuple[int, float]]:
     state = json.loads((folder / f"checkpoint-{LAST}" / "trainer_state.json").read_text())
     return [(row["step"], row["loss"]) for row in state["log_history"] if "loss" in row]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=1)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        drill(Path(folder), kills=options.kills, seed=options.seed, processes=options.processes)
-
-
-if __name__ == "__main__":
-    main()

@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Transformer
 
 import llave
-from llave import convert
+from llave import convert, sealing
 from llave.cli import main
 from tests.llave import tiny
 from tests.llave.test_modeling import picture
@@ -154,6 +154,7 @@ def test_a_converted_model_gives_the_same_embeddings(tmp_path, shards, tie):
     left_out = convert.convert(src, dst)
     assert left_out == sorted(extra + ([] if tie else ["lm_head.weight"]))
     assert [entry.name for entry in dst.parent.iterdir()] == ["dst"]
+    assert sealing.problem(dst) is None
     found = SentenceTransformer(str(dst), device="cpu")
     expected = llave.build((network, processor), device="cpu")
     np.testing.assert_allclose(found.encode(ITEMS), expected.encode(ITEMS), atol=1e-5)

@@ -27,6 +27,7 @@ from llave import data, jsonl, limits  # noqa: E402
 from llave.corpus import Source, load_inputs  # noqa: E402
 from llave.data import Images, input_batches, load_training  # noqa: E402
 from llave.images import FORMATS, open_rgb  # noqa: E402
+from llave.sealing import checksum  # noqa: E402
 from llave.shards import MANIFEST, ranges, read_manifest, read_shard  # noqa: E402
 from llave.subsets import typed as retyped  # noqa: E402
 from tests.llave.test_embedding import quick, read, texts, write_jsonl  # noqa: E402
@@ -372,7 +373,13 @@ def test_a_shard_that_asks_for_gigabytes(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "out")
     span = ranges(manifest)[0]
     path = tmp_path / "out" / span.file
-    pq.write_table(pa.table({"id": pa.nulls(10**7, pa.string())}), path)
+
+    def forge(ids: pa.Array, manifest: dict[str, Any]) -> None:
+        note = json.dumps({"manifest": checksum(manifest), "first": 0, "skipped": []})
+        table = pa.table({"id": ids}).replace_schema_metadata({"llave": note})
+        pq.write_table(table, path)
+
+    forge(pa.nulls(10**7, pa.string()), manifest)
     assert path.stat().st_size < 100_000
 
     def refuse() -> None:
@@ -380,10 +387,32 @@ def test_a_shard_that_asks_for_gigabytes(tmp_path: Path) -> None:
             read_shard(path, span, manifest)
 
     assert grown(refuse) < 20
-    whole = manifest | {"dimension": 2**40}
-    pq.write_table(pa.table({"id": ["a"] * 8}), path)
-    with pytest.raises(ValueError, match="LLAVE_MAX_ROW_GROUP_BYTES"):
-        read_shard(path, span, whole)
+    forge(pa.array(["a"] * 8), manifest | {"dimension": 2**40})
+    with pytest.raises(ValueError, match="cannot be used"):
+        read_shard(path, span, manifest | {"dimension": 2**40})
+
+
+def test_a_flipped_bit_of_a_manifest_is_noticed(tmp_path: Path) -> None:
+    source, out = write_jsonl(tmp_path / "a.jsonl", texts(9)), tmp_path / "out"
+    quick(source, out)
+    whole = (out / MANIFEST).read_bytes()
+    for place in range(0, len(whole) - 1, 7):
+        bent = bytearray(whole)
+        bent[place] ^= 1
+        (out / MANIFEST).write_bytes(bent)
+        if json.loads(whole) == _loaded(bent):
+            continue
+        with pytest.raises(ValueError, match=f"{MANIFEST} cannot be used"):
+            read_manifest(out)
+    (out / MANIFEST).write_bytes(whole)
+    quick(source, out)
+
+
+def _loaded(data: bytes | bytearray) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError:
+        return None
 
 
 def test_names_from_data_stay_on_their_line(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 
 import llave
 from llave.modeling import RefusedItemError, encode, inputs
+from llave.sealing import seal
 from tests.llave import tiny
 
 GRIDS = [[24, 24], [24, 48], [48, 24], [48, 48]]
@@ -326,3 +329,53 @@ def test_a_model_saved_after_use_takes_another_length(tmp_path: Path) -> None:
     again = llave.load(tmp_path, device="cpu")
     again.max_seq_length = 100
     assert again.preprocess(long)["input_ids"].shape[1] == 100
+
+
+def flipped(file: Path) -> None:
+    contents = bytearray(file.read_bytes())
+    contents[-9] ^= 1
+    file.write_bytes(contents)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "1_Pooling/config.json", "seal.json"])
+@pytest.mark.parametrize("change", [flipped, Path.unlink])
+def test_a_sealed_model_is_loaded_only_as_it_was_written(saved, tmp_path, name, change):
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    seal(folder)
+    (folder / "README.md").write_text("what its user says of it")
+    llave.load(folder)
+    change(folder / name)
+    if name == "seal.json" and change is Path.unlink:
+        llave.load(folder)  # as folders that were never sealed
+        return
+    for use in (llave.load, llave.build):
+        with pytest.raises(ValueError, match=rf"model is not as it was .*{name}.* remove its seal"):
+            use(folder)
+
+
+def test_a_sealed_model_may_be_links(saved, tmp_path):
+    sealed, folder = tmp_path / "blobs", tmp_path / "model"
+    shutil.copytree(saved, sealed)
+    seal(sealed)
+    folder.mkdir()
+    for path in sealed.iterdir():  # as in the hub's cache
+        (folder / path.name).symlink_to(path)
+    llave.load(folder)
+    flipped(sealed / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors has other contents"):
+        llave.load(folder)
+
+
+@pytest.mark.parametrize("size", [0, 300, 3000, 30_000, 100_000])
+def test_a_full_temporary_folder_is_named(backbone, monkeypatch, tmp_path, size):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(OSError, match=rf"{tmp_path}/\S+ cannot be written \(.*too large"):
+            llave.build(backbone)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
