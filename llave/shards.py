@@ -126,7 +126,7 @@ def read_shard(path: Path, span: Range, manifest: dict[str, Any]) -> Shard:
         if len(ids) + len(note["skipped"]) != span.stop - span.first:
             raise ValueError(f"it has {len(ids)} rows, {len(note['skipped'])} skipped")
         refuse_not_finite(vectors, lambda row: f"id {ids[row]!r}")
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{shown(path)} cannot be used ({' '.join(str(error).split())}); run embed again to "
             "replace it"

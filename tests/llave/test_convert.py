@@ -304,7 +304,7 @@ def test_a_damaged_file_is_named(backbone, tmp_path, kind):
         ("link.safetensors", "which leaves"),
         ("circle.safetensors", "which leaves|lacks"),
         ("a\0b.safetensors", "which leaves"),
-        ("folder.safetensors", "is no file but a folder"),
+        ("folder.safetensors", "is a folder, not a regular file"),
         ("pickled.bin", r"may name \.safetensors files only"),
         ("outside", r"may name \.safetensors files only"),
         ("a\x1b[2J\n.safetensors", "lacks"),
@@ -334,7 +334,7 @@ def test_an_index_names_files_of_the_folder(backbone, tmp_path, capsys, name, me
 def test_a_checkpoint_with_a_pipe_is_not_waited_for(backbone, tmp_path):
     write_shards(tmp_path, write_checkpoint(tmp_path, backbone[0]), 1)
     os.mkfifo(tmp_path / "chat_template.jinja")
-    with pytest.raises(ValueError, match=r"chat_template\.jinja is no file but a folder, pipe"):
+    with pytest.raises(ValueError, match=r"chat_template\.jinja.* is a FIFO, not a regular file"):
         convert.convert(tmp_path, tmp_path / "dst")
 
 
