@@ -323,8 +323,8 @@ def ranking(kind: str, **settings: Any) -> Any:
 
 BLOCKS = "temperature alpha target_alpha hardness symmetric false_negative_margin backend"
 RANKING = (
-    "scale similarity_fct directions gather_across_devices partition_mode hardness_mode hardness_strength "
-    "target_hardness_strength false_negative_margin backend"
+    "scale similarity_fct directions gather_across_devices partition_mode hardness_mode "
+    "hardness_strength target_hardness_strength false_negative_margin backend"
 )
 CONSTRUCTORS: list[tuple[Callable[..., Any], str]] = [
     (
