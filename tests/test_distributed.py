@@ -19,11 +19,12 @@ from tests.helpers import embeddings, relative_error
 from tests.processes import cases, run
 
 CASES = "tests.processes.cases"
+MISTAKES = "tests.processes.mistakes"
 
 
 @lru_cache
-def results(function: str, world: int) -> list[Any]:
-    return run(CASES, function, world)
+def results(function: str, world: int, module: str = CASES) -> list[Any]:
+    return run(module, function, world)
 
 
 def single_process(world: int, case: tuple[Any, ...]) -> list[Tensor]:
@@ -89,7 +90,7 @@ def test_a_compiled_step_gives_the_same_numbers(world: int) -> None:
 
 
 def test_a_process_that_differs_is_an_error_on_all() -> None:
-    first, second = results("mistakes", 2)
+    first, second = results("losses", 2, MISTAKES)
     for name, message in (
         ("width", "the width of the embeddings is 6 on rank 1 and 5 here"),
         ("dtype", "their dtype is torch.float64 on rank 1 and torch.float32 here"),
@@ -130,7 +131,7 @@ def test_a_process_that_differs_is_an_error_on_all() -> None:
 def test_every_setting_of_a_host_is_compared() -> None:
     pytest.importorskip("open_clip")
     pytest.importorskip("sentence_transformers")
-    first, second = results("hosts_mistakes", 2)
+    first, second = results("hosts", 2, MISTAKES)
     same = "; it must be the same on every process"
     for name, message in (
         ("local_loss", "local_loss is True on rank 1 and False here"),
@@ -176,7 +177,7 @@ def test_every_setting_of_a_host_is_compared() -> None:
 
 def test_a_scale_on_a_device_is_compared_when_it_has_arrived() -> None:
     """Those of calls 1, 3 and 5 are looked at. On process 1 one takes two calls to arrive."""
-    for rank, found in enumerate(results("mistakes", 2)):
+    for rank, found in enumerate(results("losses", 2, MISTAKES)):
         *before, last = found["late"]
         assert before == 6 * ["nothing"]
         there, here = ((51.0, 50.0), (50.0, 51.0))[rank]

@@ -22,7 +22,6 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 from sentence_transformers import SentenceTransformer, util
-from sentence_transformers.base.losses import gradcache
 from sentence_transformers.sentence_transformer import losses as host
 from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
@@ -30,6 +29,7 @@ from torch.nn.functional import logsigmoid, normalize
 from llave_kernels import checks, dispatch
 from llave_kernels.agreement import Peer, Terms, agree, learns
 from llave_kernels.functional import contrastive_logsumexp, hardness_weighted_contrastive_loss
+from llave_kernels.integrations.minibatches import sliceable as _sliceable
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
@@ -43,14 +43,6 @@ HARDNESS = {
     "in_batch_negatives": "in_batch",
     "hard_negatives": "hard_negatives",
     "all_negatives": "all",
-}
-# What the host's slicing cuts by images per sample, and by the cells of a grid.
-IMAGE_KEYS = ("pixel_values", "image_position_ids", "image_sizes")
-GRIDS = {
-    "image_grid_thw": ("image_grid_thw", "num_images_per_sample"),
-    "pixel_values": ("image_grid_thw", "num_images_per_sample"),
-    "video_grid_thw": ("video_grid_thw", "num_videos_per_sample"),
-    "pixel_values_videos": ("video_grid_thw", "num_videos_per_sample"),
 }
 CITATION = """
 @misc{lan2025llave,
@@ -402,40 +394,3 @@ def _similarity_name(similarity_fct: Any) -> str | None:
     elif similarity_fct == util.dot_score:
         name = "dot"
     return name if name in ("cosine", "dot") else None
-
-
-def _sliceable(features: dict[str, Any]) -> dict[str, Any]:
-    """``features`` with what the host's slicing needs to cut them by sample.
-
-    It cuts images by ``num_images_per_sample``, and by row where that is missing. The
-    ``batch_num_images`` of transformers counts only samples that have images.
-
-    Raises:
-        ValueError: a tensor of several dimensions that would be cut by row although its rows are
-            not the samples'.
-    """
-    if "cu_seq_lens_q" in features:  # flattened tokens, cut by their own lengths
-        return features
-    samples = gradcache._get_batch_size(features)
-    counts = features.get("num_images_per_sample", features.get("batch_num_images"))
-    images = None
-    if isinstance(counts, Tensor) and len(counts) == samples:
-        features = features | {"num_images_per_sample": counts}
-        if "batch_num_images" in features:
-            features["batch_num_images"] = counts
-        images = int(counts.sum())
-    for key, value in features.items():
-        if not isinstance(value, Tensor) or (value.ndim < 2 and key != "batch_num_images"):
-            continue
-        if len(value) == samples or (key in IMAGE_KEYS and len(value) == images):
-            continue
-        grid, count = GRIDS.get(key, (None, None))
-        if grid in features and (count in features or len(features[grid]) == samples):
-            continue
-        raise ValueError(
-            f"{key} of shape {tuple(value.shape)} cannot be cut into mini-batches of {samples} "
-            "samples: its rows are not samples, and the features do not tell how many belong to "
-            "each. Add num_images_per_sample, a tensor of one count per sample, to the features, "
-            "or use MultipleNegativesRankingLoss"
-        )
-    return features
