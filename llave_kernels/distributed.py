@@ -8,7 +8,6 @@ gathers both sides and computes two blocks: twice the products and twice the tra
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -181,8 +180,7 @@ def _global_rules(
         limits = module.margin_limit(query, target, rules.labels, rules.margin)
         column_limit = gather_rows(rules.column_limits(limits, len(target)), columns, group)
     target_ids = rules.target_ids
-    return dataclasses.replace(
-        rules,
+    return rules._replace(
         labels=counted_over_all(rules.labels),
         owners=owners,
         target_ids=None if target_ids is None else gather_rows(target_ids, columns, group),

@@ -139,7 +139,7 @@ def hardness_weighted_contrastive_loss(
     )
     scalar = not symmetric and reduction != "none" and needs_gradient and not transforms.active()
     if name == torch_strips.NAME and scalar and not torch_strips.rounds_gradients(query):
-        total = ops.one_direction_loss(query, target, scale, *ops.rule_args(rules))[0]
+        total = ops.one_direction_loss(query, target, scale, *rules)[0]
         return total / len(query) if reduction == "mean" else total
     logits = logsumexp(query, target, scale, rules, name)
     loss = -logsigmoid(logits.positive - logits.query)
@@ -219,7 +219,5 @@ def logsumexp(
     query: Tensor, target: Tensor, scale: Tensor, rules: Rules, backend: str
 ) -> ContrastiveLogits:
     """``contrastive_logsumexp`` of what ``resolve`` returned, on the named backend."""
-    positive, rows, columns, _ = ops.contrastive_logsumexp(
-        query, target, scale, backend, *ops.rule_args(rules)
-    )
+    positive, rows, columns, _ = ops.contrastive_logsumexp(query, target, scale, backend, *rules)
     return ContrastiveLogits(positive, rows, columns if rules.symmetric else None)

@@ -6,7 +6,6 @@ makes the gradients along with the loss where the upstream gradient can only be 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import ModuleType
@@ -19,72 +18,24 @@ from llave_kernels import checks, transforms
 from llave_kernels.backends import torch_strips
 from llave_kernels.backends.products import accumulation_dtype
 from llave_kernels.dispatch import BACKENDS
-from llave_kernels.rules import HARDNESS_MODES, Rules
+from llave_kernels.rules import HARDNESS_MODES, SCHEMA, TENSORS, Rules
 
-# One flat signature, because an operator's schema holds only tensors and scalars.
-# Order: the fields of ``Rules``.
-RuleArgs = tuple[
-    Tensor,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    float,
-    float,
-    str,
-    float | None,
-    bool,
-]
-TENSORS, RULES = 5, 10  # the leading tensors, and all
+# An operator's schema holds only tensors and scalars: the rules come flat, in the order of their
+# fields.
+INPUTS = "Tensor query, Tensor target, Tensor logit_scale"
+GRADIENTS = "Tensor d_query, Tensor d_target, Tensor d_logit_scale"
 
 
-def rule_args(rules: Rules) -> RuleArgs:
-    """``Rules`` flattened to the operators' trailing arguments."""
-    return (
-        rules.labels,
-        rules.owners,
-        rules.query_ids,
-        rules.target_ids,
-        rules.column_limit,
-        rules.alpha,
-        rules.target_alpha,
-        rules.hardness,
-        rules.margin,
-        rules.symmetric,
-    )
-
-
-@torch.library.custom_op("llave::contrastive_logsumexp", mutates_args=())
+@torch.library.custom_op(
+    "llave::contrastive_logsumexp",
+    mutates_args=(),
+    schema=f"({INPUTS}, str backend, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def contrastive_logsumexp(
-    query: Tensor,
-    target: Tensor,
-    logit_scale: Tensor,
-    backend: str,
-    labels: Tensor,
-    owners: Tensor | None,
-    query_ids: Tensor | None,
-    target_ids: Tensor | None,
-    column_limit: Tensor | None,
-    alpha: float,
-    target_alpha: float,
-    hardness: str,
-    margin: float | None,
-    symmetric: bool,
+    query: Tensor, target: Tensor, logit_scale: Tensor, backend: str, *given: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Positive logits (N,), n (N,), n' (M,) or (0,), and what the backward of ``backend`` keeps."""
-    rules = Rules(
-        labels,
-        owners,
-        query_ids,
-        target_ids,
-        column_limit,
-        alpha,
-        target_alpha,
-        hardness,
-        margin,
-        symmetric,
-    )
-    rules = _checked(query, target, logit_scale, rules)
+    rules = _checked(query, target, logit_scale, given)
     module = _named(backend)
     if (reason := module.supports(query, target, rules)) is not None:
         raise ValueError(f"backend={backend!r} does not support this call: {reason}")
@@ -106,7 +57,15 @@ def _(query: Tensor, target: Tensor, logit_scale: Tensor, backend: str, *rules: 
     return tuple(query.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-@torch.library.custom_op("llave::contrastive_logsumexp_backward", mutates_args=())
+@torch.library.custom_op(
+    "llave::contrastive_logsumexp_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor d_positive, Tensor d_query_lse, Tensor d_target_lse, "
+        f"{INPUTS}, Tensor positive, Tensor query_lse, Tensor target_lse, Tensor kept, "
+        f"bool scale_gradient, str backend, {SCHEMA}) -> ({GRADIENTS})"
+    ),
+)
 def contrastive_logsumexp_backward(
     d_positive: Tensor,
     d_query_lse: Tensor,
@@ -120,34 +79,13 @@ def contrastive_logsumexp_backward(
     kept: Tensor,
     scale_gradient: bool,
     backend: str,
-    labels: Tensor,
-    owners: Tensor | None,
-    query_ids: Tensor | None,
-    target_ids: Tensor | None,
-    column_limit: Tensor | None,
-    alpha: float,
-    target_alpha: float,
-    hardness: str,
-    margin: float | None,
-    symmetric: bool,
+    *given: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query (N, D) and target (M, D), in their dtypes, and of logit_scale ().
 
     The last is NaN unless ``scale_gradient``, where a backend saves work by leaving it out.
     """
-    rules = Rules(
-        labels,
-        owners,
-        query_ids,
-        target_ids,
-        column_limit,
-        alpha,
-        target_alpha,
-        hardness,
-        margin,
-        symmetric,
-    )
-    rules = _checked(query, target, logit_scale, rules)
+    rules = _checked(query, target, logit_scale, given)
     module = _named(backend)
     upstream = _like_outputs(rules, query, target, "d_", d_positive, d_query_lse, d_target_lse)
     lses = _like_outputs(rules, query, target, "", positive, query_lse, target_lse)
@@ -176,39 +114,19 @@ def _(
     return _gradients_like(query, target, query.dtype)
 
 
-@torch.library.custom_op("llave::one_direction_loss", mutates_args=())
+@torch.library.custom_op(
+    "llave::one_direction_loss",
+    mutates_args=(),
+    schema=f"({INPUTS}, {SCHEMA}) -> (Tensor loss, {GRADIENTS})",
+)
 def one_direction_loss(
-    query: Tensor,
-    target: Tensor,
-    logit_scale: Tensor,
-    labels: Tensor,
-    owners: Tensor | None,
-    query_ids: Tensor | None,
-    target_ids: Tensor | None,
-    column_limit: Tensor | None,
-    alpha: float,
-    target_alpha: float,
-    hardness: str,
-    margin: float | None,
-    symmetric: bool,
+    query: Tensor, target: Tensor, logit_scale: Tensor, *given: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sum over the rows of the query direction's loss (), with its dQ, dT and d logit_scale.
 
     In the accumulation dtype, which holds them whatever the upstream gradient makes of them.
     """
-    rules = Rules(
-        labels,
-        owners,
-        query_ids,
-        target_ids,
-        column_limit,
-        alpha,
-        target_alpha,
-        hardness,
-        margin,
-        symmetric,
-    )
-    rules = _checked(query, target, logit_scale, rules)
+    rules = _checked(query, target, logit_scale, given)
     with _on(query, target, logit_scale):
         loss, dq, dt, d_scale = torch_strips.one_direction(query, target, logit_scale, rules)
         return loss.sum(), dq, dt, d_scale
@@ -227,11 +145,12 @@ def _gradients_like(
     return dq, dt, query.new_empty((), dtype=accumulation_dtype(query.dtype))
 
 
-def _checked(query: Tensor, target: Tensor, logit_scale: Tensor, rules: Rules) -> Rules:
+def _checked(query: Tensor, target: Tensor, logit_scale: Tensor, given: tuple[Any, ...]) -> Rules:
     """The rules of a call whose arguments may be anyone's, with labels and owners as int64.
 
     Backends read what is passed as what ``Rules`` says it is.
     """
+    rules = Rules(*given)
     checks.embeddings(query, target)
     n, m, device = len(query), len(target), query.device
     _expect("logit_scale", logit_scale, (), query)
@@ -243,7 +162,7 @@ def _checked(query: Tensor, target: Tensor, logit_scale: Tensor, rules: Rules) -
     owners = rules.owners
     if owners is not None:
         owners = checks.columns("owners", owners, m, m, device)
-    return dataclasses.replace(rules, labels=labels, owners=owners)
+    return rules._replace(labels=labels, owners=owners)
 
 
 def _named(backend: str) -> ModuleType:
@@ -310,7 +229,7 @@ def _backward_logsumexp(
         *(query, target, scale, positive, query_lse, target_lse, kept, learnable, ctx.backend),
         *(*ids, *ctx.scalars),
     )
-    return dq, dt, d_scale if learnable else None, *[None] * (1 + RULES)
+    return dq, dt, d_scale if learnable else None, *[None] * (1 + len(Rules._fields))
 
 
 transforms.support(
@@ -332,9 +251,9 @@ def _backward_one_direction(
     if torch.is_grad_enabled():
         transforms.refuse_second_derivative()
     if d_loss is None:
-        return (None,) * (3 + RULES)
+        return (None,) * (3 + len(Rules._fields))
     gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-    return *((x * d_loss).to(dtype) for x, dtype in gradients), *[None] * RULES
+    return *((x * d_loss).to(dtype) for x, dtype in gradients), *[None] * len(Rules._fields)
 
 
 one_direction_loss.register_autograd(_backward_one_direction, setup_context=_setup_one_direction)

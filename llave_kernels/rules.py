@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -11,8 +11,7 @@ from torch import Tensor
 HARDNESS_MODES = ("in_batch", "hard_negatives", "all")
 
 
-@dataclass(frozen=True)
-class Rules:
+class Rules(NamedTuple):
     """The pair rules of one call, validated and resolved to what a backend needs.
 
     Column ``j`` is row ``i``'s own when ``owners[j] == labels[i]``. It is row ``i``'s positive when
@@ -58,6 +57,16 @@ class Rules:
         known, safe = inside(self.labels, m)
         place = torch.where(known, safe, m)  # labels outside go where nobody looks
         return rows.new_full((m + 1,), math.inf).scatter_(0, place, rows)[:m]
+
+
+# The fields in the language of operator schemas. Tensors come first.
+_KINDS = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", float | None: "float?",
+    str: "str", bool: "bool",
+}  # fmt: skip
+_FIELDS = {name: _KINDS[hint] for name, hint in get_type_hints(Rules).items()}
+SCHEMA = ", ".join(f"{kind} {name}" for name, kind in _FIELDS.items())
+TENSORS = sum(kind.startswith("Tensor") for kind in _FIELDS.values())
 
 
 def inside(labels: Tensor, m: int) -> tuple[Tensor, Tensor]:

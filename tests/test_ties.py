@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llave_kernels import ops
 from llave_kernels.backends import positives, products, torch_strips
 from llave_kernels.dispatch import BACKENDS
 from llave_kernels.reference import reference_loss, similarity_loss
@@ -110,9 +109,7 @@ def negatives_that_count(
         torch.arange(n), torch.arange(m), None, None, None, 0.0, 0.0, "in_batch", margin, True
     )
     scale = torch.tensor(1e-6, dtype=dtype)  # each adds exp(0)
-    outputs = torch.ops.llave.contrastive_logsumexp(
-        query, target, scale, backend, *ops.rule_args(rules)
-    )
+    outputs = torch.ops.llave.contrastive_logsumexp(query, target, scale, backend, *rules)
     return torch.cat(outputs[1:3]).exp().round()
 
 
@@ -156,9 +153,7 @@ def test_the_directions_judge_alike_wherever_a_column_is_known(backend: str) -> 
 
     def columns(part: slice, limit: Tensor | None) -> Tensor:
         rules = Rules(labels[part], None, None, None, limit, 0.1, 0.1, "in_batch", 0.0, True)
-        return torch.ops.llave.contrastive_logsumexp(
-            query[part], target, scale, backend, *ops.rule_args(rules)
-        )[2]
+        return torch.ops.llave.contrastive_logsumexp(query[part], target, scale, backend, *rules)[2]
 
     whole = columns(slice(None), None)
     parts = [columns(part, limit) for part in (slice(0, 7), slice(7, None))]
