@@ -23,8 +23,7 @@ from hypothesis import strategies as st  # noqa: E402
 from llave import runs, sealing  # noqa: E402
 from llave.stopping import Stopped  # noqa: E402
 from llave.trainer import EmbeddingTrainer  # noqa: E402
-from llave.training import read_recipe, train  # noqa: E402
-from tests.llave import tiny, train_worker  # noqa: E402
+from tests.llave import train_worker  # noqa: E402
 from tests.llave.test_training import ROOT, contents, logged, words  # noqa: E402
 
 EPOCHS = ("--trainer.eval_strategy", "epoch", "--trainer.eval_steps", "null")
@@ -65,65 +64,6 @@ def copied(run: Path, out: Path, *but: str) -> Path:
 # What another wrote
 
 
-@pytest.mark.parametrize(
-    "there",
-    ["model/notes.txt", "checkpoint-4/notes.txt", "run.json", "eval/similarities-6.json"],
-)
-def test_what_another_wrote_is_refused_and_stays(tmp_path: Path, there: str) -> None:
-    out = tmp_path / "run"
-    (out / there).parent.mkdir(parents=True)
-    (out / there).write_text("{}")
-    with pytest.raises(ValueError, match=f"holds .*{there.split('/')[0]}.* this run did not write"):
-        train_worker.train(str(out))
-    assert contents(out) == {there: b"{}"} | {n: b"" for n in contents(out) if n == ".run.lock"}
-
-
-def test_a_link_to_nowhere_is_anothers(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "model").symlink_to(tmp_path / "precious")
-    with pytest.raises(ValueError, match="this run did not write"):
-        train_worker.train(str(out))
-    assert not (tmp_path / "precious").exists()
-
-
-def test_the_backbones_folder_is_not_written_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for part in tiny.llava_onevision():
-        part.save_pretrained("model")
-    (tmp_path / "model" / "notes.txt").write_text("mine")
-    (tmp_path / "link").symlink_to("model")
-    (tmp_path / "data").mkdir()
-    before = contents(tmp_path)
-    base = {"model.backbone": "./model", "trainer.output_dir": ".", "data.train": "data"}
-    for changed in (
-        {},
-        {"model.backbone": "link"},
-        {"model.backbone": str(tmp_path / "link" / ".." / "model")},
-        {"trainer.output_dir": "model"},
-        {"trainer.output_dir": "link/run"},
-        {"trainer.output_dir": "data"},
-        {"trainer.output_dir": "out", "data.images": "out/model"},
-    ):
-        settings = base | changed
-        recipe = tmp_path.parent / f"{tmp_path.name}.yaml"
-        recipe.write_text("model: {}\n")
-        if "data.images" in settings:
-            (tmp_path / "out" / "model").mkdir(parents=True)
-        with pytest.raises(
-            ValueError, match=r"the run would write into .*, and it reads (model|data)"
-        ):
-            train(read_recipe(str(recipe), given_words(settings)))
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        assert contents(tmp_path) == before
-
-
-def given_words(settings: dict[str, str]) -> list[str]:
-    return [word for key, value in settings.items() for word in (f"--{key}", value)]
-
-
 def test_a_model_or_checkpoint_that_another_changed_is_kept(whole: Path, tmp_path: Path) -> None:
     longer = ("--trainer.max_steps", "14", "--trainer.save_total_limit", "1")
     model = copied(whole, tmp_path / "model")
@@ -143,73 +83,6 @@ def test_a_model_or_checkpoint_that_another_changed_is_kept(whole: Path, tmp_pat
     ]
     assert (own / "checkpoint-8" / "notes.txt").read_text() == "mine"
     assert sealing.facts(own / "model")["step"] == 14  # its own model it replaces
-
-
-def test_what_appears_during_the_training_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "run"
-    train_worker.die_at("step", 3, partial(place, out / "model" / "notes.txt"), monkeypatch.setattr)
-    with pytest.raises(
-        OSError, match=r"model could not be saved .*so .*/model-[0-9a-f]{8} was made"
-    ):
-        train_worker.train(str(out), "--trainer.max_steps", "4")
-    assert contents(out / "model") == {"notes.txt": b"mine"}
-    (beside,) = out.glob("model-*")
-    assert (beside / "modules.json").exists()
-
-
-def place(file: Path) -> None:
-    file.parent.mkdir(parents=True)
-    file.write_text("mine")
-
-
-def test_a_link_at_a_temporary_name_is_not_followed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "precious").mkdir()
-    (tmp_path / f".{'0' * 32}.tmp").symlink_to("precious")
-
-    class Known:
-        hex = "0" * 32
-
-    monkeypatch.setattr(sealing, "uuid4", Known)
-    with pytest.raises(FileExistsError):
-        sealing.begin(tmp_path, "run")
-    assert not list(sealing.left(tmp_path, "run"))
-    assert not contents(tmp_path / "precious")
-
-
-@pytest.mark.parametrize("replaced", [False, True])
-def test_a_removed_folder_ends_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
-) -> None:
-    out = tmp_path / "run"
-
-    def remove() -> None:
-        shutil.rmtree(out)
-        if replaced:
-            recipe = read_recipe("tiny", ["--trainer.output_dir", str(out)])
-            runs.record(out, recipe, {"plus": 1})
-
-    train_worker.die_at("step", 6, remove, monkeypatch.setattr)
-    with pytest.raises(OSError, match="run' was removed or replaced while a run trained in it"):
-        train_worker.train(str(out), "--trainer.eval_steps", "100")
-    assert list(contents(out)) == (["run.json"] if replaced else [])
-
-
-def test_a_folder_that_cannot_be_written_to_is_refused_before_the_loading(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "recipe.yaml"
-    file.write_text(train_worker.RECIPE % (tmp_path / "deep" / "run"))
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(ValueError, match=f"cannot be written to: {tmp_path} is read-only"):
-        train(read_recipe(str(file)))
-    assert list(tmp_path.iterdir()) == [file]
-
-
-# Kills
 
 
 def test_what_a_killed_run_left_is_removed_by_its_next_start(whole: Path, tmp_path: Path) -> None:
