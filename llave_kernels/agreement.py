@@ -90,7 +90,9 @@ def agree(prepare: Callable[[], tuple[T, Terms]], group: Group) -> tuple[T, list
     digest = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
     scale = late.bits() if late is not None else None
     words = [refusal is None, *part, len(text), digest, scale is not None, scale or 0]
-    everyone = [each.tolist() for each in _gather(torch.tensor(words, dtype=torch.int64), given)]
+    with transforms.outside():  # where tensors have data; the others are told of the refusal
+        gathered = _gather(torch.tensor(words, dtype=torch.int64), given)
+        everyone = [each.tolist() for each in gathered]
     if refusal is not None:
         raise refusal
     for rank, (accepts, *_) in enumerate(everyone):

@@ -67,6 +67,11 @@ def refuse(operator: Any, instead: str) -> None:
     _library.impl(operator._name, refusal, "FuncTorchDynamicLayerFrontMode")
 
 
+def outside() -> Any:
+    """A context that no ``torch.func`` transform reaches into."""
+    return torch._C._DisableFuncTorch()
+
+
 def refuse_all() -> None:
     """An error inside any transform, for a loss that exchanges data with other processes."""
     if active():
