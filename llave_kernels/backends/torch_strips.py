@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -101,7 +102,6 @@ class _Strips:
         self.rows = strip_rows(len(query), len(target), query.dtype)
         # A label outside names no column: its row's outputs are NaN.
         self.inside, self.columns = inside(rules.labels, len(target))
-        self.positive = positives.positive_similarity(query, self.target, rules.labels)
         self.bounded = self._bounded()
         self.row_limit = self.column_limit = None
         if rules.margin is not None:
@@ -116,6 +116,11 @@ class _Strips:
 
     def queries(self, strip: slice) -> Tensor:
         return self.query[strip].to(self.target.dtype)
+
+    @cached_property
+    def positive(self) -> Tensor:
+        """(N,) similarities of the positives, which a backward has no use for."""
+        return positives.positive_similarity(self.query, self.target, self.rules.labels)
 
     def put_positives(self, strip: slice, matrix: Tensor, values: Tensor | float) -> Tensor:
         """Overwrite the positives' places in (M, rows) by ``values`` (rows,) or a number."""
