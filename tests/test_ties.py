@@ -88,6 +88,8 @@ def test_ties_stay_and_what_exceeds_goes(backend: str, data: st.DataObject) -> N
     }
     wide = [x.double() for x in read]
     truth = loss_and_gradients(exact_loss, *wide, scale, **rules)
+    # A gradient of size 1e-3 queries, say, may be too large for float16.
+    assume(all(float(x.abs().max()) <= torch.finfo(dtype).max for x in truth[1:3]))
     dense = loss_and_gradients(reference_loss, *wide, scale, **rules)
     found = fused(query, target, scale, backend=backend, **rules)
     sizes = [float(truth[0]), *(n * scale * x for x in reversed(largest))]
