@@ -109,7 +109,7 @@ def loss_over(
     loss = -logsigmoid(logits.positive - logits.query)
     if logits.target is not None:
         own_columns: Tensor = _OwnColumns.apply(logits.target, columns, group)
-        loss = (loss - logsigmoid(logits.positive - at_labels(own_columns, own.labels))) / 2
+        loss = (loss - logsigmoid(logits.positive - at_labels(own_columns, own.labels, len(query)))) / 2
     if reduction == "none":
         return loss
     if reduction == "sum":

@@ -144,7 +144,7 @@ def hardness_weighted_contrastive_loss(
     logits = logsumexp(query, target, scale, rules, name)
     loss = -logsigmoid(logits.positive - logits.query)
     if logits.target is not None:
-        loss = (loss - logsigmoid(logits.positive - at_labels(logits.target, rules.labels))) / 2
+        loss = (loss - logsigmoid(logits.positive - at_labels(logits.target, rules.labels, len(query)))) / 2
     if reduction == "none":
         return loss
     return loss.mean() if reduction == "mean" else loss.sum()

@@ -1,14 +1,64 @@
-"""Which pairs count, and which of them carry the hardness weight."""
+"""Which pairs count, and which of them carry the hardness weight.
+
+A new pair rule starts here: as an argument in ``RuleArguments``, as a field of ``Rules``.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, get_type_hints
+from typing import Literal, NamedTuple, TypedDict, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
-HARDNESS_MODES = ("in_batch", "hard_negatives", "all")
+Hardness = Literal["in_batch", "hard_negatives", "all"]
+HARDNESS_MODES: tuple[str, ...] = get_args(Hardness)
+
+
+class RuleSettings(TypedDict, total=False):
+    """The pair rules that hold for a whole training.
+
+    Attributes:
+        alpha: hardness strength, >= 0. 0 is InfoNCE. Default 9, the paper's.
+        hardness: which negatives carry the weight. ``"in_batch"``, the default: columns owned by
+            other rows (paper). ``"hard_negatives"``: the row's own mined negatives (EmbeddingGemma,
+            alpha 5). ``"all"``: both.
+        symmetric: also compute the target -> query direction, and average. Default True.
+        target_alpha: hardness strength of the target -> query direction. Default: ``alpha``.
+        false_negative_margin: leave out negatives owned by other rows whose similarity exceeds
+            that of the positive by more than this (Qwen3-Embedding: 0.1). In the target direction
+            the positive is the column's own. A row's own mined negatives are never left out by it.
+            What equals the positive is kept, to an allowance for rounding (docs/numerics.md).
+            Default: none.
+    """
+
+    alpha: float
+    hardness: str
+    symmetric: bool
+    target_alpha: float | None
+    false_negative_margin: float | None
+
+
+class RuleTensors(TypedDict, total=False):
+    """The pair rules of one batch of queries (N, D) and targets (M, D), on their device.
+
+    Attributes:
+        labels: (N,) integer, column of each row's positive. Default ``arange(N)``.
+        owners: (M,) integer, for each column the column of the positive it goes with (itself, for a
+            positive). Default ``arange(M) % N``.
+        query_ids: (N,) int64 content ids. A negative with its row's id duplicates the positive and
+            is left out. Needs ``target_ids``. Default: none.
+        target_ids: (M,) int64 content ids. Needs ``query_ids``.
+    """
+
+    labels: Tensor | None
+    owners: Tensor | None
+    query_ids: Tensor | None
+    target_ids: Tensor | None
+
+
+class RuleArguments(RuleSettings, RuleTensors, total=False):
+    """What the losses take as ``**rules``: ``RuleSettings`` and ``RuleTensors``."""
 
 
 class Rules(NamedTuple):
@@ -18,7 +68,8 @@ class Rules(NamedTuple):
     ``j == labels[i]``. Every other column is a negative unless an id or the margin leaves it out.
 
     Attributes:
-        labels: (N,) int64, the column of each row's positive.
+        labels: (N,) int64, the column of each row's positive, or None where row i's is column i,
+            which backends can treat faster.
         owners: (M,) int64, the column of the positive each column goes with, or None where every
             column is its own owner (no mined negatives), which backends can treat faster.
         query_ids: (N,) int64 content ids, or None. Given together with ``target_ids``.
@@ -33,7 +84,7 @@ class Rules(NamedTuple):
         symmetric: whether the target -> query direction is computed.
     """
 
-    labels: Tensor
+    labels: Tensor | None
     owners: Tensor | None
     query_ids: Tensor | None
     target_ids: Tensor | None
@@ -49,20 +100,29 @@ class Rules(NamedTuple):
         """Whether a pair has the same logit in both directions: one exponential serves both."""
         return self.margin is None and self.alpha == self.target_alpha
 
+    def labels_of(self, query: Tensor) -> Tensor:
+        """(N,) the labels, also where they are None."""
+        if self.labels is not None:
+            return self.labels
+        return torch.arange(len(query), device=query.device)
+
     def column_limits(self, rows: Tensor, m: int) -> Tensor:
         """(M,) the limits of the rows (N,) whose positives the columns are; infinite where a column
         is nobody's."""
         if self.column_limit is not None:
             return self.column_limit
-        known, safe = inside(self.labels, m)
-        place = torch.where(known, safe, m)  # labels outside go where nobody looks
-        return rows.new_full((m + 1,), math.inf).scatter_(0, place, rows)[:m]
+        limits = rows.new_full((m + 1,), math.inf)
+        if self.labels is None:
+            limits[: len(rows)] = rows
+        else:
+            known, safe = inside(self.labels, m)
+            limits.scatter_(0, torch.where(known, safe, m), rows)  # outside: where nobody looks
+        return limits[:m]
 
 
 # The fields in the language of operator schemas. Tensors come first.
 _KINDS = {
-    Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", float | None: "float?",
-    str: "str", bool: "bool",
+    Tensor | None: "Tensor?", float: "float", float | None: "float?", str: "str", bool: "bool",
 }  # fmt: skip
 _FIELDS = {name: _KINDS[hint] for name, hint in get_type_hints(Rules).items()}
 SCHEMA = ", ".join(f"{kind} {name}" for name, kind in _FIELDS.items())
@@ -77,8 +137,10 @@ def inside(labels: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return known, torch.where(known, labels, 0)
 
 
-def at_labels(columns: Tensor, labels: Tensor) -> Tensor:
-    """(N,) the columns' values (M,) at the labels, NaN for a label outside."""
+def at_labels(columns: Tensor, labels: Tensor | None, n: int) -> Tensor:
+    """(N,) the columns' values (M,) at the rows' labels, NaN for a label outside."""
+    if labels is None:
+        return columns[:n]
     known, safe = inside(labels, len(columns))
     return torch.where(known, columns[safe], math.nan)
 
