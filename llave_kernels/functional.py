@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from typing_extensions import Unpack
 
-from llave_kernels import checks, dispatch, ops, transforms
-from llave_kernels.backends import torch_strips
-from llave_kernels.backends.products import accumulation_dtype
-from llave_kernels.rules import HARDNESS_MODES, Rules, at_labels, default_owners
+from llave_kernels import checks, dispatch, losses, ops, transforms
+from llave_kernels.precision import accumulation_dtype, autocast
+from llave_kernels.rules import HARDNESS_MODES, RuleArguments, Rules, at_labels, default_owners
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class ContrastiveLogits(NamedTuple):
@@ -29,11 +32,11 @@ class ContrastiveLogits(NamedTuple):
     target: Tensor | None
 
 
-def contrastive_logsumexp(
+def resolve(
     query: Tensor,
     target: Tensor,
+    logit_scale: float | Tensor,
     *,
-    logit_scale: float | Tensor = 50.0,
     alpha: float = 9.0,
     hardness: str = "in_batch",
     symmetric: bool = True,
@@ -43,7 +46,46 @@ def contrastive_logsumexp(
     query_ids: Tensor | None = None,
     target_ids: Tensor | None = None,
     false_negative_margin: float | None = None,
+) -> tuple[Tensor, Rules]:
+    """Checked arguments as (0-d scale tensor on the device, rules)."""
+    checks.embeddings(query, target)
+    n, m, device = len(query), len(target), query.device
+    dtype = accumulation_dtype(query.dtype)
+    alpha = checks.strength("alpha", alpha, dtype)
+    if target_alpha is None:
+        target_alpha = alpha
+    target_alpha = checks.strength("target_alpha", target_alpha, dtype)
+    checks.one_of("hardness", hardness, HARDNESS_MODES)
+    symmetric = checks.flag("symmetric", symmetric)
+    margin = checks.margin(false_negative_margin, dtype)
+    scale = checks.logit_scale(logit_scale, max(alpha, target_alpha), dtype, device)
+    rules = Rules(
+        labels, owners, query_ids, target_ids, None, alpha, target_alpha, hardness, margin,
+        symmetric,
+    )  # fmt: skip
+    rules = checks.rule_tensors(rules, query, target)
+    if owners is None:
+        rules = rules._replace(owners=default_owners(n, m, device))
+    return scale, rules
+
+
+def shows_rules(function: Function) -> Function:
+    """Show the rules and their defaults in the signature of a function that takes ``**rules``."""
+    own, taken = (inspect.signature(f) for f in (function, resolve))
+    *shown, _ = own.parameters.values()
+    shown += [x for x in taken.parameters.values() if x.kind is x.KEYWORD_ONLY]
+    function.__signature__ = own.replace(parameters=shown)  # type: ignore[attr-defined]
+    return function
+
+
+@shows_rules
+def contrastive_logsumexp(
+    query: Tensor,
+    target: Tensor,
+    *,
+    logit_scale: float | Tensor = 50.0,
     backend: str = "auto",
+    **rules: Unpack[RuleArguments],
 ) -> ContrastiveLogits:
     """Positive logits and both directions' log-sum-exps over the hardness-weighted negatives.
 
@@ -52,30 +94,20 @@ def contrastive_logsumexp(
     raise.
     """
     query, target = autocast(query, target)
-    scale, rules = resolve(
-        query, target, logit_scale, alpha, hardness, symmetric, target_alpha, labels, owners,
-        query_ids, target_ids, false_negative_margin,
-    )  # fmt: skip
-    name = dispatch.choose(backend, query, target, rules)
-    return logsumexp(query, target, scale, rules, name)
+    scale, resolved = resolve(query, target, logit_scale, **rules)
+    name = dispatch.choose(backend, query, target, resolved)
+    return logsumexp(query, target, scale, resolved, name)
 
 
+@shows_rules
 def hardness_weighted_contrastive_loss(
     query: Tensor,
     target: Tensor,
     *,
     logit_scale: float | Tensor = 50.0,
-    alpha: float = 9.0,
-    hardness: str = "in_batch",
-    symmetric: bool = True,
-    target_alpha: float | None = None,
-    labels: Tensor | None = None,
-    owners: Tensor | None = None,
-    query_ids: Tensor | None = None,
-    target_ids: Tensor | None = None,
-    false_negative_margin: float | None = None,
     reduction: str = "mean",
     backend: str = "auto",
+    **rules: Unpack[RuleArguments],
 ) -> Tensor:
     """Hardness-weighted contrastive loss of LLaVE (arXiv 2503.04812, eq. 4-6), fused.
 
@@ -91,24 +123,11 @@ def hardness_weighted_contrastive_loss(
             mined negatives, row i's in rows ``i + k N``.
         logit_scale: kappa = 1 / temperature, a positive number or a tensor of one element, which
             may require grad. It and the strengths must fit the dtype of the loss.
-        alpha: hardness strength, >= 0. 0 is InfoNCE; the paper uses 9.
-        hardness: which negatives carry the weight. ``"in_batch"``: columns owned by other rows
-            (paper); ``"hard_negatives"``: the row's own mined negatives (EmbeddingGemma, alpha 5);
-            ``"all"``: both.
-        symmetric: also compute the target -> query direction, and average.
-        target_alpha: hardness strength of the target -> query direction. Default: ``alpha``.
-        labels: (N,) integer, column of each row's positive. Default ``arange(N)``.
-        owners: (M,) integer, for each column the column of the positive it goes with (itself, for a
-            positive). Default ``arange(M) % N``.
-        query_ids: (N,) int64 content ids. A negative with its row's id duplicates the positive and
-            is left out. Needs ``target_ids``.
-        target_ids: (M,) int64 content ids. Needs ``query_ids``.
-        false_negative_margin: leave out negatives owned by other rows whose similarity exceeds
-            that of the positive by more than this (Qwen3-Embedding: 0.1). In the target direction
-            the positive is the column's own. A row's own mined negatives are never left out by it.
-            What equals the positive is kept, to an allowance for rounding (docs/numerics.md).
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (a loss per row).
         backend: ``"auto"`` or a name from ``available_backends()``.
+        rules: which pairs count, and how they weigh: ``alpha``, ``hardness``, ``symmetric``,
+            ``target_alpha``, ``false_negative_margin``, ``labels``, ``owners``, ``query_ids``,
+            ``target_ids``. ``RuleArguments`` states them.
 
     Returns:
         0-d tensor, or (N,) with ``reduction="none"``. float32, or float64 for float64 inputs. A row
@@ -129,90 +148,28 @@ def hardness_weighted_contrastive_loss(
     """
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
     query, target = autocast(query, target)
-    scale, rules = resolve(
-        query, target, logit_scale, alpha, hardness, symmetric, target_alpha, labels, owners,
-        query_ids, target_ids, false_negative_margin,
-    )  # fmt: skip
-    name = dispatch.choose(backend, query, target, rules)
-    needs_gradient = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (query, target, scale)
-    )
-    scalar = not symmetric and reduction != "none" and needs_gradient and not transforms.active()
-    if name == torch_strips.NAME and scalar and not torch_strips.rounds_gradients(query):
-        total = ops.one_direction_loss(query, target, scale, *rules)[0]
+    scale, resolved = resolve(query, target, logit_scale, **rules)
+    name = dispatch.choose(backend, query, target, resolved)
+    if _takes_one_direction(name, query, target, scale, resolved, reduction):
+        total = ops.one_direction_loss(query, target, scale, name, *resolved)[0]
         return total / len(query) if reduction == "mean" else total
-    logits = logsumexp(query, target, scale, rules, name)
-    loss = -logsigmoid(logits.positive - logits.query)
-    if logits.target is not None:
-        loss = (loss - logsigmoid(logits.positive - at_labels(logits.target, rules.labels, len(query)))) / 2
-    if reduction == "none":
-        return loss
-    return loss.mean() if reduction == "mean" else loss.sum()
+    logits = logsumexp(query, target, scale, resolved, name)
+    target_lse = logits.target
+    if target_lse is not None:
+        target_lse = at_labels(target_lse, resolved.labels, len(query))
+    loss = losses.loss_of_rows(logits.positive, logits.query, target_lse)
+    return losses.reduce(loss, reduction)
 
 
-def autocast(query: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Under autocast float32 embeddings take its dtype, as in a matrix product."""
-    checks.tensor("query", query)
-    checks.tensor("target", target)
-    device = query.device.type
-    if not _can_autocast(device) or not torch.is_autocast_enabled(device):
-        return query, target
-    dtype = torch.get_autocast_dtype(device)
-    if not {query.dtype, target.dtype} <= {torch.float32, torch.bfloat16, torch.float16}:
-        return query, target
-    return query.to(dtype), target.to(dtype)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _can_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)  # torch below 2.12 cannot trace it
-
-
-def resolve(
-    query: Tensor,
-    target: Tensor,
-    logit_scale: float | Tensor,
-    alpha: float,
-    hardness: str,
-    symmetric: bool,
-    target_alpha: float | None,
-    labels: Tensor | None,
-    owners: Tensor | None,
-    query_ids: Tensor | None,
-    target_ids: Tensor | None,
-    margin: float | None,
-) -> tuple[Tensor, Rules]:
-    """Checked arguments as (0-d scale tensor on the device, rules)."""
-    checks.embeddings(query, target)
-    n, m, device = len(query), len(target), query.device
-    dtype = accumulation_dtype(query.dtype)
-    alpha = checks.strength("alpha", alpha, dtype)
-    if target_alpha is None:
-        target_alpha = alpha
-    target_alpha = checks.strength("target_alpha", target_alpha, dtype)
-    checks.one_of("hardness", hardness, HARDNESS_MODES)
-    symmetric = checks.flag("symmetric", symmetric)
-    margin = checks.margin(margin, dtype)
-    scale = checks.logit_scale(logit_scale, max(alpha, target_alpha), dtype, device)
-    if labels is None:
-        if m < n:
-            raise ValueError(
-                f"target has {m} rows for {n} queries: every query needs its positive; pass labels "
-                "where several queries share one"
-            )
-        resolved_labels = torch.arange(n, device=device)
-    else:
-        resolved_labels = checks.columns("labels", labels, n, m, device, unique=symmetric)
-    if owners is None:
-        resolved_owners = default_owners(n, m, device)
-    else:
-        resolved_owners = checks.columns("owners", owners, m, m, device)
-    checks.ids(query_ids, target_ids, n, m, device)
-    rules = Rules(
-        resolved_labels, resolved_owners, query_ids, target_ids, None, alpha, target_alpha,
-        hardness, margin, symmetric,
-    )  # fmt: skip
-    return scale, rules
+def _takes_one_direction(
+    name: str, query: Tensor, target: Tensor, scale: Tensor, rules: Rules, reduction: str
+) -> bool:
+    """Whether gradients are worth making along with the loss: the upstream one is a scalar."""
+    if rules.symmetric or reduction == "none" or transforms.active():
+        return False
+    learns = any(x.requires_grad for x in (query, target, scale))
+    merges = dispatch.one_direction(name, query) is not None
+    return learns and torch.is_grad_enabled() and merges
 
 
 def logsumexp(
