@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llave_kernels import checks, transforms
 from llave_kernels.backends import torch_strips
+from llave_kernels.backends.protocol import LogSumExps
 from llave_kernels.backends.products import accumulation_dtype
 from llave_kernels.dispatch import BACKENDS
 from llave_kernels.rules import HARDNESS_MODES, SCHEMA, TENSORS, Rules
@@ -42,7 +43,8 @@ def contrastive_logsumexp(
     with _on(query, target, logit_scale):
         if backend == torch_strips.NAME:
             return torch_strips.forward(query, target, logit_scale, rules)
-        outputs = module.forward(query, target, logit_scale, rules)
+        rules = _plain(rules, query)
+        outputs = module.forward(query, target, logit_scale, rules, query.new_empty(0))
         return (*outputs, query.new_empty((len(target), 0), dtype=torch.float32))
 
 
@@ -96,9 +98,10 @@ def contrastive_logsumexp_backward(
             return torch_strips.backward(
                 *upstream, query, target, logit_scale, row_lse, column_lse, kept, rules
             )
-        return module.backward(
-            *upstream, query, target, logit_scale, *lses, rules, scale_gradient=scale_gradient
-        )
+        return tuple(module.backward(
+            LogSumExps(*upstream), query, target, logit_scale, LogSumExps(*lses), kept,
+            _plain(rules, query), scale_gradient=scale_gradient
+        ))
 
 
 @contrastive_logsumexp_backward.register_fake
@@ -163,6 +166,11 @@ def _checked(query: Tensor, target: Tensor, logit_scale: Tensor, given: tuple[An
     if owners is not None:
         owners = checks.columns("owners", owners, m, m, device)
     return rules._replace(labels=labels, owners=owners)
+
+
+def _plain(rules: Rules, query: Tensor) -> Rules:
+    arange = torch.arange(len(query), device=query.device)
+    return rules._replace(labels=None) if torch.equal(rules.labels, arange) else rules
 
 
 def _named(backend: str) -> ModuleType:

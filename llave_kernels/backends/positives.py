@@ -49,6 +49,8 @@ def margin_limit(
         multiplicands: what the products make of float32 before they multiply.
         rounding: relative error of a term where that is not known.
     """
+    if labels is None:
+        labels = torch.arange(len(query), device=query.device)
     known, safe = inside(labels, len(target))
     d = query.shape[1]
     numbers = torch.finfo(accumulation_dtype(query.dtype))
