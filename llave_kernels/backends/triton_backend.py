@@ -167,7 +167,7 @@ class _Call:
         key = self._key()
         if torch.cuda.is_current_stream_capturing():  # what is timed would join the graph
             return tiles.known(key) or untimed
-        return tiles.tuned(key, tiles.candidates(major, query.dtype), self._time)
+        return tiles.tuned(key, tiles.CANDIDATES[tiles.kind(major, query.dtype)], self._time)
 
     def _key(self) -> str:
         """What a timing holds for."""

@@ -189,9 +189,7 @@ def forward_kernel(
         for c in range(0, COLUMNS):
             o_n = (i_columns * COLUMNS + c) * BN + tl.arange(0, BN)
             m_n = o_n < M
-            b_s = _similarity(
-                p_q, p_t, o_m, o_n, N, M, D, s_qn, s_qd, s_tm, s_td, TILE, PRECISION
-            )
+            b_s = _similarity(p_q, p_t, o_m, o_n, N, M, D, s_qn, s_qd, s_tm, s_td, TILE, PRECISION)
             b_z, b_z_column = _logits(b_s, b_label, pairs, scale, o_m, o_n, N, M, HARDNESS)
             b_max = tl.max(b_z, 1)
             b_sum = tl.sum(_exp(b_z - _finite(b_max)[:, None]), 1)
