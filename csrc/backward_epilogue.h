@@ -37,17 +37,17 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
     const float scale = *p.scale;
     const float gain = out.gain == nullptr ? scale : scale * *out.gain;
     Row rows[R];
-    float row_lse[R], d_row[R], d_positive[R];
+    float query_lse[R], d_query[R], d_positive[R];
     CUTE_UNROLL
     for (int r = 0; r < R; ++r) {
       const int i = i0 + place.row(r);
       rows[r] = load_row(p, i);
-      row_lse[r] = i < p.n ? finite(out.row_lse[i]) : 0.0f;
-      d_row[r] = i < p.n ? out.d_row_lse[i] * gain : 0.0f;
+      query_lse[r] = i < p.n ? finite(out.query_lse[i]) : 0.0f;
+      d_query[r] = i < p.n ? out.d_query_lse[i] * gain : 0.0f;
       d_positive[r] = i < p.n ? out.d_positive[i] * gain : 0.0f;
     }
-    const bool uniform = !Tile::kEveryRule || uniform_logits(p);
-    const float factor = uniform_scale(p, scale);
+    const bool uniform = !Tile::kEveryRule || uniform_logits(p.rules);
+    const float factor = uniform_scale(p.rules, scale);
     const ColumnReader columns(p, j0 + place.column(0));
     // Eight of the thread's columns at a time: two of each of four blocks of eight.
     CUTE_UNROLL
@@ -56,26 +56,24 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
       CUTE_UNROLL
       for (int k = 0; k < 8; ++k) {
         const int j = j0 + place.column(c + k);
-        const bool both = p.symmetric && j < p.m;
-        const float column_lse = both ? finite(out.column_lse[j]) : 0.0f;
-        const float d_column = both ? out.d_column_lse[j] * gain : 0.0f;
+        const bool both = p.rules.symmetric && j < p.m;
+        const float target_lse = both ? finite(out.target_lse[j]) : 0.0f;
+        const float d_target = both ? out.d_target_lse[j] * gain : 0.0f;
         const Column column =
             uniform ? Column{j, j, kInfinity, 0} : columns(place.column_offset(c + k));
         CUTE_UNROLL
         for (int r = 0; r < R; ++r) {
           const float similarity = s(r, c + k);
-          float z, z_column;
+          float z_row, z_column;
           if (uniform) {
-            z = z_column = similarity * factor;
+            z_row = z_column = similarity * factor;
           } else {
-            const Pair pair = judge(p, similarity, rows[r], column);
-            const float row_factor = pair.weighted ? scale + p.alpha : scale;
-            const float column_factor = pair.weighted ? scale + p.target_alpha : scale;
-            z = pair.in_row ? similarity * row_factor : -kInfinity;
-            z_column = pair.in_column ? similarity * column_factor : -kInfinity;
+            const Logits pair = logits(p, scale, similarity, rows[r], column);
+            z_row = pair.row.masked();
+            z_column = pair.column.masked();
           }
-          float d = d_row[r] * exponential(z - row_lse[r]);
-          if (p.symmetric) d += d_column * exponential(z_column - column_lse);
+          float d = d_query[r] * exponential(z_row - query_lse[r]);
+          if (p.rules.symmetric) d += d_target * exponential(z_column - target_lse);
           ds[r][k] = j == rows[r].label ? d_positive[r] : d;
         }
       }

@@ -36,6 +36,10 @@ void require(const char* name, Address address, size_t alignment) {
   }
 }
 
+void require(const char* name, const void* place, size_t alignment) {
+  require(name, reinterpret_cast<Address>(place), alignment);
+}
+
 int64_t element_bytes(const Problem& p) {
   return p.type == Type::float32 ? 4 : 2;
 }
@@ -47,11 +51,13 @@ Type parse_type(const std::string& name) {
   refuse("type = '" + name + "'; expected float32, bfloat16 or float16");
 }
 
-Hardness parse_hardness(const std::string& name) {
-  if (name == "in_batch") return Hardness::in_batch;
-  if (name == "hard_negatives") return Hardness::hard_negatives;
-  if (name == "all") return Hardness::all;
-  refuse("hardness = '" + name + "'; expected in_batch, hard_negatives or all");
+const HardnessMode& parse_hardness(const std::string& name) {
+  std::string expected;
+  for (const HardnessMode& mode : kHardnessModes) {
+    if (name == mode.name) return mode;
+    expected += (expected.empty() ? "" : ", ") + std::string(mode.name);
+  }
+  refuse("hardness = '" + name + "'; expected one of " + expected);
 }
 
 int parse_size(const char* name, int64_t size) {
@@ -62,49 +68,94 @@ int parse_size(const char* name, int64_t size) {
   return static_cast<int>(size);
 }
 
-void require_rows(const char* name, Address address, int64_t stride, const Problem& p) {
-  require(name, address, 16);
+void require_rows(const char* name, const void* place, int64_t stride, const Problem& p) {
+  require(name, place, 16);
   if (stride < p.d || stride * element_bytes(p) % 16 != 0) {
     refuse(std::string(name) + "_stride = " + std::to_string(stride) +
            "; expected at least d and a multiple of 16 bytes: pass a padded copy");
   }
 }
 
-Problem make_problem(const std::string& type, Address query, Address target, int64_t query_stride,
-                     int64_t target_stride, int64_t n, int64_t m, int64_t d, Address scale,
-                     Address labels, Address owners, Address query_ids, Address target_ids,
-                     Address row_limit, Address column_limit, float alpha, float target_alpha,
-                     const std::string& hardness, bool symmetric) {
+// The keyword arguments of a call. Each is taken once, and none is left over.
+class Keywords {
+ public:
+  explicit Keywords(const py::kwargs& given) : left_(given) {}
+
+  template <class Value>
+  Value take(const char* name) {
+    if (!left_.contains(name)) throw py::type_error("missing argument: " + std::string(name));
+    const py::object value = left_.attr("pop")(name);
+    try {
+      return value.cast<Value>();
+    } catch (const py::cast_error&) {
+      throw py::type_error(std::string(name) + " = " + std::string(py::repr(value)) +
+                           " is not of the expected type");
+    }
+  }
+
+  template <class Value>
+  const Value* take_pointer(const char* name) {
+    return pointer<Value>(take<Address>(name));
+  }
+
+  void finish() const {
+    for (const auto& item : left_) {
+      throw py::type_error("unknown argument: " + std::string(py::str(item.first)));
+    }
+  }
+
+ private:
+  py::dict left_;
+};
+
+Rules take_rules(Keywords& arguments) {
+  const HardnessMode& hardness = parse_hardness(arguments.take<std::string>("hardness"));
+  Rules rules = {};
+  rules.labels = arguments.take_pointer<int64_t>("labels");
+  rules.owners = arguments.take_pointer<int64_t>("owners");
+  rules.query_ids = arguments.take_pointer<int64_t>("query_ids");
+  rules.target_ids = arguments.take_pointer<int64_t>("target_ids");
+  rules.row_limit = arguments.take_pointer<float>("row_limit");
+  rules.column_limit = arguments.take_pointer<float>("column_limit");
+  rules.alpha = arguments.take<float>("alpha");
+  rules.target_alpha = arguments.take<float>("target_alpha");
+  rules.weights_own = hardness.own;
+  rules.weights_others = hardness.others;
+  rules.symmetric = arguments.take<bool>("symmetric");
+  if ((rules.query_ids == nullptr) != (rules.target_ids == nullptr)) {
+    refuse("query_ids and target_ids go together");
+  }
+  if ((rules.row_limit == nullptr) != (rules.column_limit == nullptr)) {
+    refuse("row_limit and column_limit go together");
+  }
+  return rules;
+}
+
+Problem make_problem(const py::kwargs& given) {
+  Keywords arguments(given);
   Problem p = {};
-  p.type = parse_type(type);
-  p.n = parse_size("n", n);
-  p.m = parse_size("m", m);
-  p.d = parse_size("d", d);
-  if (d * element_bytes(p) % 16 != 0) {
-    refuse("d = " + std::to_string(d) +
+  p.type = parse_type(arguments.take<std::string>("type"));
+  p.n = parse_size("n", arguments.take<int64_t>("n"));
+  p.m = parse_size("m", arguments.take<int64_t>("m"));
+  p.d = parse_size("d", arguments.take<int64_t>("d"));
+  if (p.d * element_bytes(p) % 16 != 0) {
+    refuse("d = " + std::to_string(p.d) +
            "; expected a multiple of 16 bytes: pass copies padded with zeros");
   }
-  require_rows("query", query, query_stride, p);
-  require_rows("target", target, target_stride, p);
-  require("scale", scale, 4);
-  require("labels", labels, 8);
-  if ((query_ids == 0) != (target_ids == 0)) refuse("query_ids and target_ids go together");
-  if ((row_limit == 0) != (column_limit == 0)) refuse("row_limit and column_limit go together");
-  p.query = pointer<void>(query);
-  p.target = pointer<void>(target);
-  p.query_stride = query_stride;
-  p.target_stride = target_stride;
-  p.scale = pointer<float>(scale);
-  p.labels = pointer<int64_t>(labels);
-  p.owners = pointer<int64_t>(owners);
-  p.query_ids = pointer<int64_t>(query_ids);
-  p.target_ids = pointer<int64_t>(target_ids);
-  p.row_limit = pointer<float>(row_limit);
-  p.column_limit = pointer<float>(column_limit);
-  p.alpha = alpha;
-  p.target_alpha = target_alpha;
-  p.hardness = parse_hardness(hardness);
-  p.symmetric = symmetric;
+  p.query = arguments.take_pointer<void>("query");
+  p.target = arguments.take_pointer<void>("target");
+  p.query_stride = arguments.take<int64_t>("query_stride");
+  p.target_stride = arguments.take<int64_t>("target_stride");
+  require_rows("query", p.query, p.query_stride, p);
+  require_rows("target", p.target, p.target_stride, p);
+  p.scale = arguments.take_pointer<float>("scale");
+  require("scale", p.scale, 4);
+  p.rules = take_rules(arguments);
+  if (p.rules.labels == nullptr && p.n > p.m) {
+    refuse("labels is a null pointer: row i's positive is column i, and n = " +
+           std::to_string(p.n) + " exceeds m = " + std::to_string(p.m));
+  }
+  arguments.finish();
   return p;
 }
 
@@ -133,6 +184,12 @@ auto dispatch(int architecture, Type type, Launch launch) {
          " is not in this build; see `architectures`");
 }
 
+py::tuple hardness_modes() {
+  py::list names;
+  for (const HardnessMode& mode : kHardnessModes) names.append(mode.name);
+  return py::tuple(names);
+}
+
 py::tuple architectures() {
   py::list built;
 #if defined(LLAVE_SM80)
@@ -148,7 +205,8 @@ py::tuple architectures() {
 // parts of a strip's columns and rows.
 int64_t forward_workspace(const Problem& p, int rows) {
   require_strip(p, 0, rows);
-  const int64_t column_parts = p.symmetric ? int64_t(tiles_over(rows, kSmallRows) + 1) * p.m : 0;
+  const int64_t columns = p.rules.symmetric ? p.m : 0;
+  const int64_t column_parts = (tiles_over(rows, kSmallRows) + 1) * columns;
   const int64_t row_parts = int64_t(tiles_over(p.m, kColumns)) * rows;
   return (column_parts + row_parts) * sizeof(ShiftedSum);
 }
@@ -160,16 +218,16 @@ void forward(int device, int architecture, const Problem& whole, int start, int 
   require("workspace", workspace, 8);
   require("positive", positive, 4);
   require("query_lse", query_lse, 4);
-  if (whole.symmetric) require("target_lse", target_lse, 4);
+  if (whole.rules.symmetric) require("target_lse", target_lse, 4);
   const Problem p = whole.rows(start, stop);
   if (workspace_bytes < forward_workspace(p, p.n)) {
     refuse("workspace_bytes = " + std::to_string(workspace_bytes) + "; expected at least " +
            std::to_string(forward_workspace(p, p.n)) + ", see forward_workspace");
   }
   auto* state = pointer<ShiftedSum>(workspace);
-  auto* column_parts = p.symmetric ? state + p.m : state;
+  auto* column_parts = p.rules.symmetric ? state + p.m : state;
   auto* row_parts =
-      p.symmetric ? column_parts + int64_t(tiles_over(p.n, kSmallRows)) * p.m : column_parts;
+      p.rules.symmetric ? column_parts + int64_t(tiles_over(p.n, kSmallRows)) * p.m : column_parts;
   const ForwardOutputs outputs = {row_parts, column_parts, pointer<float>(positive) + start};
   auto* cuda_stream = pointer<CUstream_st>(stream);
   const int tile_rows = dispatch(architecture, p.type, [&](auto number, auto element) {
@@ -177,10 +235,10 @@ void forward(int device, int architecture, const Problem& whole, int start, int 
     return launch_forward<decltype(number)::value, decltype(element)>(p, outputs, cuda_stream);
   });
   const Combination rows = {row_parts, tiles_over(p.m, kColumns),        p.n,      nullptr,
-                            true,      pointer<float>(query_lse) + start, p.labels, p.m,
+                            true,      pointer<float>(query_lse) + start, p.rules.labels, p.m,
                             outputs.positive};
   const Combination columns = {
-      column_parts, tiles_over(p.n, tile_rows), p.symmetric ? p.m : 0, state,
+      column_parts, tiles_over(p.n, tile_rows), p.rules.symmetric ? p.m : 0, state,
       start == 0,   pointer<float>(target_lse), nullptr, 0, nullptr};
   launch_combine(rows, columns, cuda_stream);
 }
@@ -192,7 +250,7 @@ void backward(int device, int architecture, const Problem& whole, int start, int
   require("query_lse", query_lse, 4);
   require("d_positive", d_positive, 4);
   require("d_query_lse", d_query_lse, 4);
-  if (whole.symmetric) {
+  if (whole.rules.symmetric) {
     require("target_lse", target_lse, 4);
     require("d_target_lse", d_target_lse, 4);
   }
@@ -225,18 +283,14 @@ PYBIND11_MODULE(_cuda, m) {
   using namespace llave;
   m.doc() = "CUTLASS kernels of the hardness-weighted contrastive loss; addresses are integers.";
   m.attr("architectures") = architectures();
+  m.attr("hardness_modes") = hardness_modes();
 #if defined(LLAVE_SIMULATED)
   m.attr("device") = "cpu";
 #else
   m.attr("device") = "cuda";
 #endif
-  py::class_<Problem>(m, "Problem", "The inputs and rules of one call.")
-      .def(py::init(&make_problem), py::kw_only(), py::arg("type"), py::arg("query"),
-           py::arg("target"), py::arg("query_stride"), py::arg("target_stride"), py::arg("n"),
-           py::arg("m"), py::arg("d"), py::arg("scale"), py::arg("labels"), py::arg("owners"),
-           py::arg("query_ids"), py::arg("target_ids"), py::arg("row_limit"),
-           py::arg("column_limit"), py::arg("alpha"), py::arg("target_alpha"), py::arg("hardness"),
-           py::arg("symmetric"));
+  py::class_<Problem>(m, "Problem", "The inputs and rules of one call, by keyword.")
+      .def(py::init(&make_problem));
   m.def("forward_workspace", &forward_workspace, py::arg("problem"), py::arg("rows"),
         "Bytes of workspace that `forward` needs for strips of `rows` rows.");
   m.def("forward", &forward, py::kw_only(), py::arg("device"), py::arg("architecture"),

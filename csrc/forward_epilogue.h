@@ -53,24 +53,22 @@ class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
     if (positives) store_positives(z, rows, place, scale, i0, j0);
 
     Warp::synchronize(Place_::kThreads);  // the last tile's parts have been read
-    const bool uniform = !Tile::kEveryRule || uniform_logits(p);
+    const bool uniform = !Tile::kEveryRule || uniform_logits(p.rules);
     // Each branch goes through to its sums: where branches met again, their logits would be copied.
     if (uniform && !edge && !positives) {
-      const float factor = uniform_scale(p, scale);
+      const float factor = uniform_scale(p.rules, scale);
       sum_both(z, place, parts, [&](int r, int c) { return Logit{z(r, c) * factor, true}; });
     } else if (uniform) {
-      const float factor = uniform_scale(p, scale);
+      const float factor = uniform_scale(p.rules, scale);
       sum_both(z, place, parts, [&](int r, int c) {
-        const int j = j0 + place.column(c);
-        return Logit{z(r, c) * factor, rows[r].label != kOutside && j < p.m && j != rows[r].label};
+        return Logit{z(r, c) * factor, negative(p, rows[r], j0 + place.column(c))};
       });
     }
     if constexpr (Tile::kEveryRule) {
       const ColumnReader columns(p, j0 + place.column(0));
-      if (!uniform && shared_logits(p)) {
+      if (!uniform && shared_logits(p.rules)) {
         sum_both(z, place, parts, [&](int r, int c) {
-          const Pair pair = judge(p, z(r, c), rows[r], columns(place.column_offset(c)));
-          return Logit{z(r, c) * (pair.weighted ? scale + p.alpha : scale), pair.in_row};
+          return logits(p, scale, z(r, c), rows[r], columns(place.column_offset(c))).row;
         });
       } else if (!uniform) {
         sum_each(z, rows, columns, place, parts, scale);
@@ -84,7 +82,7 @@ class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
       for (int w = 1; w < Place_::kWarpsAcross; ++w) total.add(parts.rows[w][i]);
       params.outputs.row_parts[int64_t(tile_column) * p.n + i0 + i] = total;
     }
-    if (!p.symmetric) return;
+    if (!p.rules.symmetric) return;
     for (int j = thread; j < kColumns && j0 + j < p.m; j += Place_::kThreads) {
       ShiftedSum total = parts.columns[0][j];
       CUTE_UNROLL
@@ -109,11 +107,6 @@ class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
     }
   }
 
-  struct Logit {
-    float value;
-    bool counts;
-  };
-
   // Where a pair has the same logit in both directions: similarities to logits, in place, then the
   // sums, by one exponential each if the logits lie close enough.
   template <class Matrix, class Function>
@@ -129,7 +122,7 @@ class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
         const Logit logit = logit_of(r, c);
         lowest = fminf(lowest, logit.value);
         highest = fmaxf(highest, logit.value);
-        z(r, c) = logit.counts ? logit.value : -kInfinity;
+        z(r, c) = logit.masked();
       }
     }
     highest = warp_max<Warp>(highest);
@@ -138,7 +131,7 @@ class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
       sum_together(z, place, highest, parts);
     } else {
       sum_rows(z, place, parts);
-      if (params.problem.symmetric) sum_columns(z, place, parts);
+      if (params.problem.rules.symmetric) sum_columns(z, place, parts);
     }
   }
 
@@ -155,15 +148,13 @@ class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
       const Column column = columns(place.column_offset(c));
       CUTE_UNROLL
       for (int r = 0; r < R; ++r) {
-        const float s = z(r, c);
-        const Pair pair = judge(p, s, rows[r], column);
-        z_row(r, c) = pair.in_row ? s * (pair.weighted ? scale + p.alpha : scale) : -kInfinity;
-        z(r, c) =
-            pair.in_column ? s * (pair.weighted ? scale + p.target_alpha : scale) : -kInfinity;
+        const Logits pair = logits(p, scale, z(r, c), rows[r], column);
+        z_row(r, c) = pair.row.masked();
+        z(r, c) = pair.column.masked();
       }
     }
     sum_rows(z_row, place, parts);
-    if (p.symmetric) sum_columns(z, place, parts);
+    if (p.rules.symmetric) sum_columns(z, place, parts);
   }
 
   // Where the warp's sums of the lane's column of every eight go, by that column's offset.
@@ -190,7 +181,7 @@ class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
           column_sums[k] += e;
         }
       }
-      if (params.problem.symmetric) {
+      if (params.problem.rules.symmetric) {
         const float sum = scattered_sum<Warp>(column_sums, place.lane);
         column_parts(parts, place)[place.column_offset(c)] = {sum == 0.0f ? -kInfinity : shift,
                                                               sum};

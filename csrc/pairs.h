@@ -22,10 +22,16 @@ struct Column {
 
 constexpr int kOutside = -1, kNowhere = -2, kNobody = -3;
 
-// Whether a pair carries the hardness weight, and whether it counts as a negative in each
-// direction.
-struct Pair {
-  bool weighted, in_row, in_column;
+// A pair's logit in one direction, and whether the pair counts there as a negative.
+struct Logit {
+  float value;
+  bool counts;
+
+  CUTE_HOST_DEVICE float masked() const { return counts ? value : -kInfinity; }
+};
+
+struct Logits {
+  Logit row, column;
 };
 
 // A column given in 64 bits, or `otherwise` where there is none of that number.
@@ -35,10 +41,12 @@ CUTE_HOST_DEVICE int column_or(int64_t column, int m, int otherwise) {
 }
 
 CUTE_HOST_DEVICE Row load_row(const Problem& p, int i) {
+  const Rules& rules = p.rules;
   if (i >= p.n) return {kOutside, kInfinity, 0};
-  return {column_or(p.labels[i], p.m, kNowhere),
-          p.row_limit == nullptr ? kInfinity : p.row_limit[i],
-          p.query_ids == nullptr ? 0 : p.query_ids[i]};
+  return {rules.labels == nullptr ? rules.first_row + i
+                                  : column_or(rules.labels[i], p.m, kNowhere),
+          rules.row_limit == nullptr ? kInfinity : rules.row_limit[i],
+          rules.query_ids == nullptr ? 0 : rules.query_ids[i]};
 }
 
 // Reads columns at offsets from one of a thread's: addresses that differ by constants take no
@@ -49,9 +57,9 @@ struct ColumnReader {
   int first, count;
 
   CUTE_HOST_DEVICE ColumnReader(const Problem& p, int j)
-      : owners(p.owners == nullptr ? nullptr : p.owners + j),
-        ids(p.target_ids == nullptr ? nullptr : p.target_ids + j),
-        limits(p.column_limit == nullptr ? nullptr : p.column_limit + j),
+      : owners(p.rules.owners == nullptr ? nullptr : p.rules.owners + j),
+        ids(p.rules.target_ids == nullptr ? nullptr : p.rules.target_ids + j),
+        limits(p.rules.column_limit == nullptr ? nullptr : p.rules.column_limit + j),
         first(j),
         count(p.m - j) {}
 
@@ -63,30 +71,38 @@ struct ColumnReader {
   }
 };
 
-CUTE_HOST_DEVICE Pair judge(const Problem& p, float similarity, const Row& row,
-                            const Column& column) {
+// Whether a pair lies inside the matrix and is no positive.
+CUTE_HOST_DEVICE bool negative(const Problem& p, const Row& row, int column) {
+  return row.label != kOutside && column < p.m && column != row.label;
+}
+
+// Which directions a pair counts in, and how it weighs.
+CUTE_HOST_DEVICE Logits logits(const Problem& p, float scale, float similarity, const Row& row,
+                               const Column& column) {
+  const Rules& rules = p.rules;
   const bool own = column.owner == row.label;
-  const bool weighted =
-      p.hardness == Hardness::all || own == (p.hardness == Hardness::hard_negatives);
-  const bool outside = row.label == kOutside || column.index >= p.m;
-  const bool duplicate = p.query_ids != nullptr && row.id == column.id;
-  const bool negative = !outside && !duplicate && column.index != row.label;
-  return {weighted, negative && (own || !(similarity > row.limit)),
-          negative && (own || !(similarity > column.limit))};
+  const bool weighted = own ? rules.weights_own : rules.weights_others;
+  const bool duplicate = rules.query_ids != nullptr && row.id == column.id;
+  const bool counts = negative(p, row, column.index) && !duplicate;
+  return {{similarity * (weighted ? scale + rules.alpha : scale),
+           counts && (own || !(similarity > row.limit))},
+          {similarity * (weighted ? scale + rules.target_alpha : scale),
+           counts && (own || !(similarity > column.limit))}};
 }
 
 // Whether a pair has the same logit in both directions.
-CUTE_HOST_DEVICE bool shared_logits(const Problem& p) {
-  return p.row_limit == nullptr && p.alpha == p.target_alpha;
+CUTE_HOST_DEVICE bool shared_logits(const Rules& rules) {
+  return rules.row_limit == nullptr && rules.alpha == rules.target_alpha;
 }
 
-// Whether, beyond that, every pair but a positive counts, with one and the same weight.
-CUTE_HOST_DEVICE bool uniform_logits(const Problem& p) {
-  return shared_logits(p) && p.owners == nullptr && p.query_ids == nullptr;
+// Whether, beyond that, every pair but a positive counts, and weighs the same.
+CUTE_HOST_DEVICE bool uniform_logits(const Rules& rules) {
+  return shared_logits(rules) && rules.owners == nullptr && rules.query_ids == nullptr;
 }
 
-CUTE_HOST_DEVICE float uniform_scale(const Problem& p, float scale) {
-  return p.hardness == Hardness::hard_negatives ? scale : scale + p.alpha;
+// What a similarity is multiplied by where that is so: no row has negatives of its own.
+CUTE_HOST_DEVICE float uniform_scale(const Rules& rules, float scale) {
+  return rules.weights_others ? scale + rules.alpha : scale;
 }
 
 }  // namespace llave

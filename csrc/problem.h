@@ -4,12 +4,12 @@
 
 #include <cstdint>
 
+#include "rules.h"
 #include "softmax.h"
 
 namespace llave {
 
 enum class Type : int { float32, bfloat16, float16 };
-enum class Hardness : int { in_batch, hard_negatives, all };
 
 struct Problem {
   Type type;
@@ -17,16 +17,8 @@ struct Problem {
   const void* target;  // (m, d)
   int64_t query_stride, target_stride;
   int n, m, d;
-  const float* scale;         // logit scale, ()
-  const int64_t* labels;      // (n,) the column of each row's positive
-  const int64_t* owners;      // (m,) or null: every column is its own
-  const int64_t* query_ids;   // (n,), null without ids
-  const int64_t* target_ids;  // (m,), null without ids
-  const float* row_limit;     // (n,) similarity above which a negative is left out, or null
-  const float* column_limit;  // (m,) the same in the target direction, or null
-  float alpha, target_alpha;
-  Hardness hardness;
-  bool symmetric;  // whether the target direction is computed
+  const float* scale;  // logit scale, ()
+  Rules rules;
 
   // The problem of rows `start` to `stop` alone.
   Problem rows(int start, int stop) const {
@@ -34,9 +26,7 @@ struct Problem {
     const int64_t bytes = type == Type::float32 ? 4 : 2;
     part.n = stop - start;
     part.query = static_cast<const char*>(query) + start * query_stride * bytes;
-    part.labels += start;
-    if (query_ids != nullptr) part.query_ids += start;
-    if (row_limit != nullptr) part.row_limit += start;
+    part.rules = rules.rows(start);
     return part;
   }
 };
@@ -48,9 +38,9 @@ struct ForwardOutputs {
 };
 
 struct BackwardOutputs {
-  const float *row_lse, *column_lse;                   // (n,), (m,): the log-sum-exps
-  const float *d_positive, *d_row_lse, *d_column_lse;  // (n,), (n,), (m,): upstream gradients
-  const float* gain;                                   // (), a power of two on dS, or null for 1
+  const float *query_lse, *target_lse;                   // (n,), (m,): the log-sum-exps
+  const float *d_positive, *d_query_lse, *d_target_lse;  // (n,), (n,), (m,): upstream gradients
+  const float* gain;                                     // (), a power of two on dS, null for 1
   void* ds;  // (n, pitch), the inputs' type, pitch a multiple of 8 not below m
   int64_t pitch;
 };

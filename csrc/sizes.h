@@ -19,7 +19,7 @@ enum class Size { large, small };
 
 inline Size choose_size(const Problem& p, int multiprocessors) {
   const int64_t tiles = int64_t(tiles_over(p.n, kLargeRows)) * tiles_over(p.m, kColumns);
-  return uniform_logits(p) && tiles >= multiprocessors ? Size::large : Size::small;
+  return uniform_logits(p.rules) && tiles >= multiprocessors ? Size::large : Size::small;
 }
 
 }  // namespace llave

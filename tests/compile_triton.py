@@ -1,6 +1,6 @@
 """Compile one kernel for a GPU that need not be there; print what its machine code holds as JSON.
 
-Usage: compile_triton.py KERNEL ARCH DTYPE TILE-AS-JSON FLAGS-AS-JSON
+Usage: compile_triton.py KERNEL ARCH DTYPE TILE-AS-JSON SETTINGS-AS-JSON
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from llave_kernels.backends import triton_kernels
+from llave_kernels.backends import tiles, triton_kernels
 
-FLOATS = {"p_scale", "p_similarity", "p_row_limit", "p_column_limit", "p_gain"}
-INTEGERS = {"p_label", "p_owner", "p_qid", "p_tid"}
+INTEGERS = {"p_label", "p_owner", "p_query_id", "p_target_id"}
 
 
 def argument_type(name: str, dtype: str) -> str:
@@ -32,16 +33,24 @@ def argument_type(name: str, dtype: str) -> str:
     return "fp32" if name.endswith("alpha") else "i32"
 
 
-def main(name: str, arch: str, dtype: str, tile_json: str, flags_json: str) -> None:
-    bm, bn, bk, warps, stages = json.loads(tile_json)
+def compiled(
+    name: str,
+    arch: int,
+    dtype: str,
+    tile: tiles.Tile,
+    *,
+    absent: Collection[str] = (),
+    hardness: str = "in_batch",
+    precision: str = "tf32",
+) -> Any:
+    """The kernel as a launch compiles it. ``absent``: arguments that are None."""
     kernel = getattr(triton_kernels, name)
-    flags = {
-        "HARDNESS": 0, "HAS_OWNERS": False, "HAS_IDS": False, "HAS_MARGIN": False,
-        "SYMMETRIC": True, "SAME_ALPHA": True, "PRECISION": "tf32",
-        "BM": bm, "BN": bn, "BK": bk, "GROUP": 8, "BLOCK": 128, "s_qd": 1, "s_td": 1,
-    } | json.loads(flags_json)  # fmt: skip
+    values = dict.fromkeys(absent) | {
+        "HARDNESS": hardness, "PRECISION": precision, "TILE": tile,
+        "BM": tile.bm, "BK": tile.bk, "BLOCK": 128, "s_qd": 1, "s_td": 1,
+    }  # fmt: skip
     signature = {a: argument_type(a, dtype) for a in kernel.arg_names}
-    constants = {a: flags[a] for a in kernel.arg_names if a in flags}
+    constants = {a: values[a] for a in kernel.arg_names if a in values}
     signature |= dict.fromkeys(constants, "constexpr")
     # What a launch finds out by itself: aligned pointers, sizes and strides divisible by 16.
     aligned = {
@@ -50,11 +59,15 @@ def main(name: str, arch: str, dtype: str, tile_json: str, flags_json: str) -> N
         if a not in constants and signature[a] != "fp32" and a not in ("ROWS", "COLUMNS")
     }
     source = ASTSource(kernel, signature, constants, aligned)
-    options = {"num_warps": warps, "num_stages": stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", int(arch), 32), options=options)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def main(name: str, arch: str, dtype: str, tile: str, settings: str) -> None:
+    kernel = compiled(name, int(arch), dtype, tiles.Tile(*json.loads(tile)), **json.loads(settings))
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
+        cubin.write_bytes(kernel.asm["cubin"])
         bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         listing = subprocess.run(
             [str(bundled), "-sass", str(cubin)], capture_output=True, text=True, check=True
@@ -64,7 +77,7 @@ def main(name: str, arch: str, dtype: str, tile_json: str, flags_json: str) -> N
         "wgmma": len(re.findall(r"\bHGMMA", listing)),
         "traps": len(re.findall(r"\bBPT\b", listing)),
         "spills": len(re.findall(r"\b(LDL|STL)\b", listing)),
-        "shared": compiled.metadata.shared,
+        "shared": kernel.metadata.shared,
     }
     print(json.dumps(report))
 

@@ -14,6 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from llave_kernels.backends import triton_backend
+from llave_kernels.backends.protocol import LogSumExps
 from llave_kernels.rules import Rules
 
 SIZES = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 48, 50, 64, 100, 112, 128, 129, 160, 250, 256)
@@ -30,11 +31,14 @@ driver = SimpleNamespace(
 def step(n: int, m: int) -> None:
     query, target = torch.zeros(n, D), torch.zeros(m, D)
     owners = torch.arange(m) % n
-    rules = Rules(torch.arange(n), owners, None, None, None, 9.0, 9.0, "in_batch", None, True)
+    rules = Rules(None, owners, None, None, None, 9.0, 9.0, "in_batch", None, True)
     scale = torch.tensor(50.0)
-    outputs = triton_backend.forward(query, target, scale, rules)
-    upstream = (torch.zeros_like(x) for x in outputs)
-    triton_backend.backward(*upstream, query, target, scale, *outputs, rules, scale_gradient=True)
+    kept = torch.empty(0)
+    outputs = triton_backend.forward(query, target, scale, rules, kept)
+    upstream = LogSumExps(*(torch.zeros_like(x) for x in outputs))
+    triton_backend.backward(
+        upstream, query, target, scale, outputs, kept, rules, scale_gradient=True
+    )
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("problem", {"target": ADDRESS + 8}, "target = 1048584 is not aligned to 16 bytes"),
     ("problem", {"query_stride": 66}, "query_stride = 66; expected at least d and a multiple"),
     ("problem", {"target_stride": 8}, "target_stride = 8; expected at least d"),
-    ("problem", {"labels": 0}, "labels is a null pointer"),
+    ("problem", {"labels": 0, "n": 501}, "labels is a null pointer: .* n = 501 exceeds m = 500"),
     ("problem", {"scale": ADDRESS + 1}, "scale = 1048577 is not aligned to 4"),
     ("problem", {"query_ids": ADDRESS}, "query_ids and target_ids go together"),
     ("problem", {"row_limit": ADDRESS}, "row_limit and column_limit go together"),

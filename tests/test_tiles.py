@@ -12,10 +12,23 @@ import torch
 
 from llave_kernels.backends import tiles
 from llave_kernels.backends import triton_backend as backend
-from llave_kernels.functional import resolve
+from llave_kernels.rules import Rules
 from tests.helpers import embeddings
 
-CHOICES = tiles.CANDIDATES[9, 2]
+PLAIN = Rules(
+    labels=None,
+    owners=None,
+    query_ids=None,
+    target_ids=None,
+    column_limit=None,
+    alpha=9.0,
+    target_alpha=9.0,
+    hardness="in_batch",
+    margin=None,
+    symmetric=True,
+)
+COLUMNS = torch.arange(2)
+CHOICES = tiles.CANDIDATES[tiles.Kind(9, 2)]
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +47,7 @@ def test_table_depends_on_what_it_says() -> None:
     assert tiles.table(9, torch.bfloat16, 8, 8192).stages < large.stages
     assert tiles.table(9, torch.bfloat16, 1536, 8192, masked=True) != large
     assert tiles.table(10, torch.bfloat16, 1536, 8192) == large
-    assert tiles.table(8, torch.float32, 1536, 8192) in tiles.CANDIDATES[8, 4]
+    assert tiles.table(8, torch.float32, 1536, 8192) in tiles.CANDIDATES[tiles.Kind(8, 4)]
 
 
 class OnGpu:
@@ -57,15 +70,10 @@ def tuning(
     **settings: Any,
 ) -> tuple[tiles.Tile, list[tiles.Tile]]:
     """The tile of a call on that GPU, and what was timed for it."""
-    rules = {"hardness": "in_batch", "symmetric": True, "margin": None, "ids": False} | settings
     call = object.__new__(kind)
     call.query, call.sizes = OnGpu(n, m, d), (n, m, d)
-    ids = torch.arange(2) if rules["ids"] else None
-    call.rules = resolve(
-        *embeddings(2, 2, 3), 50.0, 9.0, rules["hardness"], rules["symmetric"], None, None, None,
-        ids, ids, rules["margin"],
-    )[1]  # fmt: skip
-    call.flags = backend.flags(call.rules)
+    call.rules = PLAIN._replace(**settings)
+    call.pairs = backend.pairs(*embeddings(2, 2, 3), call.rules)
     timed: list[tiles.Tile] = []
 
     def do_bench(trial: Any, **_: Any) -> float:
@@ -98,7 +106,10 @@ def test_timing_happens_once_and_is_remembered(
         {"symmetric": False},
         {"hardness": "all"},
         {"margin": 0.1},
-        {"ids": True},
+        {"labels": COLUMNS},
+        {"owners": COLUMNS},
+        {"query_ids": COLUMNS, "target_ids": COLUMNS},
+        {"target_alpha": 2.5},
     ],
     ids=str,
 )

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -24,11 +25,21 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may use
 SCRIPT = Path(__file__).with_name("compile_triton.py")
 
 
+# Arguments that are None unless a call has such rules.
+RULES = (
+    "p_label", "p_owner", "p_query_id", "p_target_id", "p_row_limit", "p_column_limit",
+    "target_alpha",
+)  # fmt: skip
+
+
 def machine_code(
-    kernel: str, arch: int, dtype: str, tile: tiles.Tile, **flags: object
+    kernel: str, arch: int, dtype: str, tile: tiles.Tile, absent: Sequence[str] = RULES, **more: str
 ) -> dict[str, int]:
     environment = os.environ | {"TRITON_INTERPRET": "0"}
-    arguments = [kernel, str(arch), dtype, json.dumps(tile), json.dumps(flags)]
+    if dtype != "fp16":
+        absent = [*absent, "p_gain"]
+    settings = {"absent": absent} | more
+    arguments = [kernel, str(arch), dtype, json.dumps(tile), json.dumps(settings)]
     command = [sys.executable, str(SCRIPT), *arguments]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
@@ -63,8 +74,8 @@ CASES = [
     (arch, dtype, tile)
     for arch in (80, 90)
     for dtype, itemsize in (("bf16", 2), ("fp32", 4))
-    for tile in tiles.CANDIDATES[arch // 10, itemsize]
-] + [(arch, "fp16", tiles.CANDIDATES[arch // 10, 2][0]) for arch in (80, 90)]
+    for tile in tiles.CANDIDATES[tiles.Kind(arch // 10, itemsize)]
+] + [(arch, "fp16", tiles.TABLE[tiles.Kind(arch // 10, 2)].plain) for arch in (80, 90)]
 
 
 @pytest.mark.parametrize(("arch", "dtype", "tile"), CASES, ids=str)
@@ -77,35 +88,33 @@ def test_plain_path(kernel: str, arch: int, dtype: str, tile: tiles.Tile) -> Non
     assert found["shared"] <= SHARED_MEMORY[arch]
 
 
-# What holds most registers: both masks and, without owners, every comparison made anew.
-MASKED = {"HAS_IDS": True, "HAS_MARGIN": True, "SAME_ALPHA": False}
-
-
-@pytest.mark.parametrize("owners", [True, False])
+@pytest.mark.parametrize("absent", [(), ("p_owner",)], ids=["owners", "no owners"])
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("kernel", ["forward_kernel", "strip_kernel"])
-def test_every_rule_at_once(kernel: str, arch: int, owners: bool) -> None:
-    tile = tiles.CANDIDATES[arch // 10, 2][1]
-    found = machine_code(kernel, arch, "bf16", tile, **MASKED, HAS_OWNERS=owners)
+def test_every_rule_at_once(kernel: str, arch: int, absent: tuple[str, ...]) -> None:
+    """What holds most registers. Without owners every comparison is made anew."""
+    tile = tiles.TABLE[tiles.Kind(arch // 10, 2)].masked
+    found = machine_code(kernel, arch, "bf16", tile, absent)
     assert found["tensor_core"] > 0
     assert found["spills"] == 0
 
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_mined_negatives(arch: int) -> None:
-    tile = tiles.CANDIDATES[arch // 10, 2][0]
-    assert machine_code("forward_kernel", arch, "bf16", tile, HAS_OWNERS=True)["spills"] == 0
+    tile = tiles.TABLE[tiles.Kind(arch // 10, 2)].plain
+    absent = [name for name in RULES if name != "p_owner"]
+    assert machine_code("forward_kernel", arch, "bf16", tile, absent)["spills"] == 0
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("which", [0, -1])
+@pytest.mark.parametrize("which", ["plain", "small"])
 @pytest.mark.parametrize("kernel", ["forward_kernel", "strip_kernel"])
-def test_exact_float32(kernel: str, which: int, arch: int) -> None:
+def test_exact_float32(kernel: str, which: str, arch: int) -> None:
     """torch's default precision, which has no tensor-core instruction."""
-    tile = tiles.CANDIDATES[arch // 10, 4][which]
-    assert machine_code(kernel, arch, "fp32", tile, PRECISION="ieee")["spills"] == 0
+    tile = getattr(tiles.TABLE[tiles.Kind(arch // 10, 4)], which)
+    assert machine_code(kernel, arch, "fp32", tile, precision="ieee")["spills"] == 0
 
 
 @pytest.mark.parametrize("kernel", ["combine_kernel", "positive_kernel"])
 def test_small_kernels(kernel: str) -> None:
-    assert machine_code(kernel, 90, "bf16", tiles.INTERPRETER)["spills"] == 0
+    assert machine_code(kernel, 90, "bf16", tiles.INTERPRETER, ())["spills"] == 0

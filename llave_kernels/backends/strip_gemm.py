@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llave_kernels.backends.products import product
+from llave_kernels.backends.protocol import Gradients
 
 WORKSPACE = 256 << 20  # bytes of dS at a time
 ALIGNMENT = 16  # elements of a row: tensor-core GEMMs want 16 bytes, Triton's stores this many
@@ -34,8 +35,8 @@ def gradients(
     gain: Tensor | None,
     *,
     scale_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ (N, D) and dT (M, D) in the inputs' dtype, and d logit_scale () or NaN.
+) -> Gradients:
+    """The gradients; that of logit_scale is NaN unless asked for.
 
     ``fill(ds, start, stop)`` writes ``gain * dS`` of those rows into the first M columns of ``ds``
     (rows, a multiple of 16), which is contiguous. ``gain`` is a 0-d power of two, None for 1.
@@ -59,7 +60,7 @@ def gradients(
             d_scale += torch.linalg.vecdot(queries.float(), strip).sum() / logit_scale
     if gain is not None:
         d_target /= gain
-    return d_query, d_target.to(target.dtype), d_scale
+    return Gradients(d_query, d_target.to(target.dtype), d_scale)
 
 
 def strip_workspace(query: Tensor, target: Tensor) -> Tensor:

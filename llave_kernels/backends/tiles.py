@@ -45,25 +45,52 @@ def _triton() -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2])
 
 
+class Kind(NamedTuple):
+    """What a table entry holds for: compute capability 8 or, with those after it, 9; bytes of an
+    input's number."""
+
+    major: int
+    itemsize: int
+
+
+class Choices(NamedTuple):
+    """Tiles by kind of call: one without, and one with ids or a margin, and one of a small batch,
+    which takes small tiles to fill the chip."""
+
+    plain: Tile
+    masked: Tile
+    small: Tile
+
+
 # Chosen from the code that triton 3.4, 3.6 and 3.9 compile, which spills no registers; not timed on
-# a GPU. The second serves calls with ids or a margin, the last small batches, which take small
-# tiles to fill the chip. In triton before 3.7 the widest spills 42 to 138 times; in 3.4 exact
-# float32 does, twice, with a third stage.
-WIDEST = (Tile(128, 256, 64, 8, 3),) if _triton() >= (3, 7) else ()
+# a GPU. In 3.4 exact float32 spills twice with a third stage.
 STAGES_9_4 = 3 if _triton() >= (3, 6) else 2
-CANDIDATES = {
-    (9, 2): (
-        Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 4), *WIDEST, Tile(64, 64, 64, 4, 4),
+TABLE = {
+    Kind(9, 2): Choices(
+        plain=Tile(128, 128, 64, 8, 3), masked=Tile(128, 64, 64, 8, 4), small=Tile(64, 64, 64, 4, 4)
     ),
-    (8, 2): (Tile(128, 128, 32, 8, 4), Tile(128, 64, 64, 8, 3), Tile(64, 64, 32, 4, 4)),
-    (9, 4): (Tile(128, 64, 32, 8, STAGES_9_4), Tile(64, 64, 32, 8, 3)),
-    (8, 4): (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
-}  # fmt: skip
+    Kind(8, 2): Choices(
+        plain=Tile(128, 128, 32, 8, 4), masked=Tile(128, 64, 64, 8, 3), small=Tile(64, 64, 32, 4, 4)
+    ),
+    Kind(9, 4): Choices(
+        plain=Tile(128, 64, 32, 8, STAGES_9_4),
+        masked=Tile(64, 64, 32, 8, 3),
+        small=Tile(64, 64, 32, 8, 3),
+    ),
+    Kind(8, 4): Choices(
+        plain=Tile(128, 64, 32, 8, 3), masked=Tile(64, 64, 32, 8, 3), small=Tile(64, 64, 32, 8, 3)
+    ),
+}
+# Timed beside those of the table. In triton before 3.7 the widest spills 42 to 138 times.
+TIMED = {Kind(9, 2): (Tile(128, 256, 64, 8, 3),)} if _triton() >= (3, 7) else {}
+CANDIDATES = {
+    kind: tuple(dict.fromkeys((*choices, *TIMED.get(kind, ())))) for kind, choices in TABLE.items()
+}
 SMALL_BATCH = 1024
 
 
-def candidates(major: int, dtype: torch.dtype) -> tuple[Tile, ...]:
-    return CANDIDATES[(9 if major >= 9 else 8, dtype.itemsize)]
+def kind(major: int, dtype: torch.dtype) -> Kind:
+    return Kind(9 if major >= 9 else 8, dtype.itemsize)
 
 
 def table(major: int, dtype: torch.dtype, d: int, n: int, *, masked: bool = False) -> Tile:
@@ -71,8 +98,8 @@ def table(major: int, dtype: torch.dtype, d: int, n: int, *, masked: bool = Fals
 
     ``masked``: ids or a margin keep more masks alive, which spills in the largest tile.
     """
-    choices = candidates(major, dtype)
-    tile = choices[-1] if n <= SMALL_BATCH else choices[1 if masked else 0]
+    choices = TABLE[kind(major, dtype)]
+    tile = choices.small if n <= SMALL_BATCH else choices.masked if masked else choices.plain
     return tile._replace(stages=min(tile.stages, max(2, -(-d // tile.bk))))
 
 

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from llave_kernels.backends import positives, tiles
 from llave_kernels.backends.products import gain
+from llave_kernels.backends.protocol import Gradients, LogSumExps
 from llave_kernels.backends.strip_gemm import gradients, strip_workspace
-from llave_kernels.rules import HARDNESS_MODES, Rules
+from llave_kernels.precision import float32_matmul
+from llave_kernels.rules import Rules
 
 NAME = "triton"
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -61,47 +63,42 @@ def supports(query: Tensor, target: Tensor, rules: Rules) -> str | None:
     return None
 
 
-def margin_limit(query: Tensor, target: Tensor, labels: Tensor, margin: float) -> Tensor:
+def margin_limit(query: Tensor, target: Tensor, labels: Tensor | None, margin: float) -> Tensor:
     """``positives.margin_limit`` of this backend's products: the tensor cores read of float32 the
     bits that TF32 has."""
-    truncates = query.dtype == torch.float32 and _precision() == "tf32"
+    truncates = query.dtype == torch.float32 and _precision(query) == "tf32"
     truncated = positives.truncated_tf32 if truncates else None
     return positives.margin_limit(query, target, labels, margin, truncated)
 
 
+def kept_shape(query: Tensor, target: Tensor, rules: Rules) -> tuple[int, ...]:
+    """(0,): the backward computes all it needs anew."""
+    return (0,)
+
+
 def forward(
-    query: Tensor, target: Tensor, logit_scale: Tensor, rules: Rules
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Positive logits (N,), n (N,), and n' (M,) or (0,), float32. ``logit_scale`` is 0-d
-    float32."""
+    query: Tensor, target: Tensor, logit_scale: Tensor, rules: Rules, kept: Tensor
+) -> LogSumExps:
+    """The log-sum-exps, in float32."""
     call = _Forward(query, target, logit_scale, rules)
-    rows, columns = call.run(call.tile())
-    return call.positive * logit_scale, rows, columns
+    lses = call.run(call.tile())
+    return LogSumExps(call.positive() * logit_scale, *lses)
 
 
 def backward(
-    d_positive: Tensor,
-    d_query_lse: Tensor,
-    d_target_lse: Tensor,
+    upstream: LogSumExps,
     query: Tensor,
     target: Tensor,
     logit_scale: Tensor,
-    positive: Tensor,
-    query_lse: Tensor,
-    target_lse: Tensor,
+    outputs: LogSumExps,
+    kept: Tensor,
     rules: Rules,
     *,
     scale_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ (N, D) and dT (M, D) in the inputs' dtype and d logit_scale () or, unless asked for, NaN,
-    given those of ``forward``'s outputs."""
-    upstream = (d_positive, d_query_lse, *([d_target_lse] if rules.symmetric else []))
+) -> Gradients:
+    """The gradients; that of logit_scale is NaN unless asked for."""
     factor = gain(logit_scale, *upstream) if query.dtype == torch.float16 else None
-    one = torch.ones((), device=query.device) if factor is None else factor
-    call = _Backward(
-        query, target, logit_scale, rules, positive / logit_scale,
-        query_lse, target_lse, d_positive, d_query_lse, d_target_lse, one,
-    )  # fmt: skip
+    call = _Backward(query, target, logit_scale, rules, outputs, upstream, factor)
     tile = call.tile()
 
     def fill(ds: Tensor, start: int, stop: int) -> None:
@@ -110,22 +107,33 @@ def backward(
     return gradients(query, target, logit_scale, fill, factor, scale_gradient=scale_gradient)
 
 
-def flags(rules: Rules) -> dict[str, Any]:
-    """What the kernels are compiled for, tile apart."""
-    return {
-        "HARDNESS": HARDNESS_MODES.index(rules.hardness),
-        "HAS_OWNERS": rules.owners is not None,
-        "HAS_IDS": rules.query_ids is not None,
-        "HAS_MARGIN": rules.margin is not None,
-        "SYMMETRIC": rules.symmetric,
-        "SAME_ALPHA": rules.alpha == rules.target_alpha,
-        "PRECISION": _precision(),
-    }
+def pairs(query: Tensor, target: Tensor, rules: Rules) -> kernels.Pairs:
+    """The rules as the kernels take them, None for those that this call does without."""
+    row_limit = column_limit = None
+    if rules.margin is not None:
+        row_limit = margin_limit(query, target, rules.labels, rules.margin)
+        if rules.symmetric:
+            column_limit = rules.column_limits(row_limit, len(target))
+    one_alpha = not rules.symmetric or rules.alpha == rules.target_alpha
+    return kernels.Pairs(
+        label=_contiguous(rules.labels),
+        owner=_contiguous(rules.owners),
+        query_id=_contiguous(rules.query_ids),
+        target_id=_contiguous(rules.target_ids),
+        row_limit=row_limit,
+        column_limit=_contiguous(column_limit),
+        alpha=rules.alpha,
+        target_alpha=None if one_alpha else rules.target_alpha,
+    )
 
 
-def _precision() -> str:
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _precision(query: Tensor) -> str:
     """What float32 is multiplied as. The interpreter has no TF32."""
-    exact = INTERPRETED or torch.get_float32_matmul_precision() == "highest"
+    exact = INTERPRETED or float32_matmul(query.device.type) == "highest"
     return "ieee" if exact else "tf32"
 
 
@@ -134,29 +142,18 @@ class _Call:
 
     kernel: str
 
-    def __init__(
-        self, query: Tensor, target: Tensor, scale: Tensor, rules: Rules, positive: Tensor | None
-    ) -> None:
+    def __init__(self, query: Tensor, target: Tensor, scale: Tensor, rules: Rules) -> None:
         self.query, self.target, self.rules = query, target, rules
         n, (m, d) = len(query), target.shape
         self.sizes = (n, m, d, *query.stride(), *target.stride())
-        labels = rules.labels.contiguous()
-        self.positive = self._positive(labels) if positive is None else positive
-        # An absent tensor's pointer is never read; labels stand in.
-        row_limit = column_limit = labels
-        if rules.margin is not None:
-            row_limit = margin_limit(query, target, labels, rules.margin)
-            column_limit = rules.column_limits(row_limit, m).contiguous()
-        optional = (rules.owners, rules.query_ids, rules.target_ids)
-        pointers = [labels if x is None else x.contiguous() for x in optional]
-        self.inputs = (query, target, scale, labels, *pointers, row_limit, column_limit)
-        self.flags = flags(rules)
+        self.pairs = pairs(query, target, rules)
+        self.inputs = (query, target, scale, *self.pairs)
 
     def options(self, tile: tiles.Tile) -> dict[str, Any]:
         """The kernel's constants and what it is compiled with."""
-        shape = {"BM": tile.bm, "BN": tile.bn, "BK": tile.bk}
+        constants = {"HARDNESS": self.rules.hardness, "PRECISION": _precision(self.query)}
         launch = {"num_warps": tile.warps, "num_stages": tile.stages}
-        return self.flags | shape | launch | COMPILE
+        return constants | {"TILE": tile} | launch | COMPILE
 
     def tile(self) -> tiles.Tile:
         query, d = self.query, self.query.shape[1]
@@ -170,7 +167,7 @@ class _Call:
         key = self._key()
         if torch.cuda.is_current_stream_capturing():  # what is timed would join the graph
             return tiles.known(key) or untimed
-        return tiles.tuned(key, tiles.candidates(major, query.dtype), self._time)
+        return tiles.tuned(key, tiles.CANDIDATES[tiles.kind(major, query.dtype)], self._time)
 
     def _key(self) -> str:
         """What a timing holds for."""
@@ -178,9 +175,12 @@ class _Call:
         device = self.query.device
         major, minor = torch.cuda.get_device_capability(device)
         where = f"{torch.cuda.get_device_name(device)} {major}.{minor} triton {triton.__version__}"
-        rules = " ".join(f"{name}={value}" for name, value in self.flags.items())
+        given = [name for name, value in self.pairs._asdict().items() if value is not None]
+        directions = "both directions" if self.rules.symmetric else "one direction"
+        rules = f"{self.rules.hardness} {directions} {' '.join(given)}"
         sizes = f"D{d} N{tiles.size_class(n)} M{tiles.size_class(m)}"
-        return f"{self.kernel} {where} {self.query.dtype} {sizes} {rules}"
+        dtype = f"{self.query.dtype} {_precision(self.query)}"
+        return f"{self.kernel} {where} {dtype} {sizes} {rules}"
 
     def _time(self, tile: tiles.Tile) -> float:
         """Milliseconds; infinite where the GPU has too little shared memory."""
@@ -193,21 +193,20 @@ class _Call:
         """One launch of the kernel, to be timed."""
         raise NotImplementedError
 
-    def _positive(self, labels: Tensor) -> Tensor:
-        n, m, d, *strides = self.sizes
-        out = self.query.new_empty(n, dtype=torch.float32)
-        block = 16
-        kernels.positive_kernel[(triton.cdiv(n, block),)](
-            self.query, self.target, labels, out, n, m, d, *strides, BM=block, BK=64, **COMPILE
-        )
-        return out
-
 
 class _Forward(_Call):
     kernel = "forward"
 
-    def __init__(self, query: Tensor, target: Tensor, scale: Tensor, rules: Rules) -> None:
-        super().__init__(query, target, scale, rules, None)
+    def positive(self) -> Tensor:
+        """(N,) similarities of the positives."""
+        n, m, d, *strides = self.sizes
+        out = self.query.new_empty(n, dtype=torch.float32)
+        block = 16
+        kernels.positive_kernel[(triton.cdiv(n, block),)](
+            self.query, self.target, self.pairs.label, out, n, m, d, *strides,
+            BM=block, BK=64, **COMPILE,
+        )  # fmt: skip
+        return out
 
     def run(self, tile: tiles.Tile) -> tuple[Tensor, Tensor]:
         """Log-sum-exps of the rows (N,) and of the columns (M,), or (0,) in one direction."""
@@ -216,18 +215,22 @@ class _Forward(_Call):
             triton.cdiv(n, tile.bm), triton.cdiv(m, tile.bn), self.query.device
         )
         grid = (triton.cdiv(n, tile.bm * rows), triton.cdiv(m, tile.bn * columns))
-        row_shape = (grid[1], n)
-        column_shape = (grid[0], m) if self.rules.symmetric else (0, 0)
-        # Two tensors each: halves of one would not both start at a multiple of 16 bytes.
-        row_max, row_sum, column_max, column_sum = (
-            self.query.new_empty(shape, dtype=torch.float32)
-            for shape in (row_shape, row_shape, column_shape, column_shape)
-        )
+        by_row = self._partial(grid[1], n)
+        by_column = self._partial(grid[0], m) if self.rules.symmetric else None
         kernels.forward_kernel[grid](
-            *self.inputs, row_max, row_sum, column_max, column_sum, *self.sizes,
-            self.rules.alpha, self.rules.target_alpha, rows, columns, **self.options(tile),
+            *self.inputs, *by_row, *(by_column or (None, None)), *self.sizes, rows, columns,
+            **self.options(tile),
         )  # fmt: skip
-        return _combine(row_max, row_sum), _combine(column_max, column_sum)
+        target_lse = self.query.new_empty(0, dtype=torch.float32)
+        return _combine(*by_row), target_lse if by_column is None else _combine(*by_column)
+
+    def _partial(self, parts: int, length: int) -> tuple[Tensor, Tensor]:
+        """(parts, length) maxima and sums, uninitialised. Halves of one tensor would not both start
+        at a multiple of 16 bytes."""
+        maximum, total = (
+            self.query.new_empty((parts, length), dtype=torch.float32) for _ in range(2)
+        )
+        return maximum, total
 
     trial = run
 
@@ -241,17 +244,22 @@ class _Backward(_Call):
         target: Tensor,
         scale: Tensor,
         rules: Rules,
-        positive: Tensor,
-        *upstream: Tensor,
+        outputs: LogSumExps,
+        upstream: LogSumExps,
+        gain: Tensor | None,
     ) -> None:
-        super().__init__(query, target, scale, rules, positive)
-        self.upstream = upstream  # both log-sum-exps, the gradients of the outputs, the gain
+        super().__init__(query, target, scale, rules)
+        target_lse, d_target_lse = outputs.target_lse, upstream.target_lse
+        by_column = (target_lse, d_target_lse) if rules.symmetric else (None, None)
+        self.gradients = (
+            upstream.positive, outputs.query_lse, upstream.query_lse, *by_column, gain,
+        )  # fmt: skip
 
     def fill(self, tile: tiles.Tile, ds: Tensor, start: int, stop: int) -> None:
         grid = (triton.cdiv(stop - start, tile.bm) * triton.cdiv(len(self.target), tile.bn),)
         kernels.strip_kernel[grid](
-            *self.inputs, *self.upstream, ds, start, stop, *self.sizes[1:], ds.stride(0),
-            self.rules.alpha, self.rules.target_alpha, **self.options(tile), GROUP=8,
+            *self.inputs, *self.gradients, ds, start, stop, *self.sizes[1:], ds.stride(0),
+            **self.options(tile),
         )  # fmt: skip
 
     def trial(self, tile: tiles.Tile) -> None:
@@ -271,10 +279,9 @@ def _super_tile(n_m: int, n_n: int, device: torch.device) -> tuple[int, int]:
 
 
 def _combine(maximum: Tensor, total: Tensor) -> Tensor:
-    count, length = maximum.shape
+    parts, length = maximum.shape
     lse = maximum.new_empty(length)
-    if length:
-        kernels.combine_kernel[(triton.cdiv(length, COMBINE_BLOCK),)](
-            maximum, total, lse, count, length, BLOCK=COMBINE_BLOCK, **COMPILE
-        )
+    kernels.combine_kernel[(triton.cdiv(length, COMBINE_BLOCK),)](
+        maximum, total, lse, parts, length, BLOCK=COMBINE_BLOCK, **COMPILE
+    )
     return lse

@@ -7,6 +7,9 @@
 ``strip_kernel``     the tile again, and its gradient dS into a workspace for the gradient GEMMs
 ``positive_kernel``  s_{i, l_i}
 
+An argument may be None where its rule, its direction or its factor is not asked for: such a kernel
+is compiled without it.
+
 Logits stay in natural units until the maximum is subtracted: changing base first would round large
 ones.
 
@@ -17,16 +20,33 @@ is, and stay.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-IN_BATCH = tl.constexpr(0)
-HARD_NEGATIVES = tl.constexpr(1)
 INF = tl.constexpr(float("inf"))
+GROUP = tl.constexpr(8)  # row blocks that share the target blocks they read through the L2 cache
 # What stands for a label and for an owner that is no column: equal to no column nor to each other.
 NOWHERE = tl.constexpr(-1)
 NOBODY = tl.constexpr(-2)
+
+
+class Pairs(NamedTuple):
+    """Which pairs count and how they weigh: pointers and numbers that follow from ``Rules``.
+
+    A kernel's arguments are flat, in this order; its helpers get them as one.
+    """
+
+    label: Any  # (N,) None: row i's positive is column i
+    owner: Any  # (M,) None: every column is its own owner
+    query_id: Any  # (N,)
+    target_id: Any  # (M,)
+    row_limit: Any  # (N,) the similarity above which a negative of the row is left out
+    column_limit: Any  # (M,) the same in the target -> query direction
+    alpha: Any
+    target_alpha: Any  # None: alpha
 
 
 @triton.jit
@@ -50,16 +70,16 @@ def _columns(p, o, m, M, OUTSIDE: tl.constexpr):
 @triton.jit
 def _similarity(
     p_q, p_t, o_m, o_n, N, M, D, s_qn, s_qd, s_tm, s_td,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(BM, BN) float32 similarities of rows ``o_m`` and columns ``o_n``; any beyond the edges."""
-    b_s = tl.zeros((BM, BN), tl.float32)
+    b_s = tl.zeros((TILE.bm, TILE.bn), tl.float32)
     # Rows and columns beyond the edges reread the last one: masks on these loads would hold
     # registers through the whole epilogue.
     p_rows = p_q + tl.minimum(o_m, N - 1).to(tl.int64)[:, None] * s_qn
     p_columns = p_t + tl.minimum(o_n, M - 1).to(tl.int64)[None, :] * s_tm
-    for k in range(0, D, BK):
-        o_k = (k + tl.arange(0, BK)).to(tl.int64)  # times a transposed input's stride
+    for k in range(0, D, TILE.bk):
+        o_k = (k + tl.arange(0, TILE.bk)).to(tl.int64)  # times a transposed input's stride
         b_q = tl.load(p_rows + o_k[None, :] * s_qd, mask=(o_k < D)[None, :], other=0.0)
         b_t = tl.load(p_columns + o_k[:, None] * s_td, mask=(o_k < D)[:, None], other=0.0)
         b_s = tl.dot(b_q, b_t, b_s, input_precision=PRECISION)
@@ -67,30 +87,47 @@ def _similarity(
 
 
 @triton.jit
-def _pairs(
-    b_label, o_n, p_owner, p_qid, p_tid, o_m, N, M,
-    HARDNESS: tl.constexpr, HAS_OWNERS: tl.constexpr, HAS_IDS: tl.constexpr,
-):  # fmt: skip
-    """(own, weighted, valid) of a tile by every rule but the margin."""
+def _labels(p_label, o_m, N, M):
+    """The columns of the rows' positives; ``NOWHERE`` beyond the edge and for a label outside."""
+    if p_label is None:
+        b_label = tl.where((o_m < N) & (o_m < M), o_m, NOWHERE)
+    else:
+        b_label = _columns(p_label, o_m, o_m < N, M, NOWHERE)
+    return b_label
+
+
+@triton.jit
+def _logits(b_s, b_label, pairs, scale, o_m, o_n, N, M, HARDNESS: tl.constexpr):
+    """(BM, BN) logits of rows and of columns, -inf where a pair does not count as a negative."""
     m_m, m_n = o_m < N, o_n < M
     positive = b_label[:, None] == o_n[None, :]
-    if HAS_OWNERS:
-        b_owner = _columns(p_owner, o_n, m_n, M, NOBODY)
-        own = b_label[:, None] == b_owner[None, :]
-    else:
+    if pairs.owner is None:
         own = positive
-    if HARDNESS == IN_BATCH:
+    else:
+        own = b_label[:, None] == _columns(pairs.owner, o_n, m_n, M, NOBODY)[None, :]
+    if HARDNESS == "in_batch":
         weighted = ~own
-    elif HARDNESS == HARD_NEGATIVES:
+    elif HARDNESS == "hard_negatives":
         weighted = own
     else:
         weighted = own | True
-    valid = m_m[:, None] & m_n[None, :] & ~positive
-    if HAS_IDS:
-        b_qid = tl.load(p_qid + o_m, mask=m_m, other=0)
-        b_tid = tl.load(p_tid + o_n, mask=m_n, other=0)
-        valid = valid & (b_qid[:, None] != b_tid[None, :])
-    return own, weighted, valid
+    counts = m_m[:, None] & m_n[None, :] & ~positive
+    if pairs.query_id is not None:
+        b_query_id = tl.load(pairs.query_id + o_m, mask=m_m, other=0)
+        b_target_id = tl.load(pairs.target_id + o_n, mask=m_n, other=0)
+        counts = counts & (b_query_id[:, None] != b_target_id[None, :])
+    in_row, in_column = counts, counts
+    if pairs.row_limit is not None:
+        b_limit = tl.load(pairs.row_limit + o_m, mask=m_m, other=INF)
+        in_row = counts & (own | ~(b_s > b_limit[:, None]))
+    if pairs.column_limit is not None:
+        b_limit = tl.load(pairs.column_limit + o_n, mask=m_n, other=INF)
+        in_column = counts & (own | ~(b_s > b_limit[None, :]))
+    b_z = b_s * tl.where(weighted, scale + pairs.alpha, scale)
+    b_row = tl.where(in_row, b_z, -INF)
+    if pairs.target_alpha is not None:
+        b_z = b_s * tl.where(weighted, scale + pairs.target_alpha, scale)
+    return b_row, tl.where(in_column, b_z, -INF)
 
 
 @triton.jit
@@ -107,8 +144,7 @@ def positive_kernel(
     BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
-    m_m = o_m < N
-    b_label = _columns(p_label, o_m, m_m, M, NOWHERE)
+    b_label = _labels(p_label, o_m, N, M)
     m_label = b_label != NOWHERE
     b_sum = tl.zeros((BM,), tl.float32)
     for k in range(0, D, BK):
@@ -121,58 +157,46 @@ def positive_kernel(
             p_t + b_label.to(tl.int64)[:, None] * s_tm + o_k[None, :] * s_td, mask=m, other=0.0
         )
         b_sum += tl.sum(b_q.to(tl.float32) * b_t.to(tl.float32), 1)
-    tl.store(p_similarity + o_m, tl.where(m_label, b_sum, float("nan")), mask=m_m)
+    tl.store(p_similarity + o_m, tl.where(m_label, b_sum, float("nan")), mask=o_m < N)
 
 
 @triton.jit(do_not_specialize=["N", "M", "ROWS", "COLUMNS"])
 def forward_kernel(
-    p_q, p_t, p_scale, p_label, p_owner, p_qid, p_tid, p_row_limit, p_column_limit,
+    p_q, p_t, p_scale,
+    p_label, p_owner, p_query_id, p_target_id, p_row_limit, p_column_limit, alpha, target_alpha,
     p_row_max, p_row_sum, p_column_max, p_column_sum,
-    N, M, D, s_qn, s_qd, s_tm, s_td, alpha, target_alpha, ROWS, COLUMNS,
-    HARDNESS: tl.constexpr, HAS_OWNERS: tl.constexpr, HAS_IDS: tl.constexpr,
-    HAS_MARGIN: tl.constexpr, SYMMETRIC: tl.constexpr, SAME_ALPHA: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    N, M, D, s_qn, s_qd, s_tm, s_td, ROWS, COLUMNS,
+    HARDNESS: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One program owns ROWS x COLUMNS tiles.
 
     Row statistics live in registers along a line of tiles. Column statistics live in the program's
     own line of the partial buffer, which it rereads for its next line of tiles.
     """
+    pairs = Pairs(
+        p_label, p_owner, p_query_id, p_target_id, p_row_limit, p_column_limit, alpha, target_alpha
+    )
+    BM: tl.constexpr = TILE.bm
+    BN: tl.constexpr = TILE.bn
     i_rows, i_columns = tl.program_id(0), tl.program_id(1)
     scale = tl.load(p_scale)
     for r in range(0, ROWS):
         o_m = (i_rows * ROWS + r) * BM + tl.arange(0, BM)
         m_m = o_m < N
-        b_label = _columns(p_label, o_m, m_m, M, NOWHERE)
+        b_label = _labels(pairs.label, o_m, N, M)
         b_row_max = tl.full((BM,), -INF, tl.float32)
         b_row_sum = tl.where(b_label == NOWHERE, float("nan"), 0.0)
         for c in range(0, COLUMNS):
             o_n = (i_columns * COLUMNS + c) * BN + tl.arange(0, BN)
             m_n = o_n < M
-            b_s = _similarity(
-                p_q, p_t, o_m, o_n, N, M, D, s_qn, s_qd, s_tm, s_td, BM, BN, BK, PRECISION
-            )  # fmt: skip
-            own, weighted, valid = _pairs(
-                b_label, o_n, p_owner, p_qid, p_tid, o_m, N, M, HARDNESS, HAS_OWNERS, HAS_IDS
-            )  # fmt: skip
-            row_valid = valid
-            if HAS_MARGIN:
-                b_limit = tl.load(p_row_limit + o_m, mask=m_m, other=INF)
-                row_valid = valid & (own | ~(b_s > b_limit[:, None]))
-            b_z = tl.where(row_valid, b_s * tl.where(weighted, scale + alpha, scale), -INF)
+            b_s = _similarity(p_q, p_t, o_m, o_n, N, M, D, s_qn, s_qd, s_tm, s_td, TILE, PRECISION)
+            b_z, b_z_column = _logits(b_s, b_label, pairs, scale, o_m, o_n, N, M, HARDNESS)
             b_max = tl.max(b_z, 1)
             b_sum = tl.sum(_exp(b_z - _finite(b_max)[:, None]), 1)
             b_row_max, b_row_sum = _running(b_row_max, b_row_sum, b_max, b_sum)
-            if SYMMETRIC:
-                if HAS_MARGIN:
-                    b_limit = tl.load(p_column_limit + o_n, mask=m_n, other=INF)
-                    valid = valid & (own | ~(b_s > b_limit[None, :]))
-                if HAS_MARGIN or not SAME_ALPHA:
-                    b_z = tl.where(
-                        valid, b_s * tl.where(weighted, scale + target_alpha, scale), -INF
-                    )
-                b_max = tl.max(b_z, 0)
-                b_sum = tl.sum(_exp(b_z - _finite(b_max)[None, :]), 0)
+            if p_column_max is not None:
+                b_max = tl.max(b_z_column, 0)
+                b_sum = tl.sum(_exp(b_z_column - _finite(b_max)[None, :]), 0)
                 o_partial = i_rows.to(tl.int64) * M + o_n
                 seen = m_n & (r > 0)
                 b_before = tl.load(p_column_max + o_partial, mask=seen, other=-INF)
@@ -207,21 +231,23 @@ def combine_kernel(p_max, p_sum, p_lse, PARTS, LENGTH, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["START", "STOP", "M"])
 def strip_kernel(
-    p_q, p_t, p_scale, p_label, p_owner, p_qid, p_tid, p_row_limit, p_column_limit,
-    p_row_lse, p_column_lse, p_d_positive, p_d_row, p_d_column, p_gain, p_ds,
-    START, STOP, M, D, s_qn, s_qd, s_tm, s_td, s_ds, alpha, target_alpha,
-    HARDNESS: tl.constexpr, HAS_OWNERS: tl.constexpr, HAS_IDS: tl.constexpr,
-    HAS_MARGIN: tl.constexpr, SYMMETRIC: tl.constexpr, SAME_ALPHA: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr,
+    p_q, p_t, p_scale,
+    p_label, p_owner, p_query_id, p_target_id, p_row_limit, p_column_limit, alpha, target_alpha,
+    p_d_positive, p_query_lse, p_d_query_lse, p_target_lse, p_d_target_lse, p_gain, p_ds,
+    START, STOP, M, D, s_qn, s_qd, s_tm, s_td, s_ds,
+    HARDNESS: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """dS of rows START to STOP, times a gain (a power of two that keeps float16 in range).
 
     Written to the end of the workspace's rows, whose width ``s_ds`` is a multiple of 16: such
     stores are wide whatever M is.
     """
+    pairs = Pairs(
+        p_label, p_owner, p_query_id, p_target_id, p_row_limit, p_column_limit, alpha, target_alpha
+    )
+    BM: tl.constexpr = TILE.bm
+    BN: tl.constexpr = TILE.bn
     n_m, n_n = tl.cdiv(STOP - START, BM), tl.cdiv(M, BN)
-    # Groups of GROUP row blocks share the target blocks they read through the L2 cache.
     per_group = GROUP * n_n
     i_first = tl.program_id(0) // per_group * GROUP
     n_rows = tl.minimum(n_m - i_first, GROUP)
@@ -231,31 +257,19 @@ def strip_kernel(
     o_n = i_n * BN + tl.arange(0, BN)
     m_m, m_n = o_m < STOP, o_n < M
     scale = tl.load(p_scale)
-    gain = tl.load(p_gain) * scale
-    b_label = _columns(p_label, o_m, m_m, M, NOWHERE)
-    b_s = _similarity(
-        p_q, p_t, o_m, o_n, STOP, M, D, s_qn, s_qd, s_tm, s_td, BM, BN, BK, PRECISION
-    )  # fmt: skip
-    own, weighted, valid = _pairs(
-        b_label, o_n, p_owner, p_qid, p_tid, o_m, STOP, M, HARDNESS, HAS_OWNERS, HAS_IDS
-    )  # fmt: skip
-    row_valid = valid
-    if HAS_MARGIN:
-        b_limit = tl.load(p_row_limit + o_m, mask=m_m, other=INF)
-        row_valid = valid & (own | ~(b_s > b_limit[:, None]))
-    b_lse = _finite(tl.load(p_row_lse + o_m, mask=m_m, other=0.0))
-    b_d = tl.load(p_d_row + o_m, mask=m_m, other=0.0)
-    b_z = tl.where(row_valid, b_s * tl.where(weighted, scale + alpha, scale), -INF)
+    gain = scale
+    if p_gain is not None:
+        gain = tl.load(p_gain) * scale
+    b_label = _labels(pairs.label, o_m, STOP, M)
+    b_s = _similarity(p_q, p_t, o_m, o_n, STOP, M, D, s_qn, s_qd, s_tm, s_td, TILE, PRECISION)
+    b_z, b_z_column = _logits(b_s, b_label, pairs, scale, o_m, o_n, STOP, M, HARDNESS)
+    b_lse = _finite(tl.load(p_query_lse + o_m, mask=m_m, other=0.0))
+    b_d = tl.load(p_d_query_lse + o_m, mask=m_m, other=0.0)
     b_ds = b_d[:, None] * _exp(b_z - b_lse[:, None])
-    if SYMMETRIC:
-        if HAS_MARGIN:
-            b_limit = tl.load(p_column_limit + o_n, mask=m_n, other=INF)
-            valid = valid & (own | ~(b_s > b_limit[None, :]))
-        if HAS_MARGIN or not SAME_ALPHA:
-            b_z = tl.where(valid, b_s * tl.where(weighted, scale + target_alpha, scale), -INF)
-        b_lse = _finite(tl.load(p_column_lse + o_n, mask=m_n, other=0.0))
-        b_d = tl.load(p_d_column + o_n, mask=m_n, other=0.0)
-        b_ds += b_d[None, :] * _exp(b_z - b_lse[None, :])
+    if p_target_lse is not None:
+        b_lse = _finite(tl.load(p_target_lse + o_n, mask=m_n, other=0.0))
+        b_d = tl.load(p_d_target_lse + o_n, mask=m_n, other=0.0)
+        b_ds += b_d[None, :] * _exp(b_z_column - b_lse[None, :])
     b_d = tl.load(p_d_positive + o_m, mask=m_m, other=0.0)
     b_ds = tl.where(b_label[:, None] == o_n[None, :], b_d[:, None], b_ds) * gain
     p = p_ds + (o_m - START).to(tl.int64)[:, None] * s_ds + o_n[None, :]
