@@ -19,6 +19,7 @@ from torch.nn.functional import logsigmoid
 
 from llave_kernels import checks, dispatch, functional, transforms
 from llave_kernels.agreement import Group, Peer, Terms, agree, learns
+from llave_kernels.precision import autocast
 from llave_kernels.rules import Rules, at_labels, inside
 
 DEFAULTS: dict[str, Any] = functional.hardness_weighted_contrastive_loss.__kwdefaults__ or {}
@@ -109,7 +110,9 @@ def loss_over(
     loss = -logsigmoid(logits.positive - logits.query)
     if logits.target is not None:
         own_columns: Tensor = _OwnColumns.apply(logits.target, columns, group)
-        loss = (loss - logsigmoid(logits.positive - at_labels(own_columns, own.labels, len(query)))) / 2
+        loss = (
+            loss - logsigmoid(logits.positive - at_labels(own_columns, own.labels, len(query)))
+        ) / 2
     if reduction == "none":
         return loss
     if reduction == "sum":
@@ -123,10 +126,10 @@ def checked(
     """Arguments of ``distributed_contrastive_loss``, and what the other processes are told."""
     given = DEFAULTS | given
     reduction, backend = given.pop("reduction"), given.pop("backend")
-    logit_scale, margin = given["logit_scale"], given.pop("false_negative_margin")
+    logit_scale = given["logit_scale"]
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
-    query, target = functional.autocast(query, target)
-    scale, rules = functional.resolve(query, target, margin=margin, **given)
+    query, target = autocast(query, target)
+    scale, rules = functional.resolve(query, target, **given)
     name = dispatch.choose(backend, query, target, rules)
     told: dict[str, Any] = {
         "the loss": "distributed_contrastive_loss",

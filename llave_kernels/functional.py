@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,8 +12,10 @@ from torch.nn.functional import logsigmoid
 
 from llave_kernels import checks, dispatch, ops, transforms
 from llave_kernels.backends import torch_strips
-from llave_kernels.backends.products import accumulation_dtype
+from llave_kernels.precision import accumulation_dtype, autocast
 from llave_kernels.rules import HARDNESS_MODES, Rules, at_labels, default_owners
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class ContrastiveLogits(NamedTuple):
@@ -53,8 +57,9 @@ def contrastive_logsumexp(
     """
     query, target = autocast(query, target)
     scale, rules = resolve(
-        query, target, logit_scale, alpha, hardness, symmetric, target_alpha, labels, owners,
-        query_ids, target_ids, false_negative_margin,
+        query, target, logit_scale, alpha=alpha, hardness=hardness, symmetric=symmetric,
+        target_alpha=target_alpha, labels=labels, owners=owners, query_ids=query_ids,
+        target_ids=target_ids, false_negative_margin=false_negative_margin,
     )  # fmt: skip
     name = dispatch.choose(backend, query, target, rules)
     return logsumexp(query, target, scale, rules, name)
@@ -130,8 +135,9 @@ def hardness_weighted_contrastive_loss(
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
     query, target = autocast(query, target)
     scale, rules = resolve(
-        query, target, logit_scale, alpha, hardness, symmetric, target_alpha, labels, owners,
-        query_ids, target_ids, false_negative_margin,
+        query, target, logit_scale, alpha=alpha, hardness=hardness, symmetric=symmetric,
+        target_alpha=target_alpha, labels=labels, owners=owners, query_ids=query_ids,
+        target_ids=target_ids, false_negative_margin=false_negative_margin,
     )  # fmt: skip
     name = dispatch.choose(backend, query, target, rules)
     needs_gradient = torch.is_grad_enabled() and any(
@@ -144,43 +150,28 @@ def hardness_weighted_contrastive_loss(
     logits = logsumexp(query, target, scale, rules, name)
     loss = -logsigmoid(logits.positive - logits.query)
     if logits.target is not None:
-        loss = (loss - logsigmoid(logits.positive - at_labels(logits.target, rules.labels, len(query)))) / 2
+        loss = (
+            loss - logsigmoid(logits.positive - at_labels(logits.target, rules.labels, len(query)))
+        ) / 2
     if reduction == "none":
         return loss
     return loss.mean() if reduction == "mean" else loss.sum()
-
-
-def autocast(query: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Under autocast float32 embeddings take its dtype, as in a matrix product."""
-    checks.tensor("query", query)
-    checks.tensor("target", target)
-    device = query.device.type
-    if not _can_autocast(device) or not torch.is_autocast_enabled(device):
-        return query, target
-    dtype = torch.get_autocast_dtype(device)
-    if not {query.dtype, target.dtype} <= {torch.float32, torch.bfloat16, torch.float16}:
-        return query, target
-    return query.to(dtype), target.to(dtype)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _can_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)  # torch below 2.12 cannot trace it
 
 
 def resolve(
     query: Tensor,
     target: Tensor,
     logit_scale: float | Tensor,
-    alpha: float,
-    hardness: str,
-    symmetric: bool,
-    target_alpha: float | None,
-    labels: Tensor | None,
-    owners: Tensor | None,
-    query_ids: Tensor | None,
-    target_ids: Tensor | None,
-    margin: float | None,
+    *,
+    alpha: float = 9.0,
+    hardness: str = "in_batch",
+    symmetric: bool = True,
+    target_alpha: float | None = None,
+    labels: Tensor | None = None,
+    owners: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    target_ids: Tensor | None = None,
+    false_negative_margin: float | None = None,
 ) -> tuple[Tensor, Rules]:
     """Checked arguments as (0-d scale tensor on the device, rules)."""
     checks.embeddings(query, target)
@@ -192,7 +183,7 @@ def resolve(
     target_alpha = checks.strength("target_alpha", target_alpha, dtype)
     checks.one_of("hardness", hardness, HARDNESS_MODES)
     symmetric = checks.flag("symmetric", symmetric)
-    margin = checks.margin(margin, dtype)
+    margin = checks.margin(false_negative_margin, dtype)
     scale = checks.logit_scale(logit_scale, max(alpha, target_alpha), dtype, device)
     if labels is None:
         if m < n:
@@ -213,6 +204,15 @@ def resolve(
         hardness, margin, symmetric,
     )  # fmt: skip
     return scale, rules
+
+
+def shows_rules(function: Function) -> Function:
+    """Show the rules and their defaults in the signature of a function that takes ``**rules``."""
+    own = inspect.signature(function)
+    rules = [x for x in inspect.signature(resolve).parameters.values() if x.kind is x.KEYWORD_ONLY]
+    shown = [x for x in own.parameters.values() if x.kind is not x.VAR_KEYWORD]
+    function.__signature__ = own.replace(parameters=shown + rules)  # type: ignore[attr-defined]
+    return function
 
 
 def logsumexp(

@@ -6,7 +6,7 @@ A new pair rule starts here: as an argument in ``RuleArguments``, as a field of 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, TypedDict, get_args, get_type_hints
+from typing import Literal, NamedTuple, TypedDict, cast, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -99,6 +99,13 @@ class Rules(NamedTuple):
     def shared_logits(self) -> bool:
         """Whether a pair has the same logit in both directions: one exponential serves both."""
         return self.margin is None and self.alpha == self.target_alpha
+
+    def arguments(self) -> RuleArguments:
+        """The rules as ``functional.resolve`` takes them."""
+        given = self._asdict()
+        del given["column_limit"]
+        given["false_negative_margin"] = given.pop("margin")
+        return cast(RuleArguments, given)
 
     def labels_of(self, query: Tensor) -> Tensor:
         """(N,) the labels, also where they are None."""
