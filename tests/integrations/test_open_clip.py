@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 open_clip = pytest.importorskip("open_clip")
 
-from llave_kernels.integrations.llave import WeightedClipLoss  # noqa: E402
+from llave_kernels.integrations.llave_trainer import WeightedClipLoss  # noqa: E402
 from llave_kernels.integrations.open_clip import ClipLoss  # noqa: E402
 from llave_kernels.reference import reference_loss  # noqa: E402
 from tests.helpers import embeddings, relative_error  # noqa: E402

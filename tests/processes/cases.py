@@ -182,7 +182,7 @@ def weighted_settings() -> list[tuple[str, list[Tensor], list[Tensor]]]:
     from open_clip.loss import gather_features
     from torch.nn.functional import cross_entropy
 
-    from llave_kernels.integrations.llave import WeightedClipLoss
+    from llave_kernels.integrations.llave_trainer import WeightedClipLoss
 
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(1)

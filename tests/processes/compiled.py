@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from llave_kernels import HardnessWeightedContrastiveLoss
 from llave_kernels.integrations import gradcache, tevatron, vlm2vec
-from llave_kernels.integrations.llave import WeightedClipLoss
+from llave_kernels.integrations.llave_trainer import WeightedClipLoss
 from llave_kernels.integrations.open_clip import ClipLoss
 from llave_kernels.integrations.sentence_transformers import MultipleNegativesRankingLoss
 

@@ -38,6 +38,8 @@ def with_autocast(enabled: bool, *pair: Tensor) -> None:
 
 def hosts() -> dict[str, str]:
     """Of the classes for hosts, by the setting in which process 1 differs."""
+    from sentence_transformers import util
+
     from llave_kernels.integrations import gradcache, sentence_transformers, vlm2vec
     from llave_kernels.integrations.open_clip import ClipLoss
 
@@ -92,16 +94,9 @@ def hosts() -> dict[str, str]:
         ),
         "false_negative_margin": ranking(false_negative_margin=0.1 if odd else None),
         "backend of ranking": ranking(backend="torch" if odd else "auto"),
-        "similarity_fct": ranking(
-            similarity_fct=sentence_transformers.util.dot_score
-            if odd
-            else sentence_transformers.util.cos_sim
-        ),
+        "similarity_fct": ranking(similarity_fct=util.dot_score if odd else util.cos_sim),
         "who computes": ranking(
-            similarity_fct=sentence_transformers.util.manhattan_sim
-            if odd
-            else sentence_transformers.util.cos_sim,
-            kind="Cached",
+            similarity_fct=util.manhattan_sim if odd else util.cos_sim, kind="Cached"
         ),
         "columns": ranking(columns=2 + odd),
         "rows": ranking(rows=4 + odd),

@@ -1,4 +1,4 @@
-"""The GradCache family's losses against the hosts' own, alone and in two processes."""
+"""The losses of GradCache, tevatron and VLM2Vec against the hosts' own, in one process and two."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llave_kernels import hardness_weighted_contrastive_loss
 from llave_kernels.integrations import gradcache, tevatron, vlm2vec
-from llave_kernels.integrations.scores import CrossEntropyLoss
 from llave_kernels.integrations.vlm2vec import SimpleContrastiveLoss
 from llave_kernels.reference import reference_loss
+from llave_kernels.scores import CrossEntropyLoss
 from tests.helpers import embeddings, relative_error
 from tests.integrations import hosts
 from tests.processes import run
