@@ -104,8 +104,10 @@ def step(model: BiEncoder, loss_fn: Any, *inputs: Any) -> list[Tensor]:
 @pytest.mark.parametrize("in_batch", [True, False])
 @pytest.mark.parametrize("width", [1, 3, 7])
 def test_cross_entropy_inside_a_hosts_model(width: int, in_batch: bool, hardness: str) -> None:
-    """With in-batch negatives, and with each query's own passages alone, in which case all
-    columns are the row's own whether N divides their number or not."""
+    """With in-batch negatives, and with each query's own passages alone.
+
+    All columns are then the row's own, whether N divides their number or not.
+    """
     model, n = BiEncoder(0.05), 7
     inputs = torch.randn(n, 11), torch.randn(n * width, 11)
     expected = step(model, nn.CrossEntropyLoss(), *inputs, in_batch)

@@ -37,7 +37,7 @@ def with_autocast(enabled: bool, *pair: Tensor) -> None:
 
 
 def hosts() -> dict[str, str]:
-    """Of the classes for hosts, by the setting in which process 1 differs."""
+    """What the classes for hosts say, by the setting in which process 1 differs."""
     from sentence_transformers import util
 
     from llave_kernels.integrations import gradcache, sentence_transformers, vlm2vec
@@ -105,7 +105,7 @@ def hosts() -> dict[str, str]:
 
 
 def late() -> list[str]:
-    """What is said of a scale on a device: here it arrives when process 1 has asked twice."""
+    """What is said of a scale on a device. Here it arrives when process 1 has asked twice."""
     rank = dist.get_rank()
     asked: list[int] = []
 
@@ -133,7 +133,7 @@ def late() -> list[str]:
 
 
 def losses() -> dict[str, Any]:
-    """Of the function, and of the module's scale."""
+    """What the function says, and what the module says of its scale."""
     odd = dist.get_rank() == 1
     pair = [normalize(torch.randn(4, 5 + odd), dim=1) for _ in range(2)]
     good = [x[:, :5] for x in pair]

@@ -38,8 +38,10 @@ def test_settings_of_the_cached_loss_can_be_assigned() -> None:
 
 
 def with_images(counts: list[int], *, seed: int) -> dict[str, Any]:
-    """A column whose samples have these numbers of images, as LLaVA-OneVision's processor says:
-    images of all samples stacked, counts of the samples that have any."""
+    """A column whose samples have these numbers of images, as LLaVA-OneVision's processor makes it.
+
+    The images of all samples are stacked.
+    """
     generator = torch.Generator().manual_seed(seed)
     images = sum(counts)
     return {

@@ -96,7 +96,7 @@ def test_bfloat16_is_not_worse_than_the_host(
         value.backward()
         return [value.detach(), *(x.grad for x in leaves)]
 
-    # Over several batches: a single loss can be rounded to the right value by luck.
+    # There are several batches: a single loss can be right by luck.
     errors = torch.zeros(2, 4)
     for seed in range(6):
         generator = torch.Generator().manual_seed(seed)
@@ -226,7 +226,7 @@ def test_model_card_entries() -> None:
 
 
 def gathered() -> tuple[list[Any], list[list[Tensor]]]:
-    """In each process: (case, the host's step, ours) of every partition, and ours with extras."""
+    """(case, the host's step, ours) of every partition in each process, and ours with extras."""
     rank = torch.distributed.get_rank()
     features = [{"input_ids": x["input_ids"][rank * 4 : rank * 4 + 4]} for x in batch(3, rows=8)]
 
@@ -244,8 +244,10 @@ def gathered() -> tuple[list[Any], list[list[Tensor]]]:
 
 
 def test_gathered_across_processes() -> None:
-    """Each process's value and gradients are the host's; with our extras, their average is that of
-    one process with all rows."""
+    """Each process's value and gradients are the host's.
+
+    With our own settings, their average is that of one process with all rows.
+    """
     by_rank = run(__name__, "gathered", 2)
     for found, _ in by_rank:
         for case, expected, value in found:

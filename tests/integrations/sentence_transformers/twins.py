@@ -17,7 +17,7 @@ TWINS = ("MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss")
 
 
 class Encoder(nn.Module):
-    """The mean of the rows' word vectors, plus that of each image, through a layer."""
+    """The mean of a row's word vectors, plus its images' vectors, through a layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def step(loss: nn.Module, features: list[dict[str, Any]]) -> list[Tensor]:
 
 def assert_equal(found: list[Tensor], expected: list[Tensor], bound: float, case: Any) -> None:
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-        # The gradient of what cancels (a bias moves all rows alike) is rounding on both sides.
+        # A bias moves all rows alike and cancels. Its gradient is rounding on both sides.
         assert relative_error(a, b) < bound or float((a - b).norm()) < 1e-7, (case, i, a, b)
 
 
