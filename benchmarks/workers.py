@@ -48,7 +48,13 @@ class Worker:
         """The answer, or ``{"status": what went wrong}``."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        late = threading.Timer(CHILD_LIMIT, self.process.kill)
+        expired = threading.Event()
+
+        def give_up() -> None:
+            expired.set()
+            self.process.kill()
+
+        late = threading.Timer(CHILD_LIMIT, give_up)
         late.start()
         try:
             self.process.stdin.write(line + "\n")
@@ -57,9 +63,8 @@ class Worker:
         except BrokenPipeError:
             answer = ""
         finally:
-            timed_out = not late.is_alive()
             late.cancel()
-        return json.loads(answer) if answer else {"status": self._failure(timed_out)}
+        return json.loads(answer) if answer else {"status": self._failure(expired.is_set())}
 
     def _failure(self, timed_out: bool) -> str:
         code = self.process.wait()
