@@ -8,11 +8,15 @@ from llave_kernels.functional import (
     hardness_weighted_contrastive_loss,
 )
 from llave_kernels.modules import HardnessWeightedContrastiveLoss
+from llave_kernels.rules import RuleArguments, RuleSettings, RuleTensors
 from llave_kernels.version import __version__
 
 __all__ = [
     "ContrastiveLogits",
     "HardnessWeightedContrastiveLoss",
+    "RuleArguments",
+    "RuleSettings",
+    "RuleTensors",
     "SimilarityStatistics",
     "__version__",
     "available_backends",

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llave_kernels.rules import HARDNESS_MODES, RuleSettings
+from llave_kernels.rules import HARDNESS_MODES, Rules, RuleSettings
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -252,6 +252,23 @@ def columns(
                 "positive row; pass symmetric=False where queries share a target"
             )
     return value.to(torch.int64)
+
+
+def rule_tensors(rules: Rules, query: Tensor, target: Tensor) -> Rules:
+    """The rules with checked tensors, labels and owners as int64."""
+    n, m, device = len(query), len(target), query.device
+    labels, owners = rules.labels, rules.owners
+    if labels is not None:
+        labels = columns("labels", labels, n, m, device, unique=rules.symmetric)
+    elif m < n:
+        raise ValueError(
+            f"target has {m} rows for {n} queries: every query needs its positive; pass labels "
+            "where several queries share one"
+        )
+    if owners is not None:
+        owners = columns("owners", owners, m, m, device)
+    ids(rules.query_ids, rules.target_ids, n, m, device)
+    return rules._replace(labels=labels, owners=owners)
 
 
 def ids(query: Tensor | None, target: Tensor | None, n: int, m: int, device: torch.device) -> None:

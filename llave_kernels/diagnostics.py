@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from llave_kernels import checks
-from llave_kernels.backends.products import accumulation_dtype
 from llave_kernels.backends.torch_strips import STRIP_BUDGET
+from llave_kernels.precision import accumulation_dtype
 
 RANGE = (-1.0, 1.0)
 MOST_BINS = 2**24  # float32 has no finer edges

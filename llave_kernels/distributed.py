@@ -15,18 +15,17 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from typing_extensions import Unpack
 
-from llave_kernels import checks, dispatch, functional, transforms
+from llave_kernels import checks, dispatch, functional, losses, transforms
 from llave_kernels.agreement import Group, Peer, Terms, agree, learns
 from llave_kernels.precision import autocast
-from llave_kernels.rules import Rules, at_labels, inside
-
-DEFAULTS: dict[str, Any] = functional.hardness_weighted_contrastive_loss.__kwdefaults__ or {}
+from llave_kernels.rules import RuleArguments, Rules, RuleSettings, at_labels, inside
 
 
 # Compiled, the call is a break in the graph: the exchanges' sizes are known only when the processes
 # have told each other, and its products are operators of our own anyway.
+@functional.shows_rules
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def distributed_contrastive_loss(
     query: Tensor,
@@ -34,17 +33,9 @@ def distributed_contrastive_loss(
     *,
     group: Group = None,
     logit_scale: float | Tensor = 50.0,
-    alpha: float = 9.0,
-    hardness: str = "in_batch",
-    symmetric: bool = True,
-    target_alpha: float | None = None,
-    labels: Tensor | None = None,
-    owners: Tensor | None = None,
-    query_ids: Tensor | None = None,
-    target_ids: Tensor | None = None,
-    false_negative_margin: float | None = None,
     reduction: str = "mean",
     backend: str = "auto",
+    **rules: Unpack[RuleArguments],
 ) -> Tensor:
     """``hardness_weighted_contrastive_loss`` over the rows of all processes of a group.
 
@@ -56,14 +47,14 @@ def distributed_contrastive_loss(
         query: (N_local, D) this process's queries.
         target: (M_local, D) this process's targets: its rows' positives and their mined negatives.
         group: process group. Default: all processes.
-        labels, owners: (N_local,), (M_local,) columns of this process's own ``target``.
-        query_ids, target_ids: (N_local,), (M_local,) int64 ids, compared across processes.
         reduction: ``"mean"``: the sum over this process's rows, times the number of processes, over
             the global number of rows. ``"sum"``: the sum over this process's rows; averaged
             gradients are then those of the global sum divided by the number of processes.
             ``"none"``: (N_local,) this process's rows.
-        logit_scale, alpha, hardness, symmetric, target_alpha, false_negative_margin, backend: as in
-            ``hardness_weighted_contrastive_loss``. All settings must be the same on every process.
+        logit_scale, backend: as in ``hardness_weighted_contrastive_loss``.
+        rules: as there. ``labels`` (N_local,) and ``owners`` (M_local,) are columns of this
+            process's own ``target``. ``query_ids`` (N_local,) and ``target_ids`` (M_local,) are
+            compared across processes. All settings must be the same on every process.
 
     Returns:
         0-d tensor or (N_local,); float32, or float64 for float64 inputs.
@@ -76,8 +67,8 @@ def distributed_contrastive_loss(
             A tensor ``logit_scale`` on a GPU is compared in a later call, when it has been copied:
             waiting for it would synchronise.
     """
-    arguments = dict(locals())
-    return loss_over(arguments.pop("group"), lambda: arguments, {})
+    given = {"logit_scale": logit_scale, "reduction": reduction, "backend": backend}
+    return loss_over(group, lambda: {"query": query, "target": target, **given, **rules}, {})
 
 
 class Call(NamedTuple):
@@ -107,29 +98,30 @@ def loss_over(
     rules = _global_rules(query, target, own, name, peers, rank, group)
     everything: Tensor = _GatherRows.apply(target, columns, group)
     logits = functional.logsumexp(query, everything, scale, rules, name)
-    loss = -logsigmoid(logits.positive - logits.query)
-    if logits.target is not None:
-        own_columns: Tensor = _OwnColumns.apply(logits.target, columns, group)
-        loss = (
-            loss - logsigmoid(logits.positive - at_labels(own_columns, own.labels, len(query)))
-        ) / 2
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    return loss.sum() * (world / sum(peer.rows for peer in peers))
+    target_lse = logits.target
+    if target_lse is not None:
+        target_lse = _OwnColumns.apply(target_lse, columns, group)
+        target_lse = at_labels(target_lse, own.labels, len(query))
+    loss = losses.loss_of_rows(logits.positive, logits.query, target_lse)
+    if reduction == "mean":
+        return loss.sum() * (world / sum(peer.rows for peer in peers))
+    return losses.reduce(loss, reduction)
 
 
 def checked(
-    query: Tensor, target: Tensor, *, settings: Mapping[str, Any], **given: Any
+    query: Tensor,
+    target: Tensor,
+    *,
+    settings: Mapping[str, Any],
+    logit_scale: float | Tensor = 50.0,
+    reduction: str = "mean",
+    backend: str = "auto",
+    **given: Unpack[RuleArguments],
 ) -> tuple[Call, Terms]:
     """Arguments of ``distributed_contrastive_loss``, and what the other processes are told."""
-    given = DEFAULTS | given
-    reduction, backend = given.pop("reduction"), given.pop("backend")
-    logit_scale = given["logit_scale"]
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
     query, target = autocast(query, target)
-    scale, rules = functional.resolve(query, target, **given)
+    scale, rules = functional.resolve(query, target, logit_scale, **given)
     name = dispatch.choose(backend, query, target, rules)
     told: dict[str, Any] = {
         "the loss": "distributed_contrastive_loss",
@@ -139,14 +131,11 @@ def checked(
         "requires_grad of target": learns(target),
         "requires_grad of logit_scale": learns(scale),
         "presence of ids": rules.query_ids is not None,
-        "symmetric": rules.symmetric,
-        "hardness": rules.hardness,
         "reduction": reduction,
-        "alpha": rules.alpha,
-        "target_alpha": rules.target_alpha,
-        "false_negative_margin": rules.margin,
         "backend": backend,
     }
+    held = RuleSettings.__annotations__
+    told |= {name: value for name, value in rules.arguments().items() if name in held}
     known = scale
     if not isinstance(logit_scale, Tensor):  # though the loss takes it from a device
         number = checks.positive("logit_scale", logit_scale, scale.dtype)
@@ -179,12 +168,11 @@ def _global_rules(
             own = torch.arange(len(target), device=target.device)
         owners = gather_rows(counted_over_all(own), columns, group)
     if rules.margin is not None and rules.symmetric:
-        module = dispatch.BACKENDS[backend]
-        limits = module.margin_limit(query, target, rules.labels, rules.margin)
+        limits = dispatch.named(backend).margin_limit(query, target, rules.labels, rules.margin)
         column_limit = gather_rows(rules.column_limits(limits, len(target)), columns, group)
     target_ids = rules.target_ids
     return rules._replace(
-        labels=counted_over_all(rules.labels),
+        labels=counted_over_all(rules.labels_of(query)),
         owners=owners,
         target_ids=None if target_ids is None else gather_rows(target_ids, columns, group),
         column_limit=column_limit,

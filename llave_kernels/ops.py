@@ -1,148 +1,129 @@
 """The ``torch.library`` operators: what autograd, ``torch.compile`` and fake tensors see.
 
-``llave::contrastive_logsumexp`` is the differentiable primitive; ``llave::one_direction_loss``
-makes the gradients along with the loss where the upstream gradient can only be a scalar.
+``llave::contrastive_logsumexp`` is the differentiable primitive. ``llave::one_direction_loss``
+makes the gradients along with the loss, where the upstream gradient can only be a scalar.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llave_kernels import checks, transforms
-from llave_kernels.backends import torch_strips
-from llave_kernels.backends.products import accumulation_dtype
-from llave_kernels.dispatch import BACKENDS
+from llave_kernels import checks, dispatch, transforms
+from llave_kernels.backends.protocol import Gradients, LogSumExps
+from llave_kernels.precision import accumulation_dtype
 from llave_kernels.rules import HARDNESS_MODES, SCHEMA, TENSORS, Rules
 
-# An operator's schema holds only tensors and scalars: the rules come flat, in the order of their
+# An operator's schema holds only tensors and scalars. So the rules come flat, in the order of their
 # fields.
 INPUTS = "Tensor query, Tensor target, Tensor logit_scale"
+CALL = f"{INPUTS}, str backend, {SCHEMA}"
+OUTPUTS = "Tensor positive, Tensor query_lse, Tensor target_lse"
+UPSTREAM = "Tensor d_positive, Tensor d_query_lse, Tensor d_target_lse"
 GRADIENTS = "Tensor d_query, Tensor d_target, Tensor d_logit_scale"
 
 
 @torch.library.custom_op(
     "llave::contrastive_logsumexp",
     mutates_args=(),
-    schema=f"({INPUTS}, str backend, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({CALL}) -> ({OUTPUTS}, Tensor kept)",
 )
 def contrastive_logsumexp(
     query: Tensor, target: Tensor, logit_scale: Tensor, backend: str, *given: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Positive logits (N,), n (N,), n' (M,) or (0,), and what the backward of ``backend`` keeps."""
+    """The backend's ``LogSumExps``, and what its backward reads again."""
     rules = _checked(query, target, logit_scale, given)
-    module = _named(backend)
-    if (reason := module.supports(query, target, rules)) is not None:
-        raise ValueError(f"backend={backend!r} does not support this call: {reason}")
+    module = dispatch.supporting(backend, query, target, rules)
+    shape = module.kept_shape(query, target, rules)
+    kept = query.new_empty(shape, dtype=accumulation_dtype(query.dtype))
     with _on(query, target, logit_scale):
-        if backend == torch_strips.NAME:
-            return torch_strips.forward(query, target, logit_scale, rules)
-        outputs = module.forward(query, target, logit_scale, rules)
-        return (*outputs, query.new_empty((len(target), 0), dtype=torch.float32))
+        return *module.forward(query, target, logit_scale, rules, kept), kept
 
 
 @contrastive_logsumexp.register_fake
-def _(query: Tensor, target: Tensor, logit_scale: Tensor, backend: str, *rules: Any) -> Any:
-    symmetric = rules[-1]
+def _(query: Tensor, target: Tensor, logit_scale: Tensor, backend: str, *given: Any) -> Any:
+    rules, n, m = Rules(*given), query.shape[0], target.shape[0]
+    kept = dispatch.named(backend).kept_shape(query, target, rules)
+    shapes = (n,), (n,), (m if rules.symmetric else 0,), kept
     dtype = accumulation_dtype(query.dtype)
-    n, m = query.shape[0], target.shape[0]
-    keeps = symmetric and backend == torch_strips.NAME
-    kept = torch_strips.kept_shape(query, target) if keeps else (m, 0)
-    shapes = ((n,), (n,), (m if symmetric else 0,), kept)
     return tuple(query.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 @torch.library.custom_op(
     "llave::contrastive_logsumexp_backward",
     mutates_args=(),
-    schema=(
-        "(Tensor d_positive, Tensor d_query_lse, Tensor d_target_lse, "
-        f"{INPUTS}, Tensor positive, Tensor query_lse, Tensor target_lse, Tensor kept, "
-        f"bool scale_gradient, str backend, {SCHEMA}) -> ({GRADIENTS})"
-    ),
+    schema=f"({UPSTREAM}, {OUTPUTS}, Tensor kept, bool scale_gradient, {CALL}) -> ({GRADIENTS})",
 )
 def contrastive_logsumexp_backward(
     d_positive: Tensor,
     d_query_lse: Tensor,
     d_target_lse: Tensor,
-    query: Tensor,
-    target: Tensor,
-    logit_scale: Tensor,
     positive: Tensor,
     query_lse: Tensor,
     target_lse: Tensor,
     kept: Tensor,
     scale_gradient: bool,
-    backend: str,
-    *given: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query (N, D) and target (M, D), in their dtypes, and of logit_scale ().
-
-    The last is NaN unless ``scale_gradient``, where a backend saves work by leaving it out.
-    """
-    rules = _checked(query, target, logit_scale, given)
-    module = _named(backend)
-    upstream = _like_outputs(rules, query, target, "d_", d_positive, d_query_lse, d_target_lse)
-    lses = _like_outputs(rules, query, target, "", positive, query_lse, target_lse)
-    _expect("kept", kept, (len(target), kept.shape[-1]), query)
-    with _on(query, target, logit_scale):
-        if backend == torch_strips.NAME:
-            _, row_lse, column_lse = lses
-            return torch_strips.backward(
-                *upstream, query, target, logit_scale, row_lse, column_lse, kept, rules
-            )
-        return module.backward(
-            *upstream, query, target, logit_scale, *lses, rules, scale_gradient=scale_gradient
-        )
-
-
-@contrastive_logsumexp_backward.register_fake
-def _(
-    d_positive: Tensor,
-    d_query_lse: Tensor,
-    d_target_lse: Tensor,
     query: Tensor,
     target: Tensor,
     logit_scale: Tensor,
-    *rest: Any,
-) -> Any:
+    backend: str,
+    *given: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backend's ``Gradients``. That of the scale may be NaN unless ``scale_gradient``."""
+    rules = _checked(query, target, logit_scale, given)
+    module = dispatch.named(backend)
+    upstream = _like_outputs(rules, query, target, "d_", d_positive, d_query_lse, d_target_lse)
+    outputs = _like_outputs(rules, query, target, "", positive, query_lse, target_lse)
+    _expect("kept", kept, module.kept_shape(query, target, rules), query)
+    with _on(query, target, logit_scale):
+        return module.backward(
+            upstream, query, target, logit_scale, outputs, kept, rules,
+            scale_gradient=scale_gradient,
+        )  # fmt: skip
+
+
+@contrastive_logsumexp_backward.register_fake
+def _(*arguments: Any) -> Any:
+    query, target = arguments[8:10]
     return _gradients_like(query, target, query.dtype)
 
 
 @torch.library.custom_op(
-    "llave::one_direction_loss",
-    mutates_args=(),
-    schema=f"({INPUTS}, {SCHEMA}) -> (Tensor loss, {GRADIENTS})",
+    "llave::one_direction_loss", mutates_args=(), schema=f"({CALL}) -> (Tensor loss, {GRADIENTS})"
 )
 def one_direction_loss(
-    query: Tensor, target: Tensor, logit_scale: Tensor, *given: Any
+    query: Tensor, target: Tensor, logit_scale: Tensor, backend: str, *given: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sum over the rows of the query direction's loss (), with its dQ, dT and d logit_scale.
+    """Sum over the rows of the query direction's loss (), and its ``Gradients``.
 
-    In the accumulation dtype, which holds them whatever the upstream gradient makes of them.
+    All are in the accumulation dtype, which holds them whatever the upstream gradient makes of
+    them.
     """
     rules = _checked(query, target, logit_scale, given)
+    module = dispatch.one_direction(backend, query)
+    if module is None or rules.symmetric:
+        raise ValueError(
+            f"backend={backend!r} does not make gradients along with the loss of this call; take "
+            "torch.ops.llave.contrastive_logsumexp"
+        )
     with _on(query, target, logit_scale):
-        loss, dq, dt, d_scale = torch_strips.one_direction(query, target, logit_scale, rules)
-        return loss.sum(), dq, dt, d_scale
+        loss, gradients = module.one_direction(query, target, logit_scale, rules)
+        return loss.sum(), *gradients
 
 
 @one_direction_loss.register_fake
-def _(query: Tensor, target: Tensor, logit_scale: Tensor, *rules: Any) -> Any:
+def _(query: Tensor, target: Tensor, *rest: Any) -> Any:
     dtype = accumulation_dtype(query.dtype)
     return query.new_empty((), dtype=dtype), *_gradients_like(query, target, dtype)
 
 
-def _gradients_like(
-    query: Tensor, target: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients_like(query: Tensor, target: Tensor, dtype: torch.dtype) -> Gradients:
     dq, dt = (x.new_empty(x.shape, dtype=dtype) for x in (query, target))
-    return dq, dt, query.new_empty((), dtype=accumulation_dtype(query.dtype))
+    return Gradients(dq, dt, query.new_empty((), dtype=accumulation_dtype(query.dtype)))
 
 
 def _checked(query: Tensor, target: Tensor, logit_scale: Tensor, given: tuple[Any, ...]) -> Rules:
@@ -152,37 +133,21 @@ def _checked(query: Tensor, target: Tensor, logit_scale: Tensor, given: tuple[An
     """
     rules = Rules(*given)
     checks.embeddings(query, target)
-    n, m, device = len(query), len(target), query.device
     _expect("logit_scale", logit_scale, (), query)
     checks.one_of("hardness", rules.hardness, HARDNESS_MODES)
-    checks.ids(rules.query_ids, rules.target_ids, n, m, device)
     if rules.column_limit is not None:
-        _expect("column_limit", rules.column_limit, (m,), query)
-    labels = checks.columns("labels", rules.labels, n, m, device, unique=rules.symmetric)
-    owners = rules.owners
-    if owners is not None:
-        owners = checks.columns("owners", owners, m, m, device)
-    return rules._replace(labels=labels, owners=owners)
-
-
-def _named(backend: str) -> ModuleType:
-    checks.one_of("backend", backend, tuple(BACKENDS))
-    if (reason := BACKENDS[backend].unavailable()) is not None:
-        raise RuntimeError(f"backend={backend!r} cannot run on this machine: {reason}")
-    return BACKENDS[backend]
+        _expect("column_limit", rules.column_limit, (len(target),), query)
+    return checks.rule_tensors(rules, query, target)
 
 
 def _like_outputs(
     rules: Rules, query: Tensor, target: Tensor, prefix: str, *values: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> LogSumExps:
     """Values of the shapes of the forward's first outputs, checked, without gaps."""
-    n = len(query)
-    sizes = n, n, len(target) if rules.symmetric else 0
-    names = "positive", "query_lse", "target_lse"
-    for name, value, size in zip(names, values, sizes, strict=True):
+    sizes = len(query), len(query), len(target) if rules.symmetric else 0
+    for name, value, size in zip(LogSumExps._fields, values, sizes, strict=True):
         _expect(prefix + name, value, (size,), query)
-    positive, query_lse, target_lse = (value.contiguous() for value in values)
-    return positive, query_lse, target_lse
+    return LogSumExps(*(value.contiguous() for value in values))
 
 
 def _expect(name: str, value: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
@@ -212,22 +177,20 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _setup_logsumexp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, target, logit_scale, ctx.backend, *rules = inputs
-    ctx.save_for_backward(query, target, logit_scale, *output, *rules[:TENSORS])
-    ctx.scalars = rules[TENSORS:]
+    ctx.save_for_backward(*output, query, target, logit_scale, *rules[:TENSORS])
+    ctx.settings = rules[TENSORS:]
     ctx.mark_non_differentiable(output[3])
     ctx.set_materialize_grads(False)  # zeros as large as what was kept
 
 
-def _backward_logsumexp(
-    ctx: Any, d_positive: Tensor | None, d_query: Tensor | None, d_target: Tensor | None, _: None
-) -> tuple[Tensor | None, ...]:
-    query, target, scale, positive, query_lse, target_lse, kept, *ids = ctx.saved_tensors
-    upstream = (d_positive, positive), (d_query, query_lse), (d_target, target_lse)
+def _backward_logsumexp(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    *outputs, kept, query, target, scale = ctx.saved_tensors[:7]
+    tensors = ctx.saved_tensors[7:]
     learnable = ctx.needs_input_grad[2]
+    given = zip(upstream[:3], outputs, strict=True)
     dq, dt, d_scale = contrastive_logsumexp_backward(
-        *(torch.zeros_like(x) if d is None else d for d, x in upstream),
-        *(query, target, scale, positive, query_lse, target_lse, kept, learnable, ctx.backend),
-        *(*ids, *ctx.scalars),
+        *(torch.zeros_like(x) if d is None else d for d, x in given),
+        *(*outputs, kept, learnable, query, target, scale, ctx.backend, *tensors, *ctx.settings),
     )
     return dq, dt, d_scale if learnable else None, *[None] * (1 + len(Rules._fields))
 
@@ -245,15 +208,14 @@ def _setup_one_direction(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     ctx.set_materialize_grads(False)  # zeros as large as the gradients
 
 
-def _backward_one_direction(
-    ctx: Any, d_loss: Tensor | None, _dq: None, _dt: None, _dk: None
-) -> tuple[Tensor | None, ...]:
+def _backward_one_direction(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         transforms.refuse_second_derivative()
+    nothing = [None] * (1 + len(Rules._fields))
     if d_loss is None:
-        return (None,) * (3 + len(Rules._fields))
+        return None, None, None, *nothing
     gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-    return *((x * d_loss).to(dtype) for x, dtype in gradients), *[None] * len(Rules._fields)
+    return *((x * d_loss).to(dtype) for x, dtype in gradients), *nothing
 
 
 one_direction_loss.register_autograd(_backward_one_direction, setup_context=_setup_one_direction)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from llave_kernels import similarity_statistics
 from llave_kernels.backends import products, torch_strips
+from llave_kernels.backends.protocol import LogSumExps
 from llave_kernels.rules import Rules
 from tests.helpers import assert_contract, draw_rules, embeddings, relative_error
 
@@ -60,9 +61,11 @@ def rules_of(n: int, m: int, *, symmetric: bool, **given: Any) -> Rules:
 def step(query: Tensor, target: Tensor, rules: Rules) -> None:
     """Everything the ``torch`` backend runs for one call."""
     scale = torch.full((), 50.0, device=query.device)
-    positive, rows, columns, kept = torch_strips.forward(query, target, scale, rules)
-    upstream = [torch.ones_like(x) for x in (positive, rows, columns)]
-    torch_strips.backward(*upstream, query, target, scale, rows, columns, kept, rules)
+    shape = torch_strips.kept_shape(query, target, rules)
+    kept = query.new_empty(shape, dtype=torch.float32)
+    outputs = torch_strips.forward(query, target, scale, rules, kept)
+    upstream = LogSumExps(*(torch.ones_like(x) for x in outputs))
+    torch_strips.backward(upstream, query, target, scale, outputs, kept, rules, scale_gradient=True)
     if not torch_strips.rounds_gradients(query):
         torch_strips.one_direction(query, target, scale, rules)
 

@@ -7,9 +7,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llave_kernels import available_backends, dispatch, hardness_weighted_contrastive_loss
-from llave_kernels.backends import cuda, triton_backend
+from llave_kernels.backends import cuda, torch_strips, triton_backend
 from llave_kernels.rules import Rules
 from tests.helpers import embeddings
+
+RULES = Rules(None, None, None, None, None, 9.0, 9.0, "in_batch", None, True)
 
 
 def test_available_backends_explains_every_absence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,25 +53,24 @@ def test_named_backend_refuses_a_dtype() -> None:
         hardness_weighted_contrastive_loss(*pair, backend="triton")
 
 
-def test_auto_takes_the_faster_gpu_backend_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_first_gpu_backend_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     refusals: dict[str, str | None] = {"triton": None, "cuda": None}
     for module in (triton_backend, cuda):
         monkeypatch.setattr(module, "unavailable", lambda: None)
         monkeypatch.setattr(module, "supports", lambda *_, name=module.NAME: refusals[name])
-    faster = {torch.float16: ((0, "triton"), (64, "cuda"))}
-    monkeypatch.setattr(dispatch, "FASTER", faster)
 
-    def chosen(n: int, dtype: torch.dtype) -> str:
-        query = torch.empty(n, 8, device="meta", dtype=dtype)  # any device but the CPU
-        rules = Rules(torch.arange(n), None, None, None, None, 9.0, 9.0, "in_batch", None, True)
-        return dispatch.choose("auto", query, query, rules)
+    def chosen() -> str:
+        query = torch.empty(4, 8, device="meta")  # any device but the CPU
+        return dispatch.choose("auto", query, query, RULES)
 
-    assert [chosen(n, torch.float16) for n in (63, 64, 65)] == ["triton", "cuda", "cuda"]
-    assert chosen(64, torch.bfloat16) == "triton"
-    refusals["cuda"] = "no"
-    assert chosen(64, torch.float16) == "triton"
+    assert chosen() == "triton"
     refusals["triton"] = "no"
-    assert chosen(64, torch.float16) == "torch"
+    assert chosen() == "cuda"
+    refusals["cuda"] = "no"
+    assert chosen() == "torch"
+    monkeypatch.setattr(dispatch, "BACKENDS", [cuda, triton_backend, torch_strips])
+    refusals |= {"triton": None, "cuda": None}
+    assert chosen() == "cuda"
 
 
 def test_gpus_without_tiles_of_ours_take_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,15 +79,14 @@ def test_gpus_without_tiles_of_ours_take_torch(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(module, "unavailable", lambda: None)
     capability = (7, 5)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    rules = Rules(torch.arange(4), None, None, None, None, 9.0, 9.0, "in_batch", None, True)
     with FakeTensorMode():
         query = torch.empty(4, 8, device="cuda", dtype=torch.float16)
-        assert dispatch.choose("auto", query, query, rules) == "torch"
+        assert dispatch.choose("auto", query, query, RULES) == "torch"
         capability = (9, 4)
-        assert dispatch.choose("auto", query, query, rules) == "triton"
+        assert dispatch.choose("auto", query, query, RULES) == "triton"
         monkeypatch.setattr(torch.version, "cuda", None)
-        assert dispatch.choose("auto", query, query, rules) == "torch"
-        assert "NVIDIA" in str(triton_backend.supports(query, query, rules))
+        assert dispatch.choose("auto", query, query, RULES) == "torch"
+        assert "NVIDIA" in str(triton_backend.supports(query, query, RULES))
 
 
 def test_compiled_kernels_refuse_exact_float32() -> None:

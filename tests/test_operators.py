@@ -45,7 +45,9 @@ def test_opcheck_logsumexp(symmetric: bool, backend: str) -> None:
 
 
 def test_opcheck_one_direction() -> None:
-    torch.library.opcheck(torch.ops.llave.one_direction_loss, arguments(symmetric=False))
+    query, target, scale, *rules = arguments(symmetric=False)
+    op = torch.ops.llave.one_direction_loss
+    torch.library.opcheck(op, (query, target, scale, "torch", *rules))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llave_kernels.backends import positives, products, torch_strips
-from llave_kernels.dispatch import BACKENDS
+from llave_kernels.dispatch import named
 from llave_kernels.reference import reference_loss, similarity_loss
 from llave_kernels.rules import Rules
 from tests.helpers import fused, loss_and_gradients, multiplicands, relative_error, rounding
@@ -139,7 +139,7 @@ def test_a_margin_beyond_rounding_is_taken_as_it_is(backend: str) -> None:
     query, target = multiplicands(torch.randn(9, 33)), multiplicands(torch.randn(9, 33))
     positive = (query.double() * target.double()).sum(1)
     for margin in (0.05, -0.05):
-        limit = BACKENDS[backend].margin_limit(query, target, torch.arange(9), margin)
+        limit = named(backend).margin_limit(query, target, torch.arange(9), margin)
         assert relative_error(limit, positive + margin) < 1e-6
 
 
@@ -150,7 +150,7 @@ def test_the_directions_judge_alike_wherever_a_column_is_known(backend: str) -> 
     target = torch.randn(n, d).repeat_interleave(3, 0)[:n]
     scale = torch.tensor(0.3)
     labels = torch.randperm(n)
-    rows = BACKENDS[backend].margin_limit(query, target, labels, 0.0)
+    rows = named(backend).margin_limit(query, target, labels, 0.0)
     limit = torch.empty(n).index_put((labels,), rows)
 
     def columns(part: slice, limit: Tensor | None) -> Tensor:

@@ -8,13 +8,13 @@ allowance, duplicates of the positive would be left out at random.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from llave_kernels.backends.products import accumulation_dtype
+from llave_kernels.precision import accumulation_dtype
 from llave_kernels.rules import inside
 
 AT_A_TIME = 1 << 21  # numbers of each side: 8 MiB of float32
@@ -22,17 +22,15 @@ PARTS = 8  # of a sum, after each of which its size is looked at
 TF32_BITS = 13  # of a float32's mantissa that TF32 lacks
 
 
-def positive_similarity(query: Tensor, target: Tensor, labels: Tensor) -> Tensor:
+def positive_similarity(query: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
     """(N,) ``s_{i, l_i}``, float32 or float64, without a gradient; NaN where a label is outside."""
-    known, safe = inside(labels, len(target))
-    similarity = [torch.linalg.vecdot(q, t) for q, t in _pairs(query, target, safe)]
-    return torch.where(known, torch.cat(similarity), math.nan)
+    return _of_pairs(torch.linalg.vecdot, query, target, labels)
 
 
 def margin_limit(
     query: Tensor,
     target: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     margin: float,
     multiplicands: Callable[[Tensor], Tensor] | None = None,
     rounding: float = 0.0,
@@ -49,11 +47,10 @@ def margin_limit(
         multiplicands: what the products make of float32 before they multiply.
         rounding: relative error of a term where that is not known.
     """
-    known, safe = inside(labels, len(target))
     d = query.shape[1]
     numbers = torch.finfo(accumulation_dtype(query.dtype))
-    limits = []
-    for q, t in _pairs(query, target, safe):
+
+    def limit(q: Tensor, t: Tensor) -> Tensor:
         terms = q * t if multiplicands is None else multiplicands(q) * multiplicands(t)
         size = terms.abs().sum(1)
         shares = terms / size.clamp(min=numbers.tiny)[:, None]
@@ -62,8 +59,9 @@ def margin_limit(
         average = 2 * (d * (shares.square().sum(1) + steady)).sqrt()
         allowance = (numbers.eps * (average + d * steady / 4) + rounding) * size
         pushed = allowance.clamp(min=margin) if margin >= 0 else (-allowance).clamp(max=margin)
-        limits.append(terms.sum(1) + pushed)
-    return torch.where(known, torch.cat(limits), math.nan)
+        return terms.sum(1) + pushed
+
+    return _of_pairs(limit, query, target, labels)
 
 
 def nearest_tf32(x: Tensor) -> Tensor:
@@ -79,11 +77,22 @@ def truncated_tf32(x: Tensor) -> Tensor:
     return (bits >> TF32_BITS << TF32_BITS).view(torch.float32)
 
 
-def _pairs(query: Tensor, target: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows and their positives', some at a time, in the accumulation dtype."""
+def _of_pairs(
+    function: Callable[[Tensor, Tensor], Tensor],
+    query: Tensor,
+    target: Tensor,
+    labels: Tensor | None,
+) -> Tensor:
+    """(N,) a function of rows and their positives, which get some rows of both at a time, in the
+    accumulation dtype. NaN where a label is outside."""
     dtype = accumulation_dtype(query.dtype)
     query, target = query.detach(), target.detach()
+    known, safe = (None, None) if labels is None else inside(labels, len(target))
     step = max(1, AT_A_TIME // query.shape[1])
+    values = []
     for start in range(0, len(query), step):
-        rows = slice(start, start + step)
-        yield query[rows].to(dtype), target[labels[rows]].to(dtype)
+        rows = slice(start, min(start + step, len(query)))
+        positives = target[rows if safe is None else safe[rows]]
+        values.append(function(query[rows].to(dtype), positives.to(dtype)))
+    found = values[0] if len(values) == 1 else torch.cat(values)
+    return found if known is None else torch.where(known, found, math.nan)

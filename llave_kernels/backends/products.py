@@ -16,6 +16,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from llave_kernels.precision import float32_matmul
+
 ONEDNN_WORK = 1 << 24  # multiplications from which a product repays oneDNN's set-up
 CPU_TRIAL = 256  # rows and columns of a product that is large enough for it
 TF32_EPS = 2.0**-10
@@ -24,11 +26,6 @@ WIDENED = 1 << 21  # numbers widened at a time: 8 MiB of float32
 # float16 ends at 65504; twice this still fits.
 LARGEST = 15.0  # log2 of the largest |dS| after the gain
 SMALLEST = -100.0  # log2 of the bound below which gradients are zero in every type
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays; everything else is computed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @lru_cache
@@ -69,10 +66,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 def rounding(x: Tensor) -> float:
     """Relative error that a product of ``x`` may make of a term before the sum, 0 where it makes
     none: torch may multiply float32 in a smaller type, and how it rounds to that is not said."""
-    try:
-        precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # it is set by torch.backends, for each device apart
-        precision = "medium"
+    precision = float32_matmul(x.device.type)
     on_cpu = x.device.type == "cpu"
     if precision == "highest" or (on_cpu and not _cpu_rounds(precision)):
         return 0.0

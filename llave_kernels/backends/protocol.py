@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -52,7 +52,9 @@ class Backend(Protocol):
     def supports(self, query: Tensor, target: Tensor, rules: Rules) -> str | None:
         """Why this call cannot run here, and what to do, or None."""
 
-    def margin_limit(self, query: Tensor, target: Tensor, labels: Tensor, margin: float) -> Tensor:
+    def margin_limit(
+        self, query: Tensor, target: Tensor, labels: Tensor | None, margin: float
+    ) -> Tensor:
         """(N,) the similarity above which the margin leaves a negative out.
 
         ``positives.margin_limit`` with what this backend's products make of their inputs.
@@ -88,7 +90,6 @@ class Backend(Protocol):
         """
 
 
-@runtime_checkable
 class OneDirection(Protocol):
     """What a backend may have beyond ``Backend``: loss and gradients in one pass.
 

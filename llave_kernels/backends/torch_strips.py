@@ -24,17 +24,18 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from llave_kernels.backends import positives
 from llave_kernels.backends.products import (
-    accumulation_dtype,
     add_product,
     gain,
     multiplies_halves,
     product,
     rounding,
 )
+from llave_kernels.backends.protocol import Gradients, LogSumExps
+from llave_kernels.losses import direction_loss
+from llave_kernels.precision import accumulation_dtype
 from llave_kernels.rules import Rules, inside
 
 NAME = "torch"
@@ -64,7 +65,7 @@ def rounds_gradients(query: Tensor) -> bool:
     return query.dtype.itemsize == 2 and multiplies_halves(query.device.type)
 
 
-def margin_limit(query: Tensor, target: Tensor, labels: Tensor, margin: float) -> Tensor:
+def margin_limit(query: Tensor, target: Tensor, labels: Tensor | None, margin: float) -> Tensor:
     """``positives.margin_limit`` of this backend's products."""
     return positives.margin_limit(query, target, labels, margin, rounding=rounding(query))
 
@@ -75,8 +76,13 @@ def strip_rows(n: int, m: int, dtype: torch.dtype) -> int:
     return _clamp(fit, 1, n)
 
 
-def kept_shape(query: Tensor, target: Tensor) -> tuple[int, int]:
-    """(M, K) of the similarities the forward keeps: those of the first strips' K rows."""
+def kept_shape(query: Tensor, target: Tensor, rules: Rules) -> tuple[int, ...]:
+    """(M, K) of the similarities the forward keeps: those of the first strips' K rows.
+
+    In one direction it keeps none.
+    """
+    if not rules.symmetric:
+        return len(target), 0
     n, (m, d) = query.shape[0], target.shape
     rows, itemsize = strip_rows(n, m, query.dtype), accumulation_dtype(query.dtype).itemsize
     budget = KEEP_BUDGET // itemsize - (n + m) * d - rows * m
@@ -100,8 +106,9 @@ class _Strips:
         self.target = target.to(self.dtype) if widens else target
         self.scale, self.rules, self.kept = scale.to(self.dtype), rules, kept
         self.rows = strip_rows(len(query), len(target), query.dtype)
-        # A label outside names no column: its row's outputs are NaN.
-        self.inside, self.columns = inside(rules.labels, len(target))
+        if rules.labels is not None:
+            # A label outside names no column: its row's outputs are NaN.
+            self.inside, self.columns = inside(rules.labels, len(target))
         self.bounded = self._bounded()
         self.row_limit = self.column_limit = None
         if rules.margin is not None:
@@ -122,11 +129,19 @@ class _Strips:
         """(N,) similarities of the positives, which a backward has no use for."""
         return positives.positive_similarity(self.query, self.target, self.rules.labels)
 
-    def put_positives(self, strip: slice, matrix: Tensor, values: Tensor | float) -> Tensor:
+    def put_positives(self, strip: slice, matrix: Tensor, values: Tensor | float) -> None:
         """Overwrite the positives' places in (M, rows) by ``values`` (rows,) or a number."""
+        if self.rules.labels is None:
+            diagonal = matrix.diagonal(-strip.start)
+            diagonal.copy_(values) if isinstance(values, Tensor) else diagonal.fill_(values)
+            return
         columns = self.columns[None, strip]
         values = torch.where(self.inside[strip], values, matrix.gather(0, columns))
-        return matrix.scatter_(0, columns, values)
+        matrix.scatter_(0, columns, values)
+
+    def nan_outside(self, rows: Tensor) -> Tensor:
+        """Values of the rows (N,), NaN where a label is outside."""
+        return rows if self.rules.labels is None else rows.masked_fill_(~self.inside, math.nan)
 
     def _bounded(self) -> bool:
         """Whether no logit can leave the range in which exponentials need no maximum subtracted.
@@ -177,10 +192,11 @@ class _Strips:
         limit: Tensor | None,
         out: Tensor | None,
     ) -> Tensor:
-        rules, labels = self.rules, self.rules.labels[strip]
-        plain = self.scale
+        rules, plain = self.rules, self.scale
         weighted = plain + alpha
-        own = None if rules.owners is None else rules.owners[:, None] == labels
+        own = None
+        if rules.owners is not None:
+            own = rules.owners[:, None] == rules.labels_of(self.query)[strip]
         if own is None or rules.hardness == "all":
             factor = plain if rules.hardness == "hard_negatives" else weighted
         elif rules.hardness == "in_batch":
@@ -193,7 +209,8 @@ class _Strips:
             z.masked_fill_(suspect if own is None else suspect & ~own, -INF)
         if rules.query_ids is not None and rules.target_ids is not None:
             z.masked_fill_(rules.target_ids[:, None] == rules.query_ids[strip], -INF)
-        return self.put_positives(strip, z, -INF)
+        self.put_positives(strip, z, -INF)
+        return z
 
 
 def _finite(shift: Tensor) -> Tensor:
@@ -236,15 +253,11 @@ class _ColumnSums:
 
 
 def forward(
-    query: Tensor, target: Tensor, logit_scale: Tensor, rules: Rules
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Positive logits (N,), n (N,), n' (M,) or (0,), and the similarities kept for the backward.
-
-    All in the accumulation dtype. ``logit_scale`` is 0-d. Kept are (M, K), K = 0 in one direction.
-    """
+    query: Tensor, target: Tensor, logit_scale: Tensor, rules: Rules, kept: Tensor
+) -> LogSumExps:
+    """As ``Backend.forward``. ``kept`` (M, K) takes similarities of the first K rows."""
     dtype, m = accumulation_dtype(query.dtype), len(target)
-    shape = kept_shape(query, target) if rules.symmetric else (m, 0)
-    strips = _Strips(query, target, logit_scale, rules, query.new_empty(shape, dtype=dtype))
+    strips = _Strips(query, target, logit_scale, rules, kept)
     rows = query.new_empty(len(query), dtype=dtype)
     columns = _ColumnSums(rows.new_full((m,), 0.0 if strips.bounded else -INF), rows.new_zeros(m))
 
@@ -259,36 +272,29 @@ def forward(
 
     for strip in strips:
         reduce(strip)
-    return (
-        strips.positive * strips.scale,
-        rows.masked_fill_(~strips.inside, math.nan),
-        columns.logsumexp() if rules.symmetric else rows.new_empty(0),
-        strips.kept,
-    )
+    target_lse = columns.logsumexp() if rules.symmetric else rows.new_empty(0)
+    return LogSumExps(strips.positive * strips.scale, strips.nan_outside(rows), target_lse)
 
 
 def backward(
-    d_positive: Tensor,
-    d_query_lse: Tensor,
-    d_target_lse: Tensor,
+    upstream: LogSumExps,
     query: Tensor,
     target: Tensor,
     logit_scale: Tensor,
-    query_lse: Tensor,
-    target_lse: Tensor,
+    outputs: LogSumExps,
     kept: Tensor,
     rules: Rules,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ (N, D) and dT (M, D) in the inputs' dtypes and d logit_scale (), given those of
-    ``forward``'s outputs."""
+    *,
+    scale_gradient: bool,
+) -> Gradients:
+    """As ``Backend.backward``. The scale's gradient costs next to nothing and is always made."""
     strips = _Strips(query, target, logit_scale, rules, kept)
-    upstream = (d_positive, d_query_lse, *([d_target_lse] if rules.symmetric else []))
     # Also where dS is float32: exp(z) and the factors below lie far apart.
     factor = gain(strips.scale, *upstream)
     gradients = _Gradients(strips, query.dtype, factor)
     scale = strips.scale * factor
-    row_shift, row_factor = _finite(query_lse), d_query_lse * scale
-    column_shift, column_factor = _finite(target_lse), d_target_lse * scale
+    row_shift, row_factor = _finite(outputs.query_lse), upstream.query_lse * scale
+    column_shift, column_factor = _finite(outputs.target_lse), upstream.target_lse * scale
     together = strips.together and rules.symmetric
     if together:
         row_factor = row_factor * torch.exp(-row_shift)
@@ -310,18 +316,19 @@ def backward(
         return ds
 
     for strip in strips:
-        gradients.add(strip, d_similarity(strip), d_positive[strip] * scale)
+        gradients.add(strip, d_similarity(strip), upstream.positive[strip] * scale)
     return gradients.result()
+
+
+def merges_gradients(query: Tensor) -> bool:
+    """Where gradients are not rounded before the upstream gradient is known."""
+    return not rounds_gradients(query)
 
 
 def one_direction(
     query: Tensor, target: Tensor, logit_scale: Tensor, rules: Rules
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per-row loss (N,) of the query direction, with dQ, dT and d logit_scale of its sum.
-
-    All in the accumulation dtype: the upstream gradient is still to come, and the gradients of a
-    sum over many rows may not fit the inputs' dtype. Not where ``rounds_gradients``.
-    """
+) -> tuple[Tensor, Gradients]:
+    """As ``OneDirection.one_direction``."""
     dtype, m = accumulation_dtype(query.dtype), len(target)
     strips = _Strips(query, target, logit_scale, rules, query.new_empty((m, 0), dtype=dtype))
     gradients = _Gradients(strips, dtype, None)
@@ -330,14 +337,14 @@ def one_direction(
     def accumulate(strip: slice) -> None:
         similarity = strips.similarity(strip)
         e, total, shift = _row_exponentials(strips, strips.row_logits(strip, similarity))
-        gap = strips.positive[strip] * strips.scale - (shift + total.log())
-        loss[strip] = -logsigmoid(gap)
-        slope = torch.sigmoid(-gap) * strips.scale
+        positive, lse = strips.positive[strip] * strips.scale, shift + total.log()
+        loss[strip] = direction_loss(positive, lse)
+        slope = torch.sigmoid(lse - positive) * strips.scale
         gradients.add(strip, e.mul_(slope / total.masked_fill(total == 0, 1.0)), -slope)
 
     for strip in strips:
         accumulate(strip)
-    return (loss, *gradients.result())
+    return loss, gradients.result()
 
 
 class _Gradients:
@@ -361,9 +368,9 @@ class _Gradients:
         self.d_scales.append(torch.linalg.vecdot(queries.to(strips.dtype), d_query).sum())
         self.d_query[strip] = d_query if self.factor is None else d_query.div_(self.factor)
 
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+    def result(self) -> Gradients:
         d_scale = torch.stack(self.d_scales).sum() / self.strips.scale
         if self.factor is not None:
             self.d_target /= self.factor
             d_scale = d_scale / self.factor
-        return self.d_query, self.d_target.to(self.d_query.dtype), d_scale
+        return Gradients(self.d_query, self.d_target.to(self.d_query.dtype), d_scale)
