@@ -22,7 +22,7 @@ KERNELS = [
     f"tests/test_{name}.py"
     for name in (
         "devices", "dispatch", "distributed", "errors", "modules", "numerics", "operands",
-        "operators", "range", "ties", "tiles", "transforms", "triton_compile",
+        "operators", "range", "scores", "ties", "tiles", "transforms", "triton_compile",
     )
 ]  # fmt: skip
 RUNNER = ["pytest", "hypothesis"]

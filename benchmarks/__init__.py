@@ -1,1 +1,1 @@
-"""Measurements: ``loss_bench.py`` is the command, ``report.py`` reads what it leaves."""
+"""Measurements. ``loss_bench.py`` is the command, ``report.py`` reads the files it writes."""

@@ -1,7 +1,7 @@
 """What this machine reaches at best, in a process of its own: ``ceilings.py JOB.json``.
 
-Answers one JSON line: TFLOP/s of a large square product in the job's dtype, GB/s of a large copy,
-bytes read and written both counted. Medians.
+The answer is one JSON line with two medians: TFLOP/s of a large square product in the job's dtype,
+and GB/s of a large copy. A copied byte counts twice, as read and as written.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Embeddings to benchmark on: random, real (docstring, signature) pairs, or a file of anyone's
-own."""
+"""Embeddings to benchmark on: random ones, real (docstring, signature) pairs, or a user's file."""
 
 from __future__ import annotations
 
@@ -43,9 +42,12 @@ def precision(name: str) -> torch.dtype:
 
 
 def random(n: int, d: int, negatives: int = 0) -> tuple[Tensor, Tensor]:
-    """(N, D) queries and ((1 + negatives) N, D) targets, unit rows: the positives, then blocks of
-    mined negatives. A positive lies near its query, at cosine 0.24: a loss of about 0.5 at alpha 9,
-    as in the middle of training. A mined negative lies half as near."""
+    """(N, D) queries and ((1 + negatives) N, D) targets, all of unit length.
+
+    The targets are the positives, then blocks of N mined negatives. A positive has cosine 0.24 with
+    its query. This gives a loss of about 0.5 at alpha 9, as in the middle of training. A mined
+    negative has half that cosine.
+    """
     generator = torch.Generator().manual_seed(n + d)
     query = normalize(torch.randn(n, d, generator=generator), dim=1)
     target = []
@@ -56,7 +58,7 @@ def random(n: int, d: int, negatives: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def from_file(path: Path) -> tuple[Tensor, Tensor]:
-    """``query`` (N, D) and ``target`` (N, D) of a safetensors or npz file, normalised to unit rows.
+    """``query`` and ``target``, each (N, D), of a safetensors or npz file, as unit rows.
 
     Raises:
         ValueError: unknown format, missing key, or arrays that do not fit each other.
@@ -98,7 +100,7 @@ def _arrays(path: Path) -> dict[str, Tensor]:
 
 
 def docstrings() -> tuple[Tensor, Tensor]:
-    """Real pairs: summaries and signatures of installed functions, encoded by MiniLM (384 wide).
+    """Summaries and signatures of installed functions, encoded by MiniLM; (N, 384) each.
 
     Raises:
         ModuleNotFoundError: the encoder's packages are missing.
@@ -131,10 +133,10 @@ def docstring_pairs(
 ) -> list[tuple[str, str]]:
     """(docstring summary, qualified signature) of installed functions and classes.
 
-    Each text is there once: the first of ``roots`` to show it keeps it.
+    A summary that several packages show is kept for the first of ``roots``.
 
     Args:
-        limit: pairs at most; by default all.
+        limit: the largest number of pairs. Default: all.
         roots: packages, in order.
     """
     pairs: dict[str, str] = {}
@@ -155,7 +157,7 @@ def docstring_pairs(
 
 
 def _modules(roots: Sequence[str]) -> Iterator[ModuleType]:
-    """The roots and their submodules, as far as they import without complaint."""
+    """The roots and those of their submodules that can be imported."""
     for root in roots:
         module = importlib.import_module(root)
         yield module

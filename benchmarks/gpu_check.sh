@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything there is to know about our kernels on this machine's GPU, in one folder.
+# All tests and benchmarks of our kernels on this machine's GPU, with the results in one folder.
 #
 #   benchmarks/gpu_check.sh RESULTS              # all of it
 #   benchmarks/gpu_check.sh RESULTS build tests  # some parts
 #
-# Parts: build tests sanitize both half tf32 one_direction negatives. Each leaves RESULTS/PART.log, a
-# benchmark also its CSV and plots in RESULTS/PART. The screen gets a summary; the exit status is 1
-# where a part failed. Needs the test extra's packages; peers that are not installed are left out.
+# Parts: build tests sanitize both half tf32 one_direction negatives. Each writes RESULTS/PART.log. A
+# benchmark also writes its CSV and plots to RESULTS/PART. The exit status is 1 where a part failed.
+# The test extra's packages must be installed. Peers that are not installed are left out.
 #   PYTHON   the interpreter (python3)
 #   SECONDS_EACH   timing of each measurement (0.3)
 set -uo pipefail

@@ -4,12 +4,12 @@
     python benchmarks/loss_bench.py --sizes 8192 --dims 384 1024 --data random
     python benchmarks/loss_bench.py --data pairs.npz       # your own ``query`` and ``target``
 
-Each implementation has a process of its own; they are timed in turn, a few steps at a time, so that
-a slow spell of the machine falls on all. TFLOP/s counts 8NMD for both directions and 6NMD for one,
-whatever an implementation really does. The floor is that work at the rate of a large product, or
-the inputs and gradients moved at that of a large copy, whichever takes longer. Each is compared
-with float64 values of the loss it really computes: not every peer applies the hardness weight. The
-CSV is rewritten after every round.
+Each implementation runs in its own process. They take turns of a few steps, so that a slow spell of
+the machine falls on all of them. TFLOP/s counts 8NMD for both directions and 6NMD for one, whatever
+an implementation really does. The floor is the longer of two times: that work at the rate of a
+large product, and the inputs and gradients moved at the rate of a large copy. Not every peer
+applies the hardness weight, so each is compared with float64 values of the loss it really computes.
+The CSV is rewritten after every turn.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ import llave_kernels
 from benchmarks import data, report, workers
 from benchmarks.peers import FLOPS, PEERS, SCALE, refusals
 
-# Rows beyond which the float64 values take longer than the measurements and are left out.
+# Beyond so many rows the float64 values take longer than the measurements. They are left out there.
 TRUTH_LIMIT = {"cpu": 8192, "cuda": 32768}
-ROUNDS = 5  # turns of each implementation; a step at least in each
-NOISY = 1.5  # spread of the plain product's rate beyond which a comparison is not fair
+ROUNDS = 5  # turns of each implementation, of one step or more
+NOISY = 1.5  # a comparison is not fair where the plain product's rate varies by more than this
 
 
 def _positive(text: str) -> int:
@@ -59,7 +59,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dims", type=_positive, nargs="+", help="D of the random embeddings")
     parser.add_argument("--impl", nargs="+", choices=list(PEERS), help="default: all that can run")
     parser.add_argument(
-        "--negatives", type=int, default=0, help="mined negatives a query, with --data random"
+        "--negatives", type=int, default=0, help="mined negatives per query, with --data random"
     )
     parser.add_argument("--alpha", type=float, default=9.0)
     parser.add_argument("--one-direction", action="store_true", help="query -> target only")
@@ -83,7 +83,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def datasets(options: argparse.Namespace) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, query, target) of everything asked for."""
+    """(name, query, target) of each data set that the options ask for."""
     if options.data in ("random", "all"):
         for d in options.dims:
             for n in options.sizes:
@@ -109,14 +109,14 @@ Alphas = tuple[float, float | None]  # of the target direction: None where it is
 
 
 def alphas(impl: str, options: argparse.Namespace) -> Alphas:
-    """The hardness weight that ``impl`` really applies in each direction."""
+    """The hardness strength that ``impl`` really applies in each direction."""
     peer = PEERS[impl]
     target_alpha = None if options.one_direction else options.alpha * peer.target_alpha
     return options.alpha * peer.query_alpha, target_alpha
 
 
 def truths(names: list[str], inputs: Path, options: argparse.Namespace) -> dict[Alphas, str]:
-    """Files with the float64 loss and gradients, one for each pair of alphas in use."""
+    """Files with the float64 loss and gradients, by the pair of alphas."""
     kinds = list(dict.fromkeys(alphas(name, options) for name in names))
     files = {str(inputs.with_name(f"truth{i}.pt")): kind for i, kind in enumerate(kinds)}
     job = {"inputs": str(inputs), "device": options.device, "dtype": options.dtype}
@@ -133,14 +133,17 @@ def measure(
     options: argparse.Namespace,
     folder: Path,
 ) -> Iterator[str]:
-    """Fill each implementation's row of ``group``; yields what has just been done.
+    """Fill each implementation's row of ``group``. Yields what has just been done.
 
-    ``files`` are each one's inputs and truth. ``running`` are the processes, started as needed.
+    Args:
+        group: rows of the CSV, by implementation.
+        files: the inputs and the truth, by implementation.
+        running: the processes, by implementation. Missing ones are started.
     """
 
     def ask(name: str, line: str) -> dict[str, Any]:
         answer = running[name].ask(line)
-        if "status" in answer:  # what went wrong: the process is lost
+        if "status" in answer:  # something went wrong, and the process is lost
             running.pop(name).close()
         return answer
 
@@ -166,7 +169,7 @@ def measure(
 
 
 def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians and quantiles of the turns so far, each turn counting the same."""
+    """Medians and quantiles over the turns so far. Each turn has the same weight."""
     steps = [statistics.median(turn["steps"]) for turn in turns]
     low, *_, high = (
         statistics.quantiles(steps, n=5, method="inclusive") if len(steps) > 1 else steps * 2
@@ -182,7 +185,7 @@ def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def ceilings(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """What the machine reaches at best, or nothing where that could not be measured."""
+    """What the machine reaches at best, or an empty dict where that could not be measured."""
     job = {"device": options.device, "dtype": options.dtype}
     worker = workers.Worker("ceilings", job, folder)
     found = worker.ask("")
@@ -194,7 +197,7 @@ def ceilings(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def environment(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
-    """What every row of the CSV says about where it comes from."""
+    """The columns that say where a row of the CSV comes from."""
     gpu = options.device == "cuda"
     return {
         "machine": torch.cuda.get_device_name() if gpu else _cpu(),
@@ -276,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _derived(group: list[dict[str, Any]], symmetric: bool) -> list[dict[str, Any]]:
-    """Rates, and ratios to the authors' loss where that ran."""
+    """The group with rates, and with ratios to the authors' loss where that ran."""
     baseline = next((r.get("step_ms") for r in group if r["impl"] == "authors"), None)
     for row in group:
         row["flops_convention"] = f"{FLOPS[symmetric]}NMD"
@@ -285,7 +288,7 @@ def _derived(group: list[dict[str, Any]], symmetric: bool) -> list[dict[str, Any
             row["tflops"] = work / row["step_ms"] / 1e9
             if "ceiling_tflops" in row:
                 size = 2 if "16" in row["dtype"] else 4
-                moved = 2 * (row["n"] + row["m"]) * row["d"] * size  # read, gradients written
+                moved = 2 * (row["n"] + row["m"]) * row["d"] * size  # inputs and gradients
                 bounds = work / row["ceiling_tflops"] / 1e9, moved / row["ceiling_gb_s"] / 1e6
                 row["floor_ms"] = max(bounds)
                 row["share"] = row["floor_ms"] / row["step_ms"]

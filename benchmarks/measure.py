@@ -1,12 +1,13 @@
 """One implementation in a process of its own, timed on request: ``measure.py JOB.json``.
 
-Each line on standard input is answered by one JSON line. ``prepare FILES``: load the inputs, warm
-up, and say what a step adds to memory and how far its results are from the truth. ``time SECONDS``:
-milliseconds of steps and of forward passes. The parent asks one process at a time, in turn, so that
-a slow spell of the machine falls on all of them.
+The process answers each line on standard input with one JSON line.
 
-Memory is what a step adds at its peak beyond the inputs, their gradients included: the growth of
-peak resident memory on a CPU, of the allocator's peak on a GPU.
+    prepare FILES    loads the inputs and warms up; answers with the memory and the errors of a step
+    time SECONDS     answers with milliseconds of steps and of forward passes
+
+The parent asks one process at a time, in turn, so that a slow spell of the machine falls on all.
+Memory is what a step adds at its peak beyond the inputs. It includes the gradients. On a CPU it is
+the growth of peak resident memory, on a GPU that of the allocator's peak.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from torch import Tensor
 from benchmarks.data import precision
 from benchmarks.peers import PEERS, Job, Loss
 
-PRODUCT_ROWS = {"cpu": 1024, "cuda": 8192}  # of the plain product timed beside the loss
+PRODUCT_ROWS = {"cpu": 1024, "cuda": 8192}  # of the plain product that is timed beside the loss
 
 
 def peak_memory(device: torch.device, call: Callable[[], object]) -> float | None:
-    """MiB that ``call`` adds at its peak; None where the system does not tell."""
+    """MiB that ``call`` adds at its peak. None where the system cannot say."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -41,7 +42,7 @@ def peak_memory(device: torch.device, call: Callable[[], object]) -> float | Non
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     status = Path("/proc/self/status")
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed must not serve this one
+        ctypes.CDLL(None).malloc_trim(0)  # this call must not live on what earlier ones freed
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     except (OSError, AttributeError):
         return None
@@ -55,7 +56,7 @@ def _kibibytes(status: Path, field: str) -> float:
 
 
 def times(device: torch.device, call: Callable[[], object], seconds: float) -> list[float]:
-    """Milliseconds of repeated calls, for about ``seconds``, at least one."""
+    """Milliseconds of each call, repeated for about ``seconds`` and at least once."""
     taken: list[float] = []
     end = time.perf_counter() + seconds
     while not taken or time.perf_counter() < end:
@@ -74,7 +75,7 @@ def times(device: torch.device, call: Callable[[], object], seconds: float) -> l
 
 
 class Measured:
-    """A loss and its inputs: what a step gives, costs in memory, and takes in time."""
+    """A loss and its inputs, whose results, memory and time are measured."""
 
     def __init__(self, loss: Loss, query: Tensor, target: Tensor) -> None:
         self.loss = loss
@@ -93,11 +94,11 @@ class Measured:
             self.loss(self.query, self.target)
 
     def product(self) -> None:
-        """A plain matrix product, to tell how fast the machine is just now."""
+        """A plain matrix product, which shows how fast the machine is just now."""
         self.few[0] @ self.few[1].T
 
     def prepare(self, truth_file: str | None) -> dict[str, Any]:
-        # Compilers, libraries and thread pools are not the loss's time or memory.
+        # Compilers, libraries and thread pools must not count as the loss's time or memory.
         self.step()
         self.forward()
         self.product()
@@ -133,7 +134,7 @@ def serve(options: dict[str, Any], lines: TextIO) -> None:
     for line in lines:
         name, _, argument = line.partition(" ")
         if name == "prepare":
-            files, measured = json.loads(argument), None  # the last inputs' memory is free again
+            files, measured = json.loads(argument), None  # frees the last inputs' memory
             loss = PEERS[options["impl"]].build(Job(options["alpha"], options["symmetric"]))
             inputs = torch.load(files["inputs"], weights_only=True)
             pair = [x.to(options["device"], precision(options["dtype"])) for x in inputs]
@@ -150,7 +151,7 @@ def main(job_file: str) -> None:
         serve(options, sys.stdin)
     except (torch.OutOfMemoryError, MemoryError):
         print(json.dumps({"status": "out of memory"}))
-    except RuntimeError as error:  # a CPU's allocator reports it as a plain RuntimeError
+    except RuntimeError as error:  # the CPU allocator raises a plain RuntimeError
         if "allocate memory" not in str(error):
             raise
         print(json.dumps({"status": "out of memory"}))

@@ -1,5 +1,4 @@
-"""The losses under test: ours and what people use today, behind one call ``loss(query,
-target)``."""
+"""The losses under test, ours and today's alternatives, as ``loss(query, target)``."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Job:
-    """What one measurement computes; ``alpha`` as asked for on the command line."""
+    """What one measurement computes. ``alpha`` is the command line's."""
 
     alpha: float
     symmetric: bool
@@ -30,8 +29,16 @@ class Job:
 class Peer:
     """An implementation: how to build it, what it needs, and which loss it really computes.
 
-    ``query_alpha`` and ``target_alpha`` say whether the hardness weight is applied in each
-    direction: every implementation is held against the float64 value of its own formula.
+    Each implementation is compared with the float64 value of its own formula.
+
+    Attributes:
+        build: makes the loss.
+        package: what must be installed. Default: nothing.
+        gpu_only: whether it needs a GPU.
+        directions: which numbers of directions it can compute.
+        query_alpha, target_alpha: whether it applies the hardness weight in that direction.
+        negatives: whether it takes mined negatives, that is, more targets than queries.
+        unavailable: says why it cannot run on this machine, or None.
     """
 
     build: Callable[[Job], Loss]
@@ -40,7 +47,7 @@ class Peer:
     directions: tuple[int, ...] = (1, 2)
     query_alpha: bool = True
     target_alpha: bool = True
-    negatives: bool = False  # whether there may be mined ones: more targets than queries
+    negatives: bool = False
     unavailable: Callable[[], str | None] = lambda: None
 
     def refusal(self, device: str, symmetric: bool, negatives: bool) -> str | None:
@@ -73,8 +80,10 @@ def ours(backend: str) -> Callable[[Job], Loss]:
 
 
 def _weighted_cross_entropy(similarity: Tensor, alpha: float) -> Tensor:
-    """Cross-entropy of (N, N), or (N, K N) with mined negatives, with the detached hardness weight
-    on all but a row's own targets."""
+    """Mean cross-entropy of similarities (N, N), or (N, K N) with mined negatives.
+
+    The hardness weight has no gradient and leaves out a row's own targets.
+    """
     weight = alpha * similarity.detach()
     weight.unflatten(1, (-1, len(weight))).diagonal(dim1=0, dim2=2).zero_()
     labels = torch.arange(len(similarity), device=similarity.device)
@@ -82,7 +91,7 @@ def _weighted_cross_entropy(similarity: Tensor, alpha: float) -> Tensor:
 
 
 def authors(job: Job) -> Loss:
-    """LLaVE's published loss: each direction from a product of its own."""
+    """LLaVE's published loss. It computes a product for each direction."""
 
     def loss(query: Tensor, target: Tensor) -> Tensor:
         rows = _weighted_cross_entropy(query @ target.T, job.alpha)
@@ -94,7 +103,7 @@ def authors(job: Job) -> Loss:
 
 
 def dense(job: Job) -> Loss:
-    """The same from one product, the transposed view serving the other direction."""
+    """The authors' loss from one product. Its transpose serves the other direction."""
 
     def loss(query: Tensor, target: Tensor) -> Tensor:
         similarity = query @ target.T
@@ -112,7 +121,7 @@ def compiled(job: Job) -> Loss:
 
 
 def sentence_transformers(job: Job) -> Loss:
-    """Their hardness-weighted ranking loss; it weights the query direction only."""
+    """Its hardness-weighted ranking loss, which weights the query direction only."""
     from sentence_transformers.sentence_transformer import losses
     from sentence_transformers.util import dot_score
 
@@ -120,7 +129,7 @@ def sentence_transformers(job: Job) -> Loss:
     module = losses.MultipleNegativesRankingLoss(
         model=None,
         scale=SCALE,
-        similarity_fct=dot_score,  # the inputs are unit rows; normalising again would cost time
+        similarity_fct=dot_score,  # the inputs have unit length already
         directions=directions,
         partition_mode="per_direction",
         hardness_mode="in_batch_negatives",
@@ -132,7 +141,7 @@ def sentence_transformers(job: Job) -> Loss:
 
 
 def open_clip(job: Job) -> Loss:
-    """ClipLoss: both directions, no weight."""
+    """``ClipLoss``: both directions, without the weight."""
     from open_clip.loss import ClipLoss
 
     module = ClipLoss()
@@ -140,7 +149,7 @@ def open_clip(job: Job) -> Loss:
 
 
 def cut_cross_entropy(job: Job) -> Loss:
-    """Without its filter: the default one drops most of a diffuse softmax's gradient."""
+    """Without its filter, which by default drops most of a diffuse softmax's gradient."""
     from cut_cross_entropy import linear_cross_entropy
 
     def loss(query: Tensor, target: Tensor) -> Tensor:
@@ -163,7 +172,7 @@ def liger(job: Job) -> Loss:
 
 
 def inf_cl(job: Job) -> Loss:
-    """Inf-CL's single-GPU kernel; it returns a loss per row and reads D in heads of at most 256."""
+    """Inf-CL's single-GPU kernel. It returns a loss per row and takes D in heads up to 256."""
     from inf_cl import cal_flash_loss
 
     def rows(query: Tensor, target: Tensor) -> Tensor:
@@ -176,14 +185,14 @@ def inf_cl(job: Job) -> Loss:
 
 
 def memeff(job: Job) -> Loss:
-    """Its CLIP loss; ``stable=True``, the default, would scale the gradient to something else."""
+    """Its CLIP loss. The default ``stable=True`` would give another gradient."""
     from memeff import MemoryEfficientCLIPLoss
 
     return MemoryEfficientCLIPLoss(1 / SCALE, normalized_inputs=True, stable=False)
 
 
 def _backend(name: str) -> Peer:
-    """One of ours. Off the GPU only ``torch`` is timed: Triton's interpreter is for tests."""
+    """One of our backends. On a CPU only ``torch`` is timed: Triton's interpreter is for tests."""
     return Peer(
         ours(name),
         gpu_only=name != "torch",
@@ -193,7 +202,7 @@ def _backend(name: str) -> Peer:
 
 
 UNWEIGHTED = {"query_alpha": False, "target_alpha": False}
-# Losses of a language model's head: the targets are its words.
+# These are losses of a language model's head, and the targets take the place of its words.
 ONE_WAY = UNWEIGHTED | {"gpu_only": True, "directions": (1,), "negatives": True}
 PEERS: dict[str, Peer] = {f"llave-{name}": _backend(name) for name in available_backends()} | {
     "authors": Peer(authors),
@@ -211,11 +220,12 @@ PEERS: dict[str, Peer] = {f"llave-{name}": _backend(name) for name in available_
     "cce-exact": Peer(cut_cross_entropy, package="cut_cross_entropy", **ONE_WAY),
     "liger": Peer(liger, package="liger_kernel", **ONE_WAY),
 }
-# A convention, the same for all whatever they really do. One direction: the logits and two gradient
-# products. Both: 2NMD more, which is what a loss that keeps no N x M matrix recomputes.
+# FLOPs in units of NMD, by whether both directions are computed. The convention is the same for all
+# implementations. One direction takes the logits and two gradient products. Both take 2NMD more,
+# which a loss that keeps no N x M matrix recomputes.
 FLOPS = {True: 8, False: 6}
 
 
 def refusals(device: str, symmetric: bool, negatives: bool) -> dict[str, str | None]:
-    """Each implementation with None, or why it does not take part in this run."""
+    """Why each implementation does not take part in this run, or None where it does."""
     return {name: peer.refusal(device, symmetric, negatives) for name, peer in PEERS.items()}

@@ -1,6 +1,6 @@
 """What a run leaves: a table on the screen, one CSV, and plots of time and memory against N.
 
-python benchmarks/report.py RESULTS/*/loss_bench.csv    # a line each size: our best and others'
+python benchmarks/report.py RESULTS/*/loss_bench.csv    # a line for each size
 python benchmarks/report.py --markdown CSV [CSV ...]    # the README's table of these files
 """
 
@@ -46,7 +46,7 @@ Row = dict[str, Any]
 
 
 def table(rows: list[Row]) -> str:
-    """The figures in columns; a row without figures says why."""
+    """The figures in columns. A row without figures says why."""
     lines = [[HEADINGS.get(c, c) for c in SHOWN]]
     for row in rows:
         row = row | {"alphas": _alphas(row)}
@@ -62,13 +62,13 @@ def table(rows: list[Row]) -> str:
 
 
 def _alphas(row: Row) -> str:
-    """The hardness weights of the two directions, or of the one."""
+    """The hardness strengths of one direction or two."""
     both = (row["query_alpha"], row["target_alpha"])
     return ", ".join(f"{alpha:g}" for alpha in both if alpha is not None)
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
-    """One row a measurement."""
+    """One row for each measurement."""
     with _whole(path, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
@@ -85,16 +85,18 @@ def _whole(path: Path, mode: str, **settings: Any) -> Iterator[Any]:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a run's CSV. Those of early runs lack columns, and have as many targets as
-    queries."""
+    """The rows of a run's CSV.
+
+    Those of early runs lack columns. They have as many targets as queries.
+    """
     with path.open(newline="") as file:
         return [dict.fromkeys(COLUMNS, "") | {"m": row["n"]} | row for row in csv.DictReader(file)]
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """A table of milliseconds and memory: a line an implementation, a column a size.
+    """A table of milliseconds and memory: a line for each implementation, a column for each size.
 
-    An implementation stands in the order of its first row, a size too.
+    Implementations and sizes keep the order of their first rows.
     """
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
@@ -112,9 +114,9 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 
 def digest(rows: list[dict[str, str]]) -> list[str]:
-    """One line for each data set and size of a CSV: our fastest, and how much faster than others.
+    """One line for each data set and size of a CSV: our fastest, and its speed over the others.
 
-    Rows without figures are counted, so that what failed is not overlooked.
+    A line counts the rows without figures, so that a failure is not overlooked.
     """
     groups: dict[str, list[dict[str, str]]] = {}
     for row in rows:
@@ -141,9 +143,9 @@ def digest(rows: list[dict[str, str]]) -> list[str]:
 
 
 def plots(rows: list[Row], folder: Path) -> list[Path]:
-    """Time and memory against N, log-log, a figure per width.
+    """Time and memory against N, log-log, one figure for each width.
 
-    Lines are random embeddings, squares are real ones; a cross on the top edge: out of memory.
+    Lines are random embeddings, squares are real ones. A cross on the top edge is out of memory.
     """
     written = []
     for d in sorted({row["d"] for row in rows}):
@@ -156,7 +158,7 @@ def plots(rows: list[Row], folder: Path) -> list[Path]:
         ):
             _draw(axis, wide, column)
             if all(row.get(column) is None for row in wide):
-                axis.set_ylim(1, 10)  # nothing but crosses: a log axis wants something positive
+                axis.set_ylim(1, 10)  # crosses alone give a log axis no limits
             axis.set(xscale="log", yscale="log", xlabel="N", title=f"{title}, D = {d}")
             axis.set_xticks(sizes, labels=map(str, sizes))
             axis.minorticks_off()
@@ -182,7 +184,7 @@ def _draw(axis: Any, rows: list[Row], column: str) -> None:
             style = "o-" if kind == "random" else "s"
             axis.plot([r["n"] for r in done], [r[column] for r in done], style, **look)
         lost = [row["n"] for row in mine if row["status"] == OUT_OF_MEMORY]
-        # In parts of the axis' height, one below the other so that none hides another.
+        # Heights are parts of the axis' height. They differ so that no cross hides another.
         heights = [0.97 - 0.04 * number] * len(lost)
         axis.plot(lost, heights, "x", ms=9, mew=2, transform=axis.get_xaxis_transform(), **look)
     if any(row["status"] == OUT_OF_MEMORY for row in rows):

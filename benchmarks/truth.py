@@ -1,7 +1,7 @@
-"""The loss and its gradients in float64, a strip of rows at a time, so that large N is affordable.
+"""The loss and its gradients in float64, a strip of rows at a time, which bounds the memory.
 
-Written from the formula and on its own: neither autograd nor any implementation under test.
-``truth.py JOB.json`` computes it for each pair of alphas in the job and saves it to a file.
+The code follows the formula. It uses neither autograd nor an implementation under test.
+``truth.py JOB.json`` computes them for each pair of alphas in the job and saves them to a file.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ STRIP = 2**22  # elements of a strip of similarities, 32 MiB
 def truth(
     query: Tensor, target: Tensor, scale: float, query_alpha: float, target_alpha: float | None
 ) -> list[Tensor]:
-    """Loss (), dQ (N, D) and dT (M, D), float64; ``target_alpha`` None: query direction only.
+    """Loss (), dQ (N, D) and dT (M, D), float64.
 
-    Targets are N positives, then blocks of N mined negatives. Rows of a direction contribute
-    ``log sum_j exp z_ij - z_ii`` with ``z = scale * s``, plus ``alpha * s``, without a gradient of
-    its own, off the row's own targets.
+    Each row contributes ``log sum_j exp z_ij - z_ii``. Its own targets have ``z = scale * s``. All
+    others have ``z = (scale + alpha) * s``, where the part with alpha has no gradient.
+
+    Args:
+        query: (N, D).
+        target: (M, D), N positives, then blocks of N mined negatives.
+        target_alpha: None leaves the target direction out.
     """
     query, target = query.double(), target.double()
     directions = [(query, target, query_alpha)]
@@ -40,7 +44,7 @@ def truth(
         for start in range(0, len(own), rows):
             here = slice(start, min(start + rows, len(own)))
             logits = own[here] @ other.T
-            # A view of the positives, and of the rows' own mined negatives: they carry no weight.
+            # A view of the rows' own targets: the positives, and mined negatives without weight.
             own_targets = logits.unflatten(1, (-1, len(own))).diagonal(start, 0, 2)
             unweighted = scale * own_targets
             logits *= scale + alpha
@@ -48,7 +52,7 @@ def truth(
             diagonal, positive = own_targets[0], unweighted[0]
             diagonal.fill_(-torch.inf)
             negatives = logits.logsumexp(1)
-            # softplus(gap), which keeps its digits where the loss is close to 0
+            # This softplus keeps its digits where the loss is close to 0.
             gap = negatives - positive
             loss += share * torch.logaddexp(gap, torch.zeros_like(gap)).sum()
             weight = share * scale * gap.sigmoid()

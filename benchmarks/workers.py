@@ -1,4 +1,4 @@
-"""Processes of the benchmark: one that runs to its end, one that answers line by line."""
+"""The benchmark's child processes, which answer line by line or run to their end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1"}
 
 
 def run(module: str, job: dict[str, Any], folder: Path) -> str | None:
-    """None, or what went wrong, when one of this package's modules has run to its end."""
+    """Run one of this package's modules to its end. Returns None, or what went wrong."""
     worker = Worker(module, job, folder)
     answer = worker.ask("")
     worker.close()
@@ -29,7 +29,7 @@ def run(module: str, job: dict[str, Any], folder: Path) -> str | None:
 
 
 class Worker:
-    """One of this package's modules as a child process, started at once."""
+    """One of this package's modules as a child process, which starts at once."""
 
     def __init__(self, module: str, job: dict[str, Any], folder: Path) -> None:
         with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".json", delete=False) as file:
@@ -48,7 +48,13 @@ class Worker:
         """The answer, or ``{"status": what went wrong}``."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        late = threading.Timer(CHILD_LIMIT, self.process.kill)
+        expired = threading.Event()
+
+        def give_up() -> None:
+            expired.set()
+            self.process.kill()
+
+        late = threading.Timer(CHILD_LIMIT, give_up)
         late.start()
         try:
             self.process.stdin.write(line + "\n")
@@ -57,9 +63,8 @@ class Worker:
         except BrokenPipeError:
             answer = ""
         finally:
-            timed_out = not late.is_alive()
             late.cancel()
-        return json.loads(answer) if answer else {"status": self._failure(timed_out)}
+        return json.loads(answer) if answer else {"status": self._failure(expired.is_set())}
 
     def _failure(self, timed_out: bool) -> str:
         code = self.process.wait()
@@ -72,20 +77,20 @@ class Worker:
         return f"failed: {last[:120]}"
 
     def close(self) -> None:
-        """End the process; one that is still at work ends after its answer."""
+        """End the process and wait for that. One that is at work ends after its answer."""
         self.dismiss()
         self.process.wait()
         self.errors.close()
 
     def dismiss(self) -> None:
-        """Let it end, without waiting for that."""
+        """Let the process end, without waiting for it."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
 
 
 def close(workers: Iterable[Worker]) -> None:
-    """End them all, at the same time."""
+    """End all of them at the same time."""
     workers = list(workers)
     for worker in workers:
         worker.dismiss()

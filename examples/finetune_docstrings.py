@@ -3,15 +3,15 @@
     python examples/finetune_docstrings.py             # 3 strengths x 3 seeds, some 12 minutes
     python examples/finetune_docstrings.py --quick     # 2 strengths x 1 seed, half a minute
 
-sentence-transformers' own trainer with our loss in place of its own: symmetric InfoNCE at alpha 0,
-LLaVE's loss above. Pairs are (docstring summary, signature) of installed functions. Whole packages
-are held out: nothing of networkx, pandas or scikit-learn is trained on. A run is a fresh MiniLM;
-the runs of one seed see the same batches in the same order and differ in alpha alone.
+This is sentence-transformers' trainer with our loss: symmetric InfoNCE at alpha 0, LLaVE's loss
+above. Pairs are (docstring summary, signature) of installed functions. networkx, pandas and
+scikit-learn are held out for evaluation. Each run starts from MiniLM. The runs of one seed see the
+same batches in the same order and differ only in alpha.
 
-Needs ``pip install datasets accelerate`` beside the ``bench`` extra, and no network. Writes to
-``--out``:
+It needs ``pip install datasets accelerate`` beside the ``bench`` extra, and no network. It writes
+to ``--out``:
 
-    runs.csv     a row a run, and one of the model as it comes (no alpha, no seed)
+    runs.csv     a row for each run, and one for the model before training (no alpha, no seed)
     table.csv    mean, minimum and maximum over the seeds
     metrics.png  the same, drawn
 """
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports that read it: nothing here is on the hub
+os.environ["HF_HUB_OFFLINE"] = "1"  # the imports below read it; nothing here is on the hub
 
 import argparse
 import contextlib
@@ -93,17 +93,17 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def corpus() -> tuple[list[Pair], list[Pair]]:
-    """Pairs to train on and pairs of the held-out packages; no text is there twice."""
+    """Pairs to train on, and pairs of the held-out packages. No text is there twice."""
     # Some modules print when imported, others warn when looked into.
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # The training packages first: they keep a text that both show.
+        # The training packages come first. They keep a text that both show.
         pairs = docstring_pairs(roots=TRAINED_ON + HELD_OUT)
     train, test, seen = [], [], set()
     for summary, signature in pairs:
         signature = re.sub(r" at 0x[0-9a-f]+", "", signature)  # differs from process to process
         path = signature.partition("(")[0]
-        # What is told apart by case and punctuation only is the same text.
+        # Texts that differ only in case and punctuation count as the same.
         texts = {tuple(re.findall(r"\w+", text.lower())) for text in (summary, signature)}
         # A summary that quotes the call gives the answer away.
         if texts & seen or f"{path.rpartition('.')[2]}(" in summary:
@@ -121,13 +121,13 @@ def minilm() -> SentenceTransformer:
 
 
 def retrieval(model: SentenceTransformer, pairs: list[Pair]) -> dict[str, float]:
-    """How well a docstring finds its signature among those of all ``pairs``."""
+    """Recall and MRR of finding each docstring's signature among those of all ``pairs``."""
     query, target = (
         model.encode(list(texts), batch_size=128, convert_to_tensor=True, normalize_embeddings=True)
         for texts in zip(*pairs, strict=True)
     )
     scores = query @ target.T
-    # A tie counts as lost; the signature itself is among the equals, which makes ranks start at 1.
+    # A tie counts as lost. The signature equals itself, so ranks start at 1.
     rank = (scores >= scores.diagonal()[:, None]).sum(1).double()
     return {
         "recall_at_1": (rank <= 1).double().mean().item(),
@@ -137,9 +137,9 @@ def retrieval(model: SentenceTransformer, pairs: list[Pair]) -> dict[str, float]
 
 
 def train(pairs: list[Pair], alpha: float, seed: int, steps: int, batch: int) -> Any:
-    """MiniLM after ``steps`` batches drawn from ``pairs``."""
+    """MiniLM after a training of ``steps`` batches drawn from ``pairs``."""
     model = minilm()
-    # Both directions weighted, as the authors train; at alpha 0 there is no weight to choose.
+    # Both directions are weighted, as the authors train. At alpha 0 there is no weight to choose.
     loss = MultipleNegativesRankingLoss(
         model,
         scale=SCALE,
@@ -159,7 +159,7 @@ def train(pairs: list[Pair], alpha: float, seed: int, steps: int, batch: int) ->
                 per_device_train_batch_size=batch,
                 learning_rate=LEARNING_RATE,
                 warmup_steps=steps // 8,
-                seed=seed,  # of the data's order and of dropout
+                seed=seed,  # for the data's order and dropout
                 use_cpu=True,
                 save_strategy="no",
                 logging_strategy="no",
@@ -173,7 +173,7 @@ def train(pairs: list[Pair], alpha: float, seed: int, steps: int, batch: int) ->
 
 
 def table(runs: list[Row]) -> list[Row]:
-    """A row per alpha: mean, minimum and maximum over its seeds."""
+    """A row for each alpha: mean, minimum and maximum over its seeds."""
     rows = []
     for alpha in dict.fromkeys(run["alpha"] for run in runs):
         mine = [run for run in runs if run["alpha"] == alpha]
@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, part in (("trained on", pairs), ("held out", test)):
         counts = Counter(signature.partition(".")[0] for _, signature in part).most_common()
         print(f"{name}: {len(part)} pairs:", ", ".join(f"{root} {n}" for root, n in counts))
-    test = test[:: options.every]  # evenly over the packages, which come one after the other
+    test = test[:: options.every]  # the packages follow each other; each keeps its share
     sizes = {"train_pairs": len(pairs), "test_pairs": len(test)}
     untrained: Row = {"alpha": "", "seed": "", "steps": 0, "batch": "", "seconds": 0}
     runs = [untrained | sizes | retrieval(minilm(), test)]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llave_kernels.rules import Rules
+from llave_kernels.rules import HARDNESS_MODES, Rules, RuleSettings
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -130,6 +130,27 @@ def strength(name: str, value: Any, dtype: torch.dtype = torch.float32) -> float
             f"{name} must be >= 0 and finite, got {short(value)} in {dtype}; 0 turns the weight off"
         )
     return found
+
+
+def rule_settings(
+    *,
+    alpha: float = 9.0,
+    hardness: str = "in_batch",
+    symmetric: bool = True,
+    target_alpha: float | None = None,
+    false_negative_margin: float | None = None,
+) -> RuleSettings:
+    """The settings, for what holds them: errors come when it is made, not in its first call."""
+    one_of("hardness", hardness, HARDNESS_MODES)
+    if target_alpha is not None:
+        target_alpha = strength("target_alpha", target_alpha)
+    return {
+        "alpha": strength("alpha", alpha),
+        "hardness": hardness,
+        "symmetric": flag("symmetric", symmetric),
+        "target_alpha": target_alpha,
+        "false_negative_margin": margin(false_negative_margin),
+    }
 
 
 def margin(value: Any, dtype: torch.dtype = torch.float32) -> float | None:

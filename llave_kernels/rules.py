@@ -155,3 +155,20 @@ def at_labels(columns: Tensor, labels: Tensor | None, n: int) -> Tensor:
 def default_owners(n: int, m: int, device: torch.device) -> Tensor | None:
     """``j mod N``: N positives first, then blocks of N mined negatives. None when M == N."""
     return None if m == n else torch.arange(m, device=device) % n
+
+
+def block_owners(labels: Tensor, m: int) -> Tensor:
+    """(M,) owners of M columns in N blocks of M / N, one for each row, wherever its positive is.
+
+    Where N does not divide M there are no blocks, and every column is its own.
+
+    Args:
+        labels: (N,) int64, the column of each row's positive.
+    """
+    n, columns = len(labels), torch.arange(m, device=labels.device)
+    if m % n:
+        return columns
+    width = m // n
+    owners = columns[::width].index_put((labels // width,), labels)
+    # A second positive in a block is its own.
+    return owners.repeat_interleave(width).index_put((labels,), labels)

@@ -7,6 +7,7 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy
@@ -170,6 +171,9 @@ def test_a_failed_child_says_why(tmp_path: Path) -> None:
 def test_a_stuck_child_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "CHILD_LIMIT", 0.05)
     worker = workers.Worker("measure", {"impl": "authors"}, tmp_path)
+    kill = worker.process.kill
+    # The child may be gone before the thread that has killed it.
+    monkeypatch.setattr(worker.process, "kill", lambda: (kill(), time.sleep(0.2)))
     assert worker.ask("prepare {}") == {"status": "failed: no answer after 0.05 s"}
     worker.close()
 

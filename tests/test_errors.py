@@ -18,10 +18,11 @@ import torch
 from llave_kernels import (
     HardnessWeightedContrastiveLoss,
     hardness_weighted_contrastive_loss,
+    scores,
     similarity_statistics,
 )
-from llave_kernels.integrations import gradcache, scores, tevatron, vlm2vec
-from llave_kernels.integrations.llave import WeightedClipLoss
+from llave_kernels.integrations import gradcache, tevatron, vlm2vec
+from llave_kernels.integrations.llave_trainer import WeightedClipLoss
 from llave_kernels.reference import reference_loss
 from tests.helpers import embeddings, relative_error
 
@@ -362,3 +363,11 @@ def test_every_constructor_names_what_is_wrong(build: Callable[..., Any], names:
             with pytest.raises((TypeError, ValueError)) as error:
                 build(**{name: value})
             assert name in str(error.value).lower(), (name, value, error.value)
+
+
+@pytest.mark.parametrize(
+    "build", [build for build, _ in CONSTRUCTORS], ids=range(len(CONSTRUCTORS))
+)
+def test_every_constructor_refuses_an_unknown_name(build: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'strength'"):
+        build(strength=1.0)

@@ -3,10 +3,10 @@
     python examples/emoji/build.py OUT
 
 Each npm package ``emoji-datasource-<vendor>`` holds one vendor's drawings of the same emoji, with
-names and categories; skin-tone and gender variants are natural hard negatives. A fifth of the
-concepts (a base emoji with all its variants) is kept for evaluation, and the last vendor is never
-trained on: the ``*_held_out`` sets ask for its drawings. The drawings belong to the vendors: read
-their licences before passing the result on.
+names and categories. Skin-tone and gender variants are natural hard negatives. A concept is a base
+emoji with all its variants. A fifth of the concepts is kept for evaluation. The last vendor's
+drawings are never trained on, and the ``*_held_out`` sets ask for them. The drawings belong to the
+vendors: read their licences before you pass the result on.
 
     OUT/images/<vendor>/<code>.png
     OUT/train/<task>.parquet    qry, pos_text, neg_text, each with its ..._image_path
@@ -40,7 +40,7 @@ import pyarrow.parquet as pq
 
 VERSION = "16.0.0"
 VENDORS = ("google", "twitter", "apple", "facebook")
-CANDIDATES = 50  # of an evaluation row, about half of them hard
+CANDIDATES = 50  # in an evaluation row; about half of them are hard
 EVALUATION_SHARE = 0.2
 IMAGE = "<|image_1|>\n"
 REPRESENT = IMAGE + "Represent the given image."
@@ -49,9 +49,9 @@ TONES = {
     "1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark",
     "1F3FF": "dark",
 }  # fmt: skip
-# What tells variants of one concept apart: joiners, gender and direction signs.
+# Variants of one concept differ in these joiners, gender signs and direction signs.
 SIGNS = {"FE0F", "200D", "2640", "2642", "27A1"}
-# And gendered characters, with the neutral ones that stand for the same concept.
+# They also differ in gendered characters. Here each has the neutral one of the same concept.
 NEUTRAL = {
     "1F468": "1F9D1", "1F469": "1F9D1", "1F466": "1F9D2", "1F467": "1F9D2",  # man, woman, boy, girl
     "1F474": "1F9D3", "1F475": "1F9D3", "1F934": "1FAC5", "1F478": "1FAC5",  # old people, royalty
@@ -72,7 +72,7 @@ Group = list["Emoji"]
 
 
 class BuildError(Exception):
-    """Something the caller can put right; the message says how."""
+    """A mistake that the caller can correct. The message says how."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Emoji:
     category: str
     label: str  # category and subcategory
     concept: str  # shared by the variants of one base emoji
-    meaning: str  # shared by emoji that cannot be told apart: by name, or by some vendor's image
+    meaning: str  # shared by emoji that have the same name or, with some vendor, the same image
     base: bool  # no skin tone
     vendors: frozenset[str]
 
@@ -90,7 +90,7 @@ class Emoji:
         return f"{vendor}/{self.code}.png"
 
     def side(self, template: str, vendor: str) -> Pair:
-        """The text and image path of a query or a target."""
+        """The text and the image path of a query or target."""
         return template.format(emoji=self), self.path(vendor) if IMAGE in template else ""
 
 
@@ -98,9 +98,9 @@ class Emoji:
 class Task:
     query: str
     target: str
-    identity: str = "meaning"  # emoji that agree in it have the same right answer
-    near: tuple[str, ...] = ("concept", "label")  # what hard negatives share, hardest first
-    across: bool = False  # query and target are of different vendors
+    identity: str = "meaning"  # emoji that share it have the same right answer
+    near: tuple[str, ...] = ("concept", "label")  # hard negatives share one of these, hardest first
+    across: bool = False  # query and target come from different vendors
 
 
 TASKS = {
@@ -119,7 +119,7 @@ TASKS = {
 
 
 def fetch(vendor: str, folder: Path) -> Path:
-    """The vendor's package in ``folder``, downloaded when it is not there."""
+    """The vendor's package in ``folder``. It is downloaded where it is not there."""
     package = f"emoji-datasource-{vendor}"
     path = folder / f"{package}-{VERSION}.tgz"
     if path.exists():
@@ -149,7 +149,7 @@ def read_package(path: Path, vendor: str) -> tuple[list[Record], dict[str, bytes
             for member in archive:
                 if match := wanted.fullmatch(member.name):
                     images[match[1] or "emoji.json"] = archive.extractfile(member).read()
-            stream.seek(0, os.SEEK_END)  # the checksum is checked there, and only there
+            stream.seek(0, os.SEEK_END)  # only there is the checksum checked
         entries = json.loads(images.get("emoji.json", b"[]"))
         forms = [form for e in entries for form in (e, *e.get("skin_variations", {}).values())]
         listed = {form["image"].removesuffix(".png") for form in forms if form[f"has_img_{vendor}"]}
@@ -161,7 +161,7 @@ def read_package(path: Path, vendor: str) -> tuple[list[Record], dict[str, bytes
 
 
 def joined(codes: Iterable[str], groups: Iterable[Sequence[str]]) -> dict[str, str]:
-    """Each code's component, named by its least code; the codes of a group are joined."""
+    """The codes joined by ``groups`` into components: each code with its component's least code."""
     parent = {code: code for code in codes}
 
     def root(code: str) -> str:
@@ -177,13 +177,13 @@ def joined(codes: Iterable[str], groups: Iterable[Sequence[str]]) -> dict[str, s
 
 
 def base_key(unified: str) -> str:
-    """A sequence without what tells variants of a concept apart."""
+    """A code sequence without the parts in which variants of a concept differ."""
     kept = [NEUTRAL.get(part, part) for part in unified.split("-") if part not in SIGNS]
-    return "-".join(kept) or unified  # the gender signs and the arrow are emoji themselves
+    return "-".join(kept) or unified  # the gender signs and the arrow are also emoji of their own
 
 
 def catalogue(entries: list[Record], images: dict[str, dict[str, bytes]]) -> dict[str, Group]:
-    """The emoji that some vendor draws, by concept."""
+    """The emoji that at least one vendor draws, by concept."""
     forms: dict[str, tuple[str, Record, bool]] = {}
     groups: dict[Hashable, list[str]] = defaultdict(list)  # variants of one concept
     for entry in entries:
@@ -191,7 +191,7 @@ def catalogue(entries: list[Record], images: dict[str, dict[str, bytes]]) -> dic
         for tones, form in {"": entry, **entry.get("skin_variations", {})}.items():
             code = form["image"].removesuffix(".png")
             name = entry["name"].lower()
-            if tones:  # a couple of one tone names it once
+            if tones:  # a tone that both of a couple have is named once
                 tone = " and ".join(TONES[tone] for tone in dict.fromkeys(tones.split("-")))
                 name += f", {tone} skin tone"
             if any(code in drawn for drawn in images.values()):
@@ -219,18 +219,26 @@ def catalogue(entries: list[Record], images: dict[str, dict[str, bytes]]) -> dic
 def pose(
     task: Task, emoji: Group, pool: Group, pairs: list[Pair], training: bool, rng: random.Random
 ) -> list[Record]:
-    """One row per emoji and query vendor with a hard negative to train on, or one per emoji with
-    candidates to evaluate on: for (query vendor, target vendor) pairs, wrong answers from pool."""
+    """The rows of one table.
+
+    For training there is one row per emoji and query vendor, with a hard negative. For evaluation
+    there is one row per emoji, with candidates.
+
+    Args:
+        emoji: what the rows ask for.
+        pool: where wrong answers come from.
+        pairs: (query vendor, target vendor).
+    """
     groups: dict[tuple[str, str], Group] = defaultdict(list)
     for one in pool:
         for shared in task.near:
             groups[shared, getattr(one, shared)].append(one)
-    # How many wrong answers there may be after each pool.
+    # The most wrong answers that there may be after each pool.
     limits = [CANDIDATES // 2 * n // len(task.near) for n in range(1, len(task.near) + 1)]
     limits = [1 for _ in limits] if training else [*limits, CANDIDATES - 1]
 
     def wrong(right: Emoji, vendor: str) -> Group:
-        """Distinct wrong answers, hard ones first; for evaluation then filled up from all."""
+        """Distinct wrong answers, hard ones first. For evaluation, more from the whole pool."""
         pools = [groups[shared, getattr(right, shared)] for shared in task.near] + [pool]
         seen = {getattr(right, task.identity)}
         found: Group = []
@@ -252,7 +260,7 @@ def pose(
             if training:
                 columns = *asked, *answers[0], *(answers[1] if len(answers) > 1 else ("", ""))
                 rows.append(dict(zip(TRAIN.names, columns, strict=True)))
-            elif len(answers) > 1:  # else nothing could go wrong
+            elif len(answers) > 1:  # with one candidate every answer would be right
                 texts, paths = map(list, zip(*answers, strict=True))
                 rows.append(dict(zip(EVAL.names, (*asked, texts, paths), strict=True)))
     return rng.sample(rows, len(rows)) if training else rows
@@ -261,7 +269,7 @@ def pose(
 def build(
     out: Path, vendors: Sequence[str], concepts: int | None, seed: int, packages: Path
 ) -> Record:
-    """Write the dataset to ``out`` and return its manifest."""
+    """Write the data set to ``out``. Returns its manifest."""
     images = {}
     for vendor in vendors:
         entries, images[vendor] = read_package(fetch(vendor, packages), vendor)
@@ -283,10 +291,10 @@ def build(
             training = table.startswith("train/")
             asked = pool = emoji["train" if training else "eval"]
             if task.identity == "label":
-                # Skin tones would only add weight to people; a label is of no concept's own.
+                # Skin tones would only add weight to people. Concepts share labels.
                 asked = [one for one in asked if one.base]
                 pool = asked if training else [one for ones in emoji.values() for one in ones]
-            rng = random.Random(f"{seed}/{table}")  # its own: no table depends on the others
+            rng = random.Random(f"{seed}/{table}")  # no table depends on the others
             tables[table] = pose(task, asked, pool, pairs, training, rng)
     if empty := sorted(table for table, rows in tables.items() if not rows):
         raise BuildError(f"no rows for {', '.join(empty)}: raise --concepts")

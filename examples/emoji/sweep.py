@@ -4,15 +4,15 @@
     python examples/emoji/sweep.py emoji              # 3 strengths x 3 seeds, half an hour
     python examples/emoji/sweep.py emoji --quick      # 1 strength, 1 seed, 1 task, a minute
 
-A run is what ``llave train tiny`` and ``llave evaluate`` do: a small LLaVA-OneVision from random
-weights, one epoch of the four tasks. Concepts of the evaluation are never trained on, and one
-vendor's drawings neither (the tasks with ``held_out`` in their names). The runs of one seed see the
-same batches and differ in alpha alone; as many run at a time as there are threads. Written to
-``--out``:
+A run is what ``llave train tiny`` and ``llave evaluate`` do. It trains a small LLaVA-OneVision from
+random weights for one epoch of the four tasks. The concepts of the evaluation are never trained on.
+Neither are one vendor's drawings, which the tasks with ``held_out`` in their names ask for. The
+runs of one seed see the same batches and differ only in alpha. As many runs as there are threads
+run at the same time. They write to ``--out``:
 
-    runs.csv      a row a run and task: precision@1 among at most 50 candidates (chance is 2), R@5,
-                  R@10, and the overlap of the similarities of positives and negatives
-    overlap.png   their histograms (paper, Figure 1), image to image, first seed
+    runs.csv      a row for each run and task: precision@1 among at most 50 candidates (chance is
+                  2 %), R@5, R@10, and the overlap of positives' and negatives' similarities
+    overlap.png   histograms of the similarities (paper, Figure 1), image to image, first seed
     precision.png precision@1 against alpha
 """
 
@@ -42,13 +42,13 @@ import matplotlib.pyplot as plt
 HELD_OUT = "_held_out"
 FILES = ("runs.csv", "precision.png", "overlap.png")
 SCORES = ("task", "rows", "precision", "recall_5", "recall_10", "ties", "overlap")
-COLUMNS = ("alpha", "seed", "seconds", *SCORES)  # seconds of the run, the same in all its rows
+COLUMNS = ("alpha", "seed", "seconds", *SCORES)  # the seconds are those of the whole run
 SHOWN = "image_to_image"  # the task of the histograms, and the only one of --quick
 QUICK = {"data.subsets": f"[{SHOWN}]", "trainer.max_steps": 120}
 
 
 def run(data: Path, quick: bool, alpha: float, seed: int) -> tuple[list[Result], float]:
-    """One training run: its results and how many seconds it took."""
+    """The results of one training run, and the seconds that it took."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         settings = {

@@ -1,5 +1,5 @@
-"""One module per training library; each imports its host only when it is imported itself.
+"""The losses of training libraries, by the library's name.
 
-``clip_gather`` and ``target_blocks`` hold what several hosts share, ``scores`` what serves hosts
-that compute similarities themselves.
+A module imports its library only when it is imported itself. ``llave`` and ``scores`` are the
+former paths of ``llave_trainer`` and of ``llave_kernels.scores``.
 """

@@ -8,37 +8,38 @@ import torch
 from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from llave_kernels import checks, dispatch
 from llave_kernels.functional import contrastive_logsumexp
+from llave_kernels.losses import direction_loss
 
 
 class NTXentLoss(BaseMetricLossFunction):  # type: ignore[misc]
     """``pytorch_metric_learning.losses.NTXentLoss`` without its (pairs x pairs) matrix.
 
-    ``loss(embeddings, labels, ref_emb=None, ref_labels=None)``. Rows of equal labels are positive
-    pairs, each with a loss of its own against all rows of other labels, in one direction::
+    ``loss(embeddings, labels, ref_emb=None, ref_labels=None)``. Two rows of equal labels are a
+    positive pair. Each positive pair has a loss against all rows of other labels, in one
+    direction::
 
         z_j = (1 / temperature + alpha sg) s_aj     j of another label
         L_ap = softplus(log sum_j exp z_j - s_ap / temperature)
 
-    At ``alpha=0`` loss and gradients are the host's, for any number of positives per anchor: an
-    anchor's sum over negatives serves all its positives. Without ``ref_emb`` a row is not its own
-    positive. Anchors without a positive have no loss, pairs without a negative a loss of 0. The
-    host's loss stops at 87 in float32, where its gradient vanishes; this one does not.
+    At ``alpha=0`` loss and gradients are the host's, for any number of positives per anchor. An
+    anchor without a positive has no loss. A pair without a negative has a loss of 0. Without
+    ``ref_emb`` a row is not its own positive. In float32 the host's loss stops at 87, where its
+    gradient vanishes. This one does not.
 
-    The loss is float32, also where embeddings are bfloat16 or float16 and the host's loss is; of
-    float64 embeddings it is float64. A batch without a positive pair has the host's 0, in the
-    embeddings' dtype. Gradients have the embeddings' dtype.
+    The loss is float64 for float64 embeddings and float32 for all others. The host's loss has the
+    embeddings' dtype. A batch without a positive pair has the host's 0, in the embeddings' dtype.
+    Gradients have the embeddings' dtype.
 
     It works inside the host's ``SelfSupervisedLoss``, ``CrossBatchMemory`` and
-    ``DistributedLossWrapper``, whose list of all pairs it accepts as ``indices_tuple``. Memory is
-    N + M embeddings, the pairs of equal labels, and at most the N x M similarities where those
-    pairs are so many that gathering them would take more; the wrappers' lists come on top.
+    ``DistributedLossWrapper``. It accepts their list of all pairs as ``indices_tuple``. Memory is
+    N + M embeddings and the pairs of equal labels. Where these pairs' embeddings would take more
+    than the N x M similarities, it makes those instead. The wrappers' lists come on top.
 
     Args:
-        temperature: positive.
+        temperature: 1 / logit scale, positive.
         alpha: hardness strength (LLaVE: 9). Default 0: the host's loss.
         backend: as in ``llave_kernels.hardness_weighted_contrastive_loss``.
         kwargs: the host's ``distance`` (``CosineSimilarity``, the default, or
@@ -46,7 +47,9 @@ class NTXentLoss(BaseMetricLossFunction):  # type: ignore[misc]
             ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``.
 
     Raises:
-        ValueError: another distance; labels missing; an ``indices_tuple`` that selects pairs.
+        TypeError: an argument of the wrong type.
+        ValueError: a wrong value; another distance. In the call: labels are missing, or
+            ``indices_tuple`` leaves out negatives.
 
     Example:
         >>> loss_fn = NTXentLoss(temperature=0.07, alpha=9.0)
@@ -93,7 +96,7 @@ class NTXentLoss(BaseMetricLossFunction):  # type: ignore[misc]
             return self.zero_losses()
         query = self.distance.maybe_normalize(embeddings)
         target = query if ref_emb is embeddings else self.distance.maybe_normalize(ref_emb)
-        negatives = contrastive_logsumexp(
+        logits = contrastive_logsumexp(
             query,
             target,
             logit_scale=1.0 / self.temperature,
@@ -104,19 +107,25 @@ class NTXentLoss(BaseMetricLossFunction):  # type: ignore[misc]
             query_ids=pairs.classes,  # leaves out the row itself and its other positives
             target_ids=pairs.ref_classes,
             backend=self.backend,
-        ).query
-        logit = _similarity(query, target, anchor, positive) / self.temperature
-        losses = -logsigmoid(logit - negatives[anchor])
+        )
+        # The anchor's sum over its negatives serves all its positives.
+        positive_logit = _similarity(query, target, anchor, positive) / self.temperature
+        losses = direction_loss(positive_logit, logits.query[anchor])
         indices = (anchor, positive)
         return {"loss": {"losses": losses, "indices": indices, "reduction_type": "pos_pair"}}
 
 
 class _Pairs:
-    """The pairs of equal label between N anchors and M references, without an N x M matrix.
+    """The pairs of equal labels between N anchors and M references, without an N x M matrix.
+
+    Args:
+        labels, ref_labels: (N,), (M,) any dtype.
 
     Attributes:
-        classes, ref_classes: (N,), (M,) int64 numbers from 0 in place of labels of any dtype.
-        first: (N,) a reference of each anchor's class; any, where there is none.
+        classes, ref_classes: (N,), (M,) int64, the labels numbered from 0.
+        first: (N,) a reference of each anchor's class. Any reference where the class has none.
+        by_class: (M,) the references, class after class.
+        start, counts: (N,) where in ``by_class`` each anchor's class starts, and its size.
     """
 
     def __init__(self, labels: Tensor, ref_labels: Tensor) -> None:
@@ -130,7 +139,11 @@ class _Pairs:
         self.first = self.by_class[self.start.clamp(max=len(ref_labels) - 1)]
 
     def positives(self, *, other: bool) -> tuple[Tensor, Tensor]:
-        """All (anchor, reference) in the host's order; ``other``: but not of a row with itself."""
+        """The (anchor, reference) of all positive pairs, in the host's order.
+
+        Args:
+            other: leave out the pairs of a row with itself.
+        """
         counts = self.counts
         rows = torch.arange(len(counts), device=counts.device)
         anchor = rows.repeat_interleave(counts)
@@ -143,7 +156,7 @@ class _Pairs:
         return anchor, positive
 
     def accept(self, indices_tuple: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """The positive pairs of a tuple whose negatives are all there are, each once."""
+        """The positive pairs of a tuple that lists every negative pair once."""
         remedy = (
             "leave the miner out, or use pytorch_metric_learning.losses.NTXentLoss; all pairs of "
             "different labels are negatives here"
@@ -153,26 +166,26 @@ class _Pairs:
                 f"indices_tuple must be None or hold 4 tensors, got {len(indices_tuple)} (mined "
                 f"triplets); {remedy}"
             )
-        anchor, positive, row, negative = indices_tuple
+        anchor, positive, negatives_anchor, negative = indices_tuple
         n, m = len(self.classes), len(self.ref_classes)
         expected = n * m - int(self.counts.sum())
-        number = row * m + negative
+        number = negatives_anchor * m + negative
         if (
-            len(row) != expected
+            len(number) != expected
             or not bool((number[1:] > number[:-1]).all())
-            or bool((self.classes[row] == self.ref_classes[negative]).any())
+            or bool((self.classes[negatives_anchor] == self.ref_classes[negative]).any())
             or bool((self.classes[anchor] != self.ref_classes[positive]).any())
         ):
             raise ValueError(
                 "indices_tuple must be None or list all pairs of different labels in order, with "
-                f"positives of equal labels, got {len(row)} negative pairs where there are "
+                f"positives of equal labels, got {len(number)} negative pairs where there are "
                 f"{expected}, or pairs of other labels; {remedy}"
             )
         return anchor, positive
 
 
 def _similarity(query: Tensor, target: Tensor, anchor: Tensor, positive: Tensor) -> Tensor:
-    """(pairs,) similarities in float32 or better, by the way that needs less memory."""
+    """(pairs,) similarities in float32 or better, in the way that needs less memory."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         query, target = query.to(dtype), target.to(dtype)

@@ -6,26 +6,29 @@ import open_clip.loss
 from torch import Tensor
 
 from llave_kernels import checks, dispatch
-from llave_kernels.integrations.clip_gather import gathered_clip_loss
+from llave_kernels.distributed_clip import Gather, gathered_clip_loss
 
 
 class ClipLoss(open_clip.loss.ClipLoss):  # type: ignore[misc]
     """``open_clip.loss.ClipLoss`` without the N x N logits: same arguments, same call.
 
-    In the releases' ``open_clip_train/main.py`` it replaces ``create_loss``'s result, in the newest
-    source, where ``create_task`` builds the loss, ``task.loss``.
+    In ``open_clip_train/main.py`` of the releases it takes the place of what ``create_loss``
+    returns. In the newest source ``create_task`` builds the loss, and it takes the place of
+    ``task.loss``.
 
-    At ``alpha=0`` value and gradients are the host's, for every gather setting
-    (``clip_gather.gathered_clip_loss`` tells what each gives). ``local_loss=True,
-    gather_with_grad=True`` is the exact one and the cheapest: one block of rows and one side
-    gathered.
+    At ``alpha=0`` value and gradients are the host's for every setting. ``distributed_clip.Gather``
+    says what each setting gives. ``local_loss=True, gather_with_grad=True`` is exact and the
+    cheapest: it gathers one side only and computes one block of rows.
 
     Args:
-        local_loss, gather_with_grad, cache_labels, rank, world_size: as in the host.
-            ``cache_labels`` has no effect: there are no labels to build.
+        local_loss, gather_with_grad, rank, world_size: as in the host.
+        cache_labels: no effect: there are no labels to build.
         use_horovod: refused.
         alpha: hardness strength of both directions (LLaVE: 9). Default 0: CLIP's loss.
         backend: as in ``llave_kernels.hardness_weighted_contrastive_loss``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value; ``use_horovod=True``.
 
     Example:
         >>> loss_fn = ClipLoss(local_loss=True, gather_with_grad=True, alpha=9.0)
@@ -67,17 +70,11 @@ class ClipLoss(open_clip.loss.ClipLoss):  # type: ignore[misc]
     ) -> Tensor | dict[str, Tensor]:
         """Loss of paired rows (N, D), unit length; 0-d, or ``{"contrastive_loss": loss}``.
 
-        ``logit_bias``, the same for every logit, cancels in a softmax: it gets a gradient of 0.
+        ``logit_bias`` is added to every logit and cancels in a softmax. Its gradient is 0.
         """
+        gather = Gather(self.local_loss, self.gather_with_grad, self.world_size)
         loss = gathered_clip_loss(
-            image_features,
-            text_features,
-            logit_scale,
-            self.alpha,
-            local_loss=self.local_loss,
-            gather_with_grad=self.gather_with_grad,
-            world_size=self.world_size,
-            backend=self.backend,
+            image_features, text_features, logit_scale, self.alpha, gather, self.backend
         )
         if isinstance(logit_bias, Tensor):
             loss = loss + 0.0 * logit_bias.sum()

@@ -1,14 +1,14 @@
 """The losses of tevatron, ``retriever/gc_trainer.py``, fused and hardness-weighted.
 
-Its trainer computes them with ``--grad_cache`` only. Without, its models compute theirs from
-scores: ``scores.CrossEntropyLoss`` takes the place of their ``cross_entropy``.
+tevatron's trainer computes them with ``--grad_cache`` only. Without it the models compute the loss
+from scores: ``llave_kernels.scores.CrossEntropyLoss`` takes the place of their ``cross_entropy``.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing_extensions import Unpack
 
-from llave_kernels.integrations.target_blocks import BlockLoss, DistributedBlockLoss
+from llave_kernels.integrations.gradcache import BlockLoss, BlockSettings, DistributedBlockLoss
 
 
 class SimpleContrastiveLoss(BlockLoss):
@@ -17,8 +17,10 @@ class SimpleContrastiveLoss(BlockLoss):
     Args:
         temperature: 1 / logit scale. Default 1: the host has none, and its ``--temperature`` does
             not reach its loss.
-        alpha: hardness strength (LLaVE: 9). Default 0: the host's loss.
-        settings: as in ``target_blocks.BlockLoss``, which also tells the call.
+        settings: ``gradcache.BlockSettings``. ``gradcache.BlockLoss`` states the call.
+
+    Raises:
+        TypeError, ValueError: as in ``gradcache.BlockLoss``.
 
     Example:
         >>> loss_fn = SimpleContrastiveLoss(temperature=0.02, alpha=9.0)
@@ -26,20 +28,21 @@ class SimpleContrastiveLoss(BlockLoss):
         >>> loss = loss_fn(x, y)  # query i's positive is row 3 i, its mined negatives follow
     """
 
-    def __init__(self, *, temperature: float = 1.0, alpha: float = 0.0, **settings: Any) -> None:
-        super().__init__(temperature, alpha, **settings)
+    def __init__(self, *, temperature: float = 1.0, **settings: Unpack[BlockSettings]) -> None:
+        super().__init__(temperature, **settings)
 
 
 class DistributedContrastiveLoss(DistributedBlockLoss):
     """tevatron's ``DistributedContrastiveLoss``: all processes' rows, times the world size.
 
     Args:
-        n_target: no effect, as there: the shapes tell how many targets a query has.
-        scale_loss, temperature, alpha, settings: as in ``target_blocks.DistributedBlockLoss``,
-            which also tells the call. Default temperature 1: the host has none.
+        n_target: no effect, as in the host: the shapes say how many targets a query has.
+        scale_loss, settings: as in ``gradcache.DistributedBlockLoss``, which states the call.
+        temperature: as in ``SimpleContrastiveLoss``.
 
     Raises:
         RuntimeError: torch.distributed is not initialised.
+        TypeError, ValueError: as in ``gradcache.BlockLoss``.
     """
 
     def __init__(
@@ -48,7 +51,6 @@ class DistributedContrastiveLoss(DistributedBlockLoss):
         scale_loss: bool = True,
         *,
         temperature: float = 1.0,
-        alpha: float = 0.0,
-        **settings: Any,
+        **settings: Unpack[BlockSettings],
     ) -> None:
-        super().__init__(scale_loss, temperature, alpha, **settings)
+        super().__init__(temperature, scale_loss, **settings)

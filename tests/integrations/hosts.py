@@ -1,7 +1,7 @@
-"""What hosts compute that are no package to install beside this one.
+"""The losses of hosts that cannot be installed beside this package.
 
-Written from their sources, argument for argument: tevatron at dd06310, VLM2Vec at 6e1e1d4,
-FlagEmbedding at 7ed43d6, and OpenCLIP at 89fb801, which is newer than its releases.
+They follow the hosts' sources, argument for argument: tevatron at dd06310, VLM2Vec at 6e1e1d4,
+FlagEmbedding at 7ed43d6. OpenCLIP is at 89fb801, which is newer than its releases.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 
 def gather(x: Tensor) -> Tensor:
-    """Every process's rows, of which this process's alone carry a gradient."""
+    """Every process's rows. Only this process's rows carry a gradient."""
     rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, x.detach().contiguous())
     rows[dist.get_rank()] = x
@@ -71,8 +71,9 @@ class vlm2vec:
 class BiEncoder(nn.Module):
     """What the models of tevatron, VLM2Vec and FlagEmbedding do in training, in one process.
 
-    tevatron: ``EncoderModel.forward``. FlagEmbedding: ``AbsEmbedderModel``'s in-batch loss, and
-    with ``in_batch=False`` its loss of each query's own passages.
+    This is tevatron's ``EncoderModel.forward``, and the in-batch loss of FlagEmbedding's
+    ``AbsEmbedderModel``. With ``in_batch=False`` it is the latter's loss of each query's own
+    passages.
     """
 
     def __init__(self, temperature: float) -> None:
@@ -97,7 +98,7 @@ class BiEncoder(nn.Module):
 
 
 class CLIPTask(nn.Module):
-    """``open_clip.task.CLIPTask``: the loss is its ``loss``, called by keywords."""
+    """``open_clip.task.CLIPTask``, which calls its ``loss`` with keywords."""
 
     def __init__(self, model: nn.Module, loss: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""NT-Xent against pytorch-metric-learning's own, alone and inside its wrappers."""
+"""Our NT-Xent loss against pytorch-metric-learning's, alone and inside the host's wrappers."""
 
 from __future__ import annotations
 
@@ -38,12 +38,15 @@ def references_one_match() -> Case:
 
 
 def few_classes() -> Case:
-    """So many pairs that the similarities come from one product."""
+    """There are so many pairs that the similarities come from one product."""
     return rows(40, 64), torch.randint(4, (40,)), None, None
 
 
 def some_positives() -> Case:
-    """So few that they are gathered; anchors without any, labels that are no class numbers."""
+    """There are so few pairs that embeddings are gathered. Some anchors have none.
+
+    The labels are no class numbers.
+    """
     return rows(40, 3), torch.randint(-90, -60, (40,)), None, None
 
 
@@ -72,7 +75,7 @@ def value_and_gradients(loss_fn: Any, case: Case, dtype: torch.dtype) -> list[Te
 
 
 def by_hand(temperature: float, alpha: float) -> Any:
-    """The mean over positive pairs, one by one."""
+    """The mean over positive pairs, computed one by one."""
 
     def loss_fn(
         x: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Any = None
@@ -112,7 +115,7 @@ def test_equals_the_host(case: Any, temperature: float, settings: dict[str, Any]
         return value_and_gradients(loss_fn, drawn, torch.float32)
 
     drawn = case()
-    if "distance" in settings:  # whose logits the host's exponentials bear
+    if "distance" in settings:  # the host's exponentials can bear these logits
         drawn = tuple(x if x is None or i % 2 else x / 4 for i, x in enumerate(drawn))
     expected, found = (result(f(temperature, **settings)) for f in (losses.NTXentLoss, NTXentLoss))
     for a, b in zip(found, expected, strict=True):
@@ -121,7 +124,7 @@ def test_equals_the_host(case: Any, temperature: float, settings: dict[str, Any]
 
 @pytest.mark.parametrize("case", CASES)
 def test_bfloat16_is_not_worse_than_the_host(case: Any) -> None:
-    """Over several draws: a single loss of the host's may be rounded to the right number."""
+    """There are several draws: a single loss of the host's may be right by luck."""
     worse = []
     for _ in range(8):
         drawn = tuple(x.bfloat16() if x is not None and x.dim() == 2 else x for x in case())
@@ -174,7 +177,7 @@ def test_inside_self_supervised_loss(symmetric: bool) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_inside_cross_batch_memory(masked: bool) -> None:
-    """Over steps that fill the memory and wrap around."""
+    """The steps fill the memory and wrap around."""
     pair = [losses.CrossBatchMemory(f(), 8, 30) for f in (losses.NTXentLoss, NTXentLoss)]
     mask = torch.arange(12) < 6 if masked else None
     for _ in range(7):
@@ -229,7 +232,7 @@ def test_no_positives_or_no_negatives_is_zero(labels: Tensor) -> None:
 
 
 def test_a_large_loss_keeps_its_gradient() -> None:
-    """The host adds the smallest float to its ratio: above 87 its gradient is gone."""
+    """The host adds the smallest float to its ratio, so its gradient is 0 above a loss of 87."""
     embeddings = torch.tensor([[1.0, 0], [-1, 0], [1, 0], [-1, 0]])
     labels = torch.tensor([0, 0, 1, 1])
     slight = embeddings + 0.1 * torch.randn(4, 2)

@@ -1,4 +1,4 @@
-"""OpenCLIP's loss class and ours in one process; tests/test_distributed.py covers several."""
+"""OpenCLIP's loss class and ours in one process. tests/test_distributed.py covers several."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 open_clip = pytest.importorskip("open_clip")
 
-from llave_kernels.integrations.llave import WeightedClipLoss  # noqa: E402
+from llave_kernels.integrations.llave_trainer import WeightedClipLoss  # noqa: E402
 from llave_kernels.integrations.open_clip import ClipLoss  # noqa: E402
 from llave_kernels.reference import reference_loss  # noqa: E402
 from tests.helpers import embeddings, relative_error  # noqa: E402
@@ -55,7 +55,7 @@ def test_training_gives_the_hosts_loss_curve() -> None:
 
 
 def create_task(model: nn.Module) -> nn.Module:
-    """The host's, or what it does where the release has none."""
+    """The host's task, or ours that does the same where the release has none."""
     if not hasattr(open_clip, "create_task"):
         return CLIPTask(model, open_clip.loss.ClipLoss())
     settings = {"rank": 0, "world_size": 1, "local_loss": False, "gather_with_grad": False}

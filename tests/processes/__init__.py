@@ -1,4 +1,4 @@
-"""Runs a function in several processes on a CPU, joined by gloo, and collects what it returns."""
+"""Runs a function in several processes on a CPU, joined by gloo, and collects the results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(module: str, function: str, world: int, *, timeout: float = 120) -> list[Any]:
-    """``module.function()`` of each of ``world`` processes, by rank; None where one died.
+    """The results of ``module.function()`` in ``world`` processes, by rank. None where one died.
 
     Raises:
         TimeoutError: a process is still running after ``timeout`` seconds.

@@ -1,6 +1,7 @@
 """What the processes of tests/test_distributed.py compute.
 
-Every process draws the same global batch and takes its own rows."""
+Every process draws the same global batch and takes its own rows.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def rows_of(world: int, *, uneven: bool) -> list[int]:
 
 
 class Batch:
-    """The global batch: raw rows, and per process the rules of its own rows."""
+    """The global batch: each process's raw rows and the rules of these rows."""
 
     def __init__(self, world: int, kinds: tuple[str, ...], *, uneven: bool) -> None:
         generator = torch.Generator().manual_seed(len(kinds) * 10 + uneven)
@@ -60,7 +61,7 @@ class Batch:
             self.settings["target_alpha"] = 2.0
 
     def whole(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """The same in one process: columns counted over all of them."""
+        """The batch in one process, where columns are counted over all rows."""
         starts = [0, *itertools.accumulate(self.columns)]
         parts: dict[str, list[Tensor]] = {}
         for start, n, m, rules in zip(starts, self.rows, self.columns, self.rules, strict=False):
@@ -90,7 +91,7 @@ def averaged(*tensors: Tensor) -> list[Tensor]:
 
 
 def rules() -> dict[tuple[Any, ...], list[Tensor]]:
-    """Loss and gradients of the encoder and the scale, averaged as DDP does."""
+    """The loss and the gradients of the encoder and the scale, averaged as in DDP."""
     rank, world = dist.get_rank(), dist.get_world_size()
     results = {}
     for case in grid(world):
@@ -113,7 +114,7 @@ def rules() -> dict[tuple[Any, ...], list[Tensor]]:
 
 
 def wrapped() -> dict[str, list[Tensor]]:
-    """The module inside DDP and FSDP2: parameters after one step of SGD."""
+    """The parameters after one step of SGD, with the module inside DDP and FSDP2."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
@@ -153,7 +154,7 @@ def wrapped() -> dict[str, list[Tensor]]:
 
 
 def open_clip_settings() -> list[tuple[str, list[Tensor], list[Tensor]]]:
-    """Value and gradients in this process, of the host's class and of ours."""
+    """The value and gradients in this process, of the host's class and of ours."""
     from open_clip.loss import ClipLoss as HostLoss
 
     from llave_kernels.integrations.open_clip import ClipLoss
@@ -178,11 +179,11 @@ def open_clip_settings() -> list[tuple[str, list[Tensor], list[Tensor]]]:
 
 
 def weighted_settings() -> list[tuple[str, list[Tensor], list[Tensor]]]:
-    """The same of the authors' class, against their formula on OpenCLIP's gathered features."""
+    """The same for the authors' class, against their formula on features that OpenCLIP gathers."""
     from open_clip.loss import gather_features
     from torch.nn.functional import cross_entropy
 
-    from llave_kernels.integrations.llave import WeightedClipLoss
+    from llave_kernels.integrations.llave_trainer import WeightedClipLoss
 
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(1)
@@ -224,9 +225,9 @@ def said(call: Callable[[], Any]) -> str:
 
 
 def on_hosts() -> list[tuple[float, int]]:
-    """Loss and number of groups made, if groups took tensors on a GPU only.
+    """The loss and the number of groups made, where groups say that they take GPU tensors only.
 
-    Of the first two processes, which alone know their group, of all, and of all in a new job.
+    For the first two processes, which alone know their group, for all, and for all in a new job.
     """
     pair = [normalize(torch.randn(4, 5), dim=1) for _ in range(2)]
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -259,7 +260,7 @@ def on_hosts() -> list[tuple[float, int]]:
 
 @contextmanager
 def patched_backend() -> Iterator[None]:
-    """Groups say that they take tensors on a GPU only, as those of nccl do."""
+    """Groups say that they take tensors on a GPU only, as nccl's groups do."""
     original, dist.get_backend_config = dist.get_backend_config, lambda group: "cuda:nccl"
     try:
         yield
@@ -278,7 +279,7 @@ def death() -> str:
 
 @contextmanager
 def counted() -> Iterator[list[int]]:
-    """Bytes of tensors this process sends to others in collectives."""
+    """The bytes that this process sends to others in collectives, one entry for each."""
     sent: list[int] = []
     world = dist.get_world_size()
     originals = {
@@ -314,7 +315,7 @@ def traffic() -> int:
 
 
 def peak_memory() -> list[float]:
-    """MB beyond the inputs, at two global batch sizes."""
+    """Peak memory in MB beyond the inputs, at two batch sizes."""
     from pathlib import Path
 
     def status(field: str) -> float:

@@ -1,4 +1,4 @@
-"""A training step under ``torch.compile``, with every loss that gathers across processes."""
+"""A training step under ``torch.compile`` with every loss that gathers across processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from llave_kernels import HardnessWeightedContrastiveLoss
 from llave_kernels.integrations import gradcache, tevatron, vlm2vec
-from llave_kernels.integrations.llave import WeightedClipLoss
+from llave_kernels.integrations.llave_trainer import WeightedClipLoss
 from llave_kernels.integrations.open_clip import ClipLoss
 from llave_kernels.integrations.sentence_transformers import MultipleNegativesRankingLoss
 
@@ -22,7 +22,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def losses() -> Iterator[tuple[str, Loss]]:
-    """By name, called with queries, targets and a learnable scale."""
+    """The losses by name. They are called with queries, targets and a learnable scale."""
     rank, world = dist.get_rank(), dist.get_world_size()
     for name, group in (("world", "world"), ("group", dist.group.WORLD)):
         for symmetric in (True, False):
@@ -53,7 +53,7 @@ def step(encoder: nn.Module, loss: Loss, scale: Tensor, batch: Tensor) -> Tensor
 
 
 def steps() -> dict[str, tuple[list[Tensor], list[Tensor]]]:
-    """Value and gradients in this process, of the step as it is and compiled."""
+    """The value and gradients in this process, of the plain step and of the compiled one."""
     results = {}
     for name, loss in losses():
         torch.manual_seed(dist.get_rank())

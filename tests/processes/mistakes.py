@@ -37,7 +37,9 @@ def with_autocast(enabled: bool, *pair: Tensor) -> None:
 
 
 def hosts() -> dict[str, str]:
-    """Of the classes for hosts, by the setting in which process 1 differs."""
+    """What the classes for hosts say, by the setting in which process 1 differs."""
+    from sentence_transformers import util
+
     from llave_kernels.integrations import gradcache, sentence_transformers, vlm2vec
     from llave_kernels.integrations.open_clip import ClipLoss
 
@@ -92,16 +94,9 @@ def hosts() -> dict[str, str]:
         ),
         "false_negative_margin": ranking(false_negative_margin=0.1 if odd else None),
         "backend of ranking": ranking(backend="torch" if odd else "auto"),
-        "similarity_fct": ranking(
-            similarity_fct=sentence_transformers.util.dot_score
-            if odd
-            else sentence_transformers.util.cos_sim
-        ),
+        "similarity_fct": ranking(similarity_fct=util.dot_score if odd else util.cos_sim),
         "who computes": ranking(
-            similarity_fct=sentence_transformers.util.manhattan_sim
-            if odd
-            else sentence_transformers.util.cos_sim,
-            kind="Cached",
+            similarity_fct=util.manhattan_sim if odd else util.cos_sim, kind="Cached"
         ),
         "columns": ranking(columns=2 + odd),
         "rows": ranking(rows=4 + odd),
@@ -110,7 +105,7 @@ def hosts() -> dict[str, str]:
 
 
 def late() -> list[str]:
-    """What is said of a scale on a device: here it arrives when process 1 has asked twice."""
+    """What is said of a scale on a device. Here it arrives when process 1 has asked twice."""
     rank = dist.get_rank()
     asked: list[int] = []
 
@@ -138,7 +133,7 @@ def late() -> list[str]:
 
 
 def losses() -> dict[str, Any]:
-    """Of the function, and of the module's scale."""
+    """What the function says, and what the module says of its scale."""
     odd = dist.get_rank() == 1
     pair = [normalize(torch.randn(4, 5 + odd), dim=1) for _ in range(2)]
     good = [x[:, :5] for x in pair]

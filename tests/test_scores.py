@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from llave_kernels import hardness_weighted_contrastive_loss
-from llave_kernels.integrations.scores import CrossEntropyLoss, scores_loss
 from llave_kernels.reference import reference_loss
+from llave_kernels.rules import RuleArguments
+from llave_kernels.scores import CrossEntropyLoss, scores_loss
 from tests.helpers import draw_rules, embeddings, loss_and_gradients, relative_error
 from tests.integrations.hosts import BiEncoder
 
@@ -102,8 +104,10 @@ def step(model: BiEncoder, loss_fn: Any, *inputs: Any) -> list[Tensor]:
 @pytest.mark.parametrize("in_batch", [True, False])
 @pytest.mark.parametrize("width", [1, 3, 7])
 def test_cross_entropy_inside_a_hosts_model(width: int, in_batch: bool, hardness: str) -> None:
-    """With in-batch negatives, and with each query's own passages alone, in which case all
-    columns are the row's own whether N divides their number or not."""
+    """With in-batch negatives, and with each query's own passages alone.
+
+    All columns are then the row's own, whether N divides their number or not.
+    """
     model, n = BiEncoder(0.05), 7
     inputs = torch.randn(n, 11), torch.randn(n * width, 11)
     expected = step(model, nn.CrossEntropyLoss(), *inputs, in_batch)
@@ -188,6 +192,13 @@ def test_cross_entropy_names_mistakes() -> None:
         loss_fn(torch.randn(4, 8), torch.arange(5, 9))
     with pytest.raises(TypeError, match="target must be an integer tensor"):
         loss_fn(torch.randn(4, 8), torch.randn(4, 8))
+
+
+def test_the_signature_shows_the_rules() -> None:
+    parameters = inspect.signature(scores_loss).parameters
+    assert {"scores", "logit_scale", "reduction", *RuleArguments.__annotations__} == set(parameters)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'strength'"):
+        scores_loss(torch.randn(3, 3), logit_scale=20.0, strength=1.0)
 
 
 @pytest.mark.parametrize(

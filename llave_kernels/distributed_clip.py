@@ -1,4 +1,4 @@
-"""The four ways in which CLIP trainers gather embeddings across processes."""
+"""The symmetric loss of paired rows over all processes, gathered in one of OpenCLIP's four ways."""
 
 from __future__ import annotations
 
@@ -8,10 +8,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llave_kernels import checks, functional
+from llave_kernels import checks
 from llave_kernels.agreement import agree
 from llave_kernels.distributed import Call, checked, gather_rows, loss_over
 from llave_kernels.functional import hardness_weighted_contrastive_loss
+from llave_kernels.precision import autocast
+
+
+class Gather(NamedTuple):
+    """OpenCLIP's settings, and what they make of a process's loss and gradients.
+
+    | local_loss | gather_with_grad | value | gradients, before they are averaged |
+    |---|---|---|---|
+    | True | True | mean over own rows | exact: their average is the global batch's |
+    | False | True | global mean | exact |
+    | False | False | global mean | of own rows only: their average is exact / world_size |
+    | True | False | mean over own rows | of own rows against constants: not exact |
+
+    The processes' gradients are OpenCLIP's. With both settings True, that of ``logit_scale`` is
+    OpenCLIP's only after the average.
+
+    Attributes:
+        local_loss, gather_with_grad: as in OpenCLIP.
+        world_size: number of processes. 1 gathers nothing.
+    """
+
+    local_loss: bool
+    gather_with_grad: bool
+    world_size: int
 
 
 def gathered_clip_loss(
@@ -19,80 +43,64 @@ def gathered_clip_loss(
     target: Tensor,
     logit_scale: float | Tensor,
     alpha: float,
-    *,
-    local_loss: bool,
-    gather_with_grad: bool,
-    world_size: int,
+    gather: Gather,
     backend: str = "auto",
 ) -> Tensor:
-    """Symmetric loss of paired rows with OpenCLIP's value and gradients in each process.
-
-    | local_loss | gather_with_grad | value | gradients, before they are averaged |
-    |---|---|---|---|
-    | True | True | mean over own rows | exact: their average is the global batch's |
-    | False | True | global mean | the same |
-    | False | False | global mean | of own rows only: their average is exact / world_size |
-    | True | False | mean over own rows | of own rows against constants: not exact |
-
-    In the first setting a process's gradient of ``logit_scale`` agrees once averaged.
+    """Symmetric loss of paired rows, with OpenCLIP's value and gradients in each process.
 
     Args:
         query, target: (N_local, D), row i's positive in row i.
-        logit_scale: float or one-element tensor.
+        logit_scale: float or tensor of one element.
         alpha: hardness strength in both directions.
-        world_size: number of processes; 1 gathers nothing.
+        gather: must be the same on every process.
+        backend: as in ``hardness_weighted_contrastive_loss``.
+
+    Returns:
+        0-d tensor, float32, or float64 for float64 inputs.
 
     Raises:
-        TypeError, ValueError: as in ``distributed_contrastive_loss``; these settings must be the
-            same on every process too.
+        RuntimeError, TypeError, ValueError: as in ``distributed_contrastive_loss``.
     """
-    given: dict[str, Any] = {"logit_scale": logit_scale, "alpha": alpha, "backend": backend}
-    if world_size == 1:
-        paired(query, target)
-        return hardness_weighted_contrastive_loss(query, target, **given)
-    gather = Gather(local_loss, gather_with_grad, world_size)
-    return _over_processes(query, target, given, gather)
+    settings: dict[str, Any] = {"logit_scale": logit_scale, "alpha": alpha, "backend": backend}
+    if gather.world_size == 1:
+        _check_pairs(query, target)
+        return hardness_weighted_contrastive_loss(query, target, **settings)
+    return _over_processes(query, target, settings, gather)
 
 
-def paired(query: Tensor, target: Tensor) -> None:
+def _check_pairs(query: Tensor, target: Tensor) -> None:
     """ValueError unless they have as many rows."""
-    checks.embeddings(*functional.autocast(query, target))
+    checks.embeddings(*autocast(query, target))
     if len(query) != len(target):
         raise ValueError(
             f"query and target must be pairs of rows, got {len(query)} and {len(target)} rows"
         )
 
 
-class Gather(NamedTuple):
-    """OpenCLIP's settings."""
-
-    local_loss: bool
-    gather_with_grad: bool
-    world_size: int
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _over_processes(query: Tensor, target: Tensor, given: dict[str, Any], gather: Gather) -> Tensor:
+def _over_processes(
+    query: Tensor, target: Tensor, settings: dict[str, Any], gather: Gather
+) -> Tensor:
     world = dist.get_world_size()
-    # Where each process's loss is the global mean, the exact gradients are what all add up to.
+    # Each process's loss may be the global mean. The exact gradients are then what all add up to.
     share = 1.0 if gather.local_loss or gather.gather_with_grad else 1.0 / world
 
     def arguments() -> dict[str, Any]:
-        paired(query, target)
+        _check_pairs(query, target)
         if gather.world_size != world:
             raise ValueError(
                 f"world_size must be torch.distributed's, {world}, got {gather.world_size}"
             )
-        scale = given["logit_scale"]
+        scale = settings["logit_scale"]
         if isinstance(scale, Tensor) and not gather.local_loss:
             scale = _SumGradient.apply(scale, 1.0 / (world * share))
-        return {"query": query, "target": target, **given, "logit_scale": scale}
+        return {"query": query, "target": target, **settings, "logit_scale": scale}
 
-    settings = {"the loss": "gathered_clip_loss", **gather._asdict()}
+    told = {"the loss": "gathered_clip_loss", **gather._asdict()}
     if gather.local_loss and not gather.gather_with_grad:
-        call, peers = agree(lambda: checked(**arguments(), settings=settings), None)
+        call, peers = agree(lambda: checked(**arguments(), settings=told), None)
         return _against_constants(call, [peer.rows for peer in peers])
-    loss = loss_over(None, arguments, settings)
+    loss = loss_over(None, arguments, told)
     if gather.local_loss:
         return loss
     mean = loss.detach().clone()
@@ -102,7 +110,11 @@ def _over_processes(query: Tensor, target: Tensor, given: dict[str, Any], gather
 
 
 def _against_constants(call: Call, rows: list[int]) -> Tensor:
-    """Each side's own rows against all rows of the other, which receive no gradient."""
+    """Each side's own rows against all rows of the other side, which receive no gradient.
+
+    Args:
+        rows: number of rows of each process.
+    """
     first = sum(rows[: dist.get_rank()])
     device = call.query.device
     labels = torch.arange(first, first + len(call.query), device=device)
@@ -120,7 +132,7 @@ def _against_constants(call: Call, rows: list[int]) -> Tensor:
 
 
 class _SumGradient(torch.autograd.Function):
-    """The identity; its gradient is the sum over the processes times ``factor``."""
+    """The identity. Its gradient is ``factor`` times the sum over the processes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:

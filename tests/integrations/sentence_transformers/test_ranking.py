@@ -1,11 +1,9 @@
-"""Our twins of sentence-transformers' losses against the host's own."""
+"""Our twins of sentence-transformers' losses against the host's own, for every setting."""
 
 from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,16 +13,23 @@ from torch import Tensor, nn
 
 pytest.importorskip("sentence_transformers")
 
-from sentence_transformers import SentenceTransformer, util
+from sentence_transformers import util
 from sentence_transformers.sentence_transformer import losses as host
 
 from llave_kernels.integrations import sentence_transformers as ours
 from llave_kernels.reference import reference_logsumexp, reference_loss
 from tests.helpers import relative_error
+from tests.integrations.sentence_transformers.twins import (
+    TWINS,
+    assert_equal,
+    batch,
+    compare,
+    encoder,
+    settings,
+    step,
+)
 from tests.processes import run
 
-WORDS, WIDTH, ROWS = 40, 12, 7
-TWINS = ("MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss")
 OTHERS = ("query_to_query", "doc_to_query", "doc_to_doc")
 PARTITIONS = [
     (("query_to_doc", *others), "joint")
@@ -43,80 +48,6 @@ EXTRAS = {
     "target_hardness_strength": 4.0,
     "false_negative_margin": 0.1,
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small tensors gain nothing from threads, which on a busy machine wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-class Encoder(nn.Module):
-    """The mean of the rows' word vectors, plus that of each image, through a layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words = nn.Embedding(WORDS, WIDTH)
-        self.layer = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
-        x = self.words(features["input_ids"]).mean(1)
-        if "pixel_values" in features:
-            counts = features["batch_num_images"]
-            assert len(counts) == len(x)
-            assert counts.sum() == len(features["image_sizes"])
-            samples = torch.arange(len(x)).repeat_interleave(counts)
-            images = features["pixel_values"] * features["image_sizes"][:, :1]
-            x = x.index_add(0, samples, images)
-        return features | {"sentence_embedding": self.layer(x)}
-
-
-def encoder() -> SentenceTransformer:
-    torch.manual_seed(0)
-    return SentenceTransformer(modules=[Encoder()], device="cpu")
-
-
-def batch(columns: int, rows: int = ROWS) -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(rows)
-    return [
-        {"input_ids": torch.randint(WORDS, (rows, 3), generator=generator)} for _ in range(columns)
-    ]
-
-
-def step(loss: nn.Module, features: list[dict[str, Any]]) -> list[Tensor]:
-    """[loss, parameters' gradients]"""
-    loss.model.zero_grad()
-    value = loss(features, torch.empty(0))
-    value.backward()
-    return [value.detach(), *(p.grad.clone() for p in loss.model.parameters())]
-
-
-def assert_equal(found: list[Tensor], expected: list[Tensor], bound: float, case: Any) -> None:
-    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-        # The gradient of what cancels (a bias moves all rows alike) is rounding on both sides.
-        assert relative_error(a, b) < bound or float((a - b).norm()) < 1e-7, (case, i, a, b)
-
-
-def settings(directions: tuple[str, ...], partition: str, mode: str | None) -> dict[str, Any]:
-    return {
-        "directions": directions,
-        "partition_mode": partition,
-        "hardness_mode": mode,
-        "hardness_strength": 5.0 if mode else 0.0,
-    }
-
-
-def compare(
-    name: str, model: Any, features: list[dict[str, Any]], bound: float = 1e-5, **arguments: Any
-) -> None:
-    """Loss and gradients of the two classes of that name."""
-    expected, found = (
-        step(getattr(module, name)(model, **arguments), features) for module in (host, ours)
-    )
-    assert_equal(found, expected, bound, (name, arguments))
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -165,7 +96,7 @@ def test_bfloat16_is_not_worse_than_the_host(
         value.backward()
         return [value.detach(), *(x.grad for x in leaves)]
 
-    # Over several batches: a single loss can be rounded to the right value by luck.
+    # There are several batches: a single loss can be right by luck.
     errors = torch.zeros(2, 4)
     for seed in range(6):
         generator = torch.Generator().manual_seed(seed)
@@ -294,83 +225,8 @@ def test_model_card_entries() -> None:
         assert loss.temperature == theirs.temperature
 
 
-def test_settings_of_the_cached_loss_can_be_assigned() -> None:
-    model = encoder()
-    loss = ours.CachedMultipleNegativesRankingLoss(model, mini_batch_size=3)
-    loss.scale, loss.false_negative_margin, loss.backend = 50.0, 0.05, "torch"
-    plain = ours.MultipleNegativesRankingLoss(
-        model, 50.0, false_negative_margin=0.05, backend="torch"
-    )
-    assert loss.get_config_dict()["false_negative_margin"] == 0.05
-    assert_equal(step(loss, batch(3)), step(plain, batch(3)), 1e-5, "assigned")
-
-
-def with_images(counts: list[int], *, seed: int) -> dict[str, Any]:
-    """A column whose samples have these numbers of images, as LLaVA-OneVision's processor says:
-    images of all samples stacked, counts of the samples that have any."""
-    generator = torch.Generator().manual_seed(seed)
-    images = sum(counts)
-    return {
-        "input_ids": torch.randint(WORDS, (len(counts), 3), generator=generator),
-        "pixel_values": torch.randn(images, WIDTH, generator=generator),
-        "image_sizes": torch.randint(1, 4, (images, 2), generator=generator),
-        "batch_num_images": torch.tensor(counts),
-    }
-
-
-COUNTS = [[2, 1, 3, 1, 2], [2, 0, 1, 1, 1], [0, 0, 1, 2, 0]]
-
-
-@pytest.mark.parametrize("counted_by", ["batch_num_images", "num_images_per_sample"])
-def test_minibatches_hold_the_images_of_their_samples(counted_by: str) -> None:
-    whole = [with_images(counts, seed=i) for i, counts in enumerate(COUNTS)]
-    expected = step(host.MultipleNegativesRankingLoss(encoder()), whole)
-    cut = [dict(column) for column in whole]
-    if counted_by == "num_images_per_sample":
-        for column in cut:
-            counts = column["batch_num_images"]
-            column["num_images_per_sample"] = counts
-            column["batch_num_images"] = counts[counts > 0]
-    before = [{k: v.clone() for k, v in column.items()} for column in cut]
-    for size in (1, 2, 3, 8):
-        loss = ours.CachedMultipleNegativesRankingLoss(encoder(), mini_batch_size=size)
-        assert_equal(step(loss, cut), expected, 1e-5, size)
-    for column, original in zip(cut, before, strict=True):
-        assert column.keys() == original.keys()
-        assert all(torch.equal(column[key], original[key]) for key in column)
-
-
-def test_grids_of_images_are_cut_as_by_the_host() -> None:
-    grids = torch.tensor([[1, 2, 2], [1, 1, 3], [1, 2, 1], [1, 1, 1]])
-    feature = {
-        "input_ids": torch.zeros(3, 2, dtype=torch.int64),
-        "image_grid_thw": grids,
-        "pixel_values": torch.arange(10.0)[:, None].expand(10, 2),
-        "num_images_per_sample": torch.tensor([1, 1, 2]),
-    }
-    assert ours._sliceable(feature).keys() == feature.keys()
-    del feature["num_images_per_sample"]
-    with pytest.raises(ValueError, match="image_grid_thw of shape"):
-        ours._sliceable(feature)
-
-
-@pytest.mark.parametrize("key", ["pixel_values", "batch_num_images", "pixel_values_videos"])
-def test_features_that_cannot_be_cut_are_refused(key: str) -> None:
-    column = with_images([2, 0, 1], seed=0)
-    if key == "pixel_values":
-        del column["batch_num_images"]
-        column["pixel_values"] = column["pixel_values"].repeat(2, 1)
-    elif key == "batch_num_images":
-        column["batch_num_images"] = torch.tensor([2, 1])
-    else:
-        column["pixel_values_videos"] = torch.zeros(2, 4)
-    loss = ours.CachedMultipleNegativesRankingLoss(encoder(), mini_batch_size=2)
-    with pytest.raises(ValueError, match=rf"{key} of shape .* Add num_images_per_sample"):
-        loss([column, column], torch.empty(0))
-
-
 def gathered() -> tuple[list[Any], list[list[Tensor]]]:
-    """In each process: (case, the host's step, ours) of every partition, and ours with extras."""
+    """(case, the host's step, ours) of every partition in each process, and ours with extras."""
     rank = torch.distributed.get_rank()
     features = [{"input_ids": x["input_ids"][rank * 4 : rank * 4 + 4]} for x in batch(3, rows=8)]
 
@@ -388,8 +244,10 @@ def gathered() -> tuple[list[Any], list[list[Tensor]]]:
 
 
 def test_gathered_across_processes() -> None:
-    """Each process's value and gradients are the host's; with our extras, their average is that of
-    one process with all rows."""
+    """Each process's value and gradients are the host's.
+
+    With our own settings, their average is that of one process with all rows.
+    """
     by_rank = run(__name__, "gathered", 2)
     for found, _ in by_rank:
         for case, expected, value in found:
@@ -403,61 +261,3 @@ def test_gathered_across_processes() -> None:
 @pytest.mark.parametrize("name", TWINS)
 def test_gathering_in_one_process_equals_the_host(name: str) -> None:
     compare(name, encoder(), batch(3), gather_across_devices=True)
-
-
-@pytest.fixture(scope="module")
-def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import BertConfig, BertModel, BertTokenizer
-
-    folder = tmp_path_factory.mktemp("bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(WORDS))]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("name", TWINS)
-def test_a_trainers_loss_curve_equals_the_hosts(name: str, tiny_bert: Path, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    pytest.importorskip("accelerate")
-    from sentence_transformers import (
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-    )
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-
-    def sentences(start: int) -> list[str]:
-        return [f"w{(i + start) % WORDS} w{i * 7 % WORDS} w{i * i % WORDS}" for i in range(48)]
-
-    data = datasets.Dataset.from_dict(
-        {"anchor": sentences(0), "positive": sentences(1), "negative": sentences(5)}
-    )
-
-    def curve(module: Any) -> list[float]:
-        transformer = Transformer(str(tiny_bert))
-        pooling = Pooling(transformer.get_embedding_dimension())
-        model = SentenceTransformer(modules=[transformer, pooling], device="cpu")
-        cached = {"mini_batch_size": 4} if name.startswith("Cached") else {}
-        loss = getattr(module, name)(
-            model, hardness_mode="in_batch_negatives", hardness_strength=9.0, **cached
-        )
-        arguments = SentenceTransformerTrainingArguments(
-            output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=8, logging_steps=1,
-            learning_rate=1e-2, report_to="none", save_strategy="no", use_cpu=True, seed=3,
-        )  # fmt: skip
-        trainer = SentenceTransformerTrainer(
-            model=model, args=arguments, train_dataset=data, loss=loss
-        )
-        trainer.train()
-        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-    theirs, found = curve(host), curve(ours)
-    assert len(found) == 6
-    assert found[-1] < found[0]
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(theirs), rtol=1e-4, atol=0.0)

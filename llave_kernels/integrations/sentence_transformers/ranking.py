@@ -1,43 +1,47 @@
-"""sentence-transformers' in-batch negatives losses, fused.
+"""sentence-transformers' loss with in-batch negatives.
 
-A softmax that holds the positive k times, beside terms of log-sum-exp ``n``, has the loss
-``log(k e^p + e^n) - p = log k + softplus(n - p - log k)``. With ``Q`` the anchors, ``P`` the
-positives and ``C`` all candidates (positives, then mined negatives) the terms are
+The host takes a softmax over up to four sets of pairs ("directions"). They share one softmax
+("joint") or have one each ("per_direction"). Let ``Q`` be the queries, ``P`` their positives and
+``C`` all candidates: the positives, then the mined negatives. Each direction is a log-sum-exp per
+row, which one call of a kernel gives:
 
 | direction | log-sum-exp over | kernel call |
 |---|---|---|
-| query_to_doc | row i of Q C^T, hardness-weighted; its positive is a term | (Q, C) |
-| doc_to_query | column i of Q C^T; its positive is a term, once more where the softmax is joint | the target direction of (Q, C); gathered: (P, Q) |
+| query_to_doc | row i of Q C^T, hardness-weighted | (Q, C) |
+| doc_to_query | column i of Q C^T | (Q, C), target direction; gathered: (P, Q) |
 | query_to_query | row i of Q Q^T but i | (Q, Q) |
 | doc_to_doc | row i of P C^T but i's own candidates | (P, C) |
-"""  # noqa: E501
+
+The positive's logit ``p`` stays out of these. A softmax that holds it k times, beside terms of
+log-sum-exp ``n``, has the loss ``log(k e^p + e^n) - p = log k + softplus(n - p - log k)``. It holds
+the positive once, from query_to_doc. A joint softmax holds it once more, from doc_to_query.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 import torch.distributed as dist
 from sentence_transformers import SentenceTransformer, util
 from sentence_transformers.sentence_transformer import losses as host
 from torch import Tensor
-from torch.nn.functional import logsigmoid, normalize
+from torch.nn.functional import normalize
 
 from llave_kernels import checks, dispatch
 from llave_kernels.agreement import Peer, Terms, agree, learns
 from llave_kernels.functional import contrastive_logsumexp, hardness_weighted_contrastive_loss
-from llave_kernels.integrations.minibatches import sliceable as _sliceable
+from llave_kernels.losses import direction_loss
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
 PartitionMode = Literal["joint", "per_direction"]
 HardnessMode = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
 
-# With their defaults.
-OWN_SETTINGS = {"target_hardness_strength": 0.0, "false_negative_margin": None, "backend": "auto"}
+# Our ``hardness`` by the host's ``hardness_mode``.
 HARDNESS = {
     None: "in_batch",  # with a strength of 0
     "in_batch_negatives": "in_batch",
@@ -56,11 +60,19 @@ CITATION = """
 """  # noqa: E501
 
 
-class _ModelCard:
-    """What the host's model cards print."""
+class OwnSettings(TypedDict, total=False):
+    """What ``MultipleNegativesRankingLoss`` takes beyond the host, and states."""
+
+    target_hardness_strength: float
+    false_negative_margin: float | None
+    backend: str
+
+
+class ModelCard:
+    """What the host's model cards print of a loss."""
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The host's settings, and those of ours that are not at their defaults."""
+        """The host's settings, and our own where they differ from their defaults."""
         settings: dict[str, Any] = super().get_config_dict()  # type: ignore[misc]
         own = {name: getattr(self, name) for name in OWN_SETTINGS}
         return settings | {name: x for name, x in own.items() if x != OWN_SETTINGS[name]}
@@ -73,7 +85,7 @@ class _ModelCard:
 
 
 class MultipleNegativesRankingLoss(
-    _ModelCard,
+    ModelCard,
     host.MultipleNegativesRankingLoss,  # type: ignore[misc]
 ):
     """The host's ``MultipleNegativesRankingLoss`` without its similarity matrices.
@@ -90,23 +102,23 @@ class MultipleNegativesRankingLoss(
     | all four directions, ``partition_mode="joint"`` | GTE |
 
     Args:
-        model, scale, directions, partition_mode, hardness_mode, hardness_strength: as in the host.
-            The weight is ``hardness_strength * stop_gradient(similarity)``, not scaled, in
-            ``"query_to_doc"`` only.
+        model, scale, directions, partition_mode, hardness_mode: as in the host.
+        hardness_strength: as in the host. The weight is ``hardness_strength *
+            stop_gradient(similarity)``, not scaled, in ``"query_to_doc"`` only.
         similarity_fct: ``cos_sim``, ``dot_score`` or ``model.similarity`` of such a model. For
             any other function the host's own code computes the loss, with one warning.
         gather_across_devices: as in the host: every process's candidates, with gradients.
-        target_hardness_strength: the weight in ``"doc_to_query"`` too, of the pairs that
+        target_hardness_strength: the weight in ``"doc_to_query"``, of the pairs that
             ``hardness_mode`` selects. Default 0, as in the host.
-        false_negative_margin: leave out negatives of other rows that are more similar than the
-            positive by more than this (Qwen3-Embedding: 0.1). Default: none are left out.
-        backend: as in ``llave_kernels.hardness_weighted_contrastive_loss``.
+        false_negative_margin, backend: as in ``llave_kernels.hardness_weighted_contrastive_loss``.
 
     Raises:
-        ValueError: as in the host; ``target_hardness_strength`` where it would have no effect;
-            ``false_negative_margin`` with ``"query_to_query"`` or ``"doc_to_doc"``, which hold no
-            positive to compare with; either of the two with a ``similarity_fct`` that the host
-            computes.
+        TypeError: an argument of the wrong type.
+        ValueError: as in the host, and for settings that do not go together.
+            ``target_hardness_strength`` needs ``"doc_to_query"`` and a ``hardness_mode`` that
+            selects in-batch pairs. ``false_negative_margin`` does not go with ``"query_to_query"``
+            or ``"doc_to_doc"``, which hold no positive to compare with. Both need a
+            ``similarity_fct`` that is fused.
 
     Example:
         >>> loss = MultipleNegativesRankingLoss(
@@ -157,11 +169,25 @@ class MultipleNegativesRankingLoss(
         self._warned = False
         self.fuses()  # an error or the warning now, not at the first step
 
+    @property
+    def fused_similarity(self) -> str | None:
+        """``"cosine"``, ``"dot"``, or None for a ``similarity_fct`` that is neither."""
+        function = self.similarity_fct
+        model = getattr(function, "__self__", None)
+        name = None
+        if isinstance(model, SentenceTransformer) and function.__name__ == "similarity":
+            name = model.similarity_fn_name
+        elif function in (util.cos_sim, util.pytorch_cos_sim):
+            name = "cosine"
+        elif function == util.dot_score:
+            name = "dot"
+        return name if name in ("cosine", "dot") else None
+
     def fuses(self) -> bool:
-        """Whether our kernels compute ``similarity_fct``; warns once if they do not.
+        """Whether our kernels compute ``similarity_fct``. Warns once where they do not.
 
         Raises:
-            ValueError: settings, which may be assigned at any time, do not go together.
+            ValueError: settings do not go together. They may be assigned at any time.
         """
         strength, margin = self.target_hardness_strength, self.false_negative_margin
         if strength > 0 and (
@@ -178,7 +204,7 @@ class MultipleNegativesRankingLoss(
                 f"false_negative_margin={margin} compares queries with documents; leave "
                 f"{', '.join(same_type)} out of directions"
             )
-        if _similarity_name(self.similarity_fct) is not None:
+        if self.fused_similarity is not None:
             return True
         name = util.similarity_fct_name(self.similarity_fct)
         if strength > 0 or margin is not None:
@@ -202,26 +228,27 @@ class MultipleNegativesRankingLoss(
 
         float32, or float64 for float64 embeddings. ``labels`` is not used, as in the host.
         """
-        if not self.fuses_all(embeddings):
+        if not self.fuses_everywhere(embeddings):
             return super().compute_loss_from_embeddings(embeddings, labels)
-        # In float32 at least, like the host's similarities; autocast has its own say later.
+        # float32 at least, as the host's similarities are. Autocast may round them later.
         embeddings = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in embeddings]
-        if _similarity_name(self.similarity_fct) == "cosine":
+        if self.fused_similarity == "cosine":
             embeddings = [normalize(x, dim=-1) for x in embeddings]
-        (query, positive), gathered, first = embeddings[:2], embeddings, 0
+        query, positive = embeddings[:2]
+        first = 0
         if self.gather_across_devices:
             first = util.get_rank() * len(query)
-            gathered = [util.all_gather_with_grad(x) for x in embeddings]
-        rows = torch.arange(first, first + len(query), device=query.device)
-        return self._loss(query, positive, gathered, rows)
+            embeddings = [util.all_gather_with_grad(x) for x in embeddings]
+        labels = torch.arange(first, first + len(query), device=query.device)
+        return self._loss(query, positive, embeddings[0], torch.cat(embeddings[1:]), labels)
 
-    def fuses_all(self, embeddings: list[Tensor]) -> bool:
-        """``fuses``, of good embeddings; the processes have agreed on what they gather."""
+    def fuses_everywhere(self, embeddings: list[Tensor]) -> bool:
+        """``fuses``, after a check of the embeddings, here and in the processes that gather."""
         if self.gather_across_devices and dist.is_available() and dist.is_initialized():
-            return agree(lambda: (self._fuses(embeddings), self._terms(embeddings)), None)[0]
-        return self._fuses(embeddings)
+            return agree(lambda: (self._fuses_here(embeddings), self._terms(embeddings)), None)[0]
+        return self._fuses_here(embeddings)
 
-    def _fuses(self, embeddings: list[Tensor]) -> bool:
+    def _fuses_here(self, embeddings: list[Tensor]) -> bool:
         for i, x in enumerate(embeddings):
             checks.tensor(f"embeddings[{i}]", x)
         shapes = [tuple(x.shape) for x in embeddings]
@@ -230,7 +257,7 @@ class MultipleNegativesRankingLoss(
         return self.fuses()
 
     def _terms(self, embeddings: list[Tensor]) -> Terms:
-        """What the processes tell each other before they gather. None has a part of its own."""
+        """What the processes tell each other before they gather."""
         settings: dict[str, Any] = {
             "the loss": "MultipleNegativesRankingLoss",
             "the number of columns": len(embeddings),
@@ -241,15 +268,20 @@ class MultipleNegativesRankingLoss(
         }
         names = "directions", "partition_mode", "hardness_mode", "hardness_strength", *OWN_SETTINGS
         settings |= {name: getattr(self, name) for name in names}
-        rows = len(embeddings[0])
-        return Terms(Peer(rows, rows), settings, torch.as_tensor(self.scale, dtype=torch.float64))
+        n = len(embeddings[0])
+        return Terms(Peer(n, n), settings, torch.as_tensor(self.scale, dtype=torch.float64))
 
     def _loss(
-        self, query: Tensor, positive: Tensor, gathered: list[Tensor], rows: Tensor
+        self, query: Tensor, positive: Tensor, queries: Tensor, candidates: Tensor, labels: Tensor
     ) -> Tensor:
-        """Loss of this process's ``query`` and ``positive`` (N, D), at ``rows`` of ``gathered``."""
-        queries, target = gathered[0], torch.cat(gathered[1:])
-        owners = torch.arange(len(target), device=rows.device) % len(queries)
+        """Mean loss of this process's rows; 0-d.
+
+        Args:
+            query, positive: (N, D) this process's rows.
+            queries, candidates: (all N, D), (all M, D) those of all processes: Q and C above.
+            labels: (N,) where this process's rows are among those of all.
+        """
+        owners = torch.arange(len(candidates), device=labels.device) % len(queries)
         to_query, to_same_query, to_same_doc = (
             name in self.directions for name in ("doc_to_query", "query_to_query", "doc_to_doc")
         )
@@ -258,139 +290,38 @@ class MultipleNegativesRankingLoss(
             "hardness": HARDNESS[self.hardness_mode],
             "false_negative_margin": self.false_negative_margin,
             "backend": self.backend,
-            "labels": rows,
+            "labels": labels,
         }
         one_way = settings | {"symmetric": False, "alpha": 0.0}
         main = settings | {
             "alpha": self.hardness_strength if self.hardness_mode is not None else 0.0,
             "target_alpha": self.target_hardness_strength,
-            # Gathered, the columns of this process's documents are not complete.
+            # The columns of this process's documents are complete only where nothing is gathered.
             "symmetric": to_query and len(queries) == len(query),
-            "owners": None if len(target) == len(query) else owners,
+            "owners": None if len(candidates) == len(query) else owners,
         }
         if not (to_query or to_same_query or to_same_doc):
-            return hardness_weighted_contrastive_loss(query, target, **main)
+            return hardness_weighted_contrastive_loss(query, candidates, **main)
 
-        logits = contrastive_logsumexp(query, target, **main)
+        logits = contrastive_logsumexp(query, candidates, **main)
         terms = [logits.query]
         if logits.target is not None:
-            terms.append(logits.target[rows])
+            terms.append(logits.target[labels])
         elif to_query:
             back = one_way | {"alpha": self.target_hardness_strength}
             back["owners"] = owners[: len(queries)]
             terms.append(contrastive_logsumexp(positive, queries, **back).query)
         if self.partition_mode == "per_direction":
-            return -logsigmoid(logits.positive - torch.stack(terms)).mean()
+            return direction_loss(logits.positive, torch.stack(terms)).mean()
         if to_same_query:
             terms.append(contrastive_logsumexp(query, queries, **one_way).query)
         if to_same_doc:
-            one_way |= {"query_ids": rows, "target_ids": owners}
-            terms.append(contrastive_logsumexp(positive, target, **one_way).query)
-        # Of a batch of one every term is -inf, where the gradient of logsumexp is NaN.
+            one_way |= {"query_ids": labels, "target_ids": owners}
+            terms.append(contrastive_logsumexp(positive, candidates, **one_way).query)
+        # In a batch of one every term is -inf, where the gradient of logsumexp is NaN.
         finite = torch.stack(terms).clamp(min=torch.finfo(logits.positive.dtype).min)
-        several = math.log(1 + to_query)  # the softmax holds the positive once or twice
-        return several - logsigmoid(logits.positive + several - finite.logsumexp(0)).mean()
+        log_k = math.log(1 + to_query)  # the softmax holds the positive once or twice
+        return log_k + direction_loss(logits.positive + log_k, finite.logsumexp(0)).mean()
 
 
-class CachedMultipleNegativesRankingLoss(
-    _ModelCard,
-    host.CachedMultipleNegativesRankingLoss,  # type: ignore[misc]
-):
-    """The host's ``CachedMultipleNegativesRankingLoss`` with our ``MultipleNegativesRankingLoss``.
-
-    Same constructor, same call, same value and gradients for every setting. Embeddings are made in
-    mini-batches; the loss itself needs none.
-
-    Mini-batches of images: where a processor stacks all images of a batch (LLaVA-OneVision: any
-    number per sample), ``pixel_values`` and ``image_sizes`` are cut by images per sample, which
-    ``num_images_per_sample`` tells (the host's ``Transformer`` adds it to messages), or else
-    ``batch_num_images`` (from transformers' processor).
-
-    Args:
-        model, scale, similarity_fct, gather_across_devices, directions, partition_mode,
-            hardness_mode, hardness_strength, target_hardness_strength, false_negative_margin,
-            backend: as in ``MultipleNegativesRankingLoss``.
-        mini_batch_size, mini_batch_num_tokens, show_progress_bar: as in the host.
-
-    Raises:
-        ValueError: as in ``MultipleNegativesRankingLoss``; in the call, a feature that is not
-            indexed by sample and cannot be cut.
-
-    Example:
-        >>> loss = CachedMultipleNegativesRankingLoss(model, scale=50.0, mini_batch_size=16)
-    """
-
-    _delegated_to_wrapped_loss = (
-        host.CachedMultipleNegativesRankingLoss._delegated_to_wrapped_loss + tuple(OWN_SETTINGS)
-    )
-
-    def __init__(
-        self,
-        model: Any,
-        scale: float = 20.0,
-        similarity_fct: Similarity = util.cos_sim,
-        mini_batch_size: int = 32,
-        mini_batch_num_tokens: int | None = None,
-        gather_across_devices: bool = False,
-        directions: tuple[Direction, ...] = ("query_to_doc",),
-        partition_mode: PartitionMode = "joint",
-        show_progress_bar: bool = False,
-        hardness_mode: HardnessMode | None = None,
-        hardness_strength: float = 0.0,
-        *,
-        target_hardness_strength: float = 0.0,
-        false_negative_margin: float | None = None,
-        backend: str = "auto",
-    ) -> None:
-        checks.count("mini_batch_size", mini_batch_size, 1)
-        super().__init__(
-            model, mini_batch_size=mini_batch_size, mini_batch_num_tokens=mini_batch_num_tokens,
-            show_progress_bar=show_progress_bar,
-        )  # fmt: skip
-        self.loss = MultipleNegativesRankingLoss(
-            model, scale, similarity_fct, gather_across_devices, directions, partition_mode,
-            hardness_mode, hardness_strength, target_hardness_strength=target_hardness_strength,
-            false_negative_margin=false_negative_margin, backend=backend,
-        )  # fmt: skip
-
-    def __getattr__(self, name: str) -> Any:
-        """Ours live on the wrapped loss, beside the host's, which are properties."""
-        found = super().__getattr__
-        return getattr(found("loss"), name) if name in OWN_SETTINGS else found(name)
-
-    def calculate_loss(
-        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
-    ) -> Tensor:
-        """Loss of each column's mini-batches of embeddings, (mini_batch_size, D) each; 0-d.
-
-        With ``with_backward`` the embeddings receive their gradients and the loss is detached.
-        """
-        embeddings = [torch.cat(column) for column in reps]
-        if _similarity_name(self.loss.similarity_fct) is None:
-            self.loss.fuses_all(embeddings)
-            return super().calculate_loss(reps, labels, with_backward=with_backward)
-        loss = self.loss.compute_loss_from_embeddings(embeddings, labels)
-        if with_backward:
-            loss.backward()  # type: ignore[no-untyped-call]
-            loss = loss.detach()
-        return loss
-
-    def embed_minibatch(
-        self, sentence_feature: dict[str, Any], begin: int, end: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Any]:
-        """The host's, for features that its slicing cuts by sample."""
-        features = _sliceable(sentence_feature)
-        return super().embed_minibatch(features, begin, end, *args, **kwargs)
-
-
-def _similarity_name(similarity_fct: Any) -> str | None:
-    """``"cosine"``, ``"dot"``, or None for what is neither."""
-    model = getattr(similarity_fct, "__self__", None)
-    name = None
-    if isinstance(model, SentenceTransformer) and similarity_fct.__name__ == "similarity":
-        name = model.similarity_fn_name
-    elif similarity_fct in (util.cos_sim, util.pytorch_cos_sim):
-        name = "cosine"
-    elif similarity_fct == util.dot_score:
-        name = "dot"
-    return name if name in ("cosine", "dot") else None
+OWN_SETTINGS: dict[str, Any] = MultipleNegativesRankingLoss.__init__.__kwdefaults__ or {}

@@ -1,4 +1,4 @@
-"""Features of images and videos, for sentence-transformers' slicing into mini-batches."""
+"""Cutting a batch's images and videos into mini-batches of samples."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from sentence_transformers.base.losses import gradcache
 from torch import Tensor
 
-# What the host's slicing cuts by images per sample, and by the cells of a grid.
+# The host's slicing cuts the first by images per sample, and the others by the cells of a grid.
 IMAGE_KEYS = ("pixel_values", "image_position_ids", "image_sizes")
 GRIDS = {
     "image_grid_thw": ("image_grid_thw", "num_images_per_sample"),
@@ -20,12 +20,15 @@ GRIDS = {
 def sliceable(features: dict[str, Any]) -> dict[str, Any]:
     """``features`` with what the host's slicing needs to cut them by sample.
 
-    It cuts images by ``num_images_per_sample``, and by row where that is missing. The
-    ``batch_num_images`` of transformers counts only samples that have images.
+    The host cuts images by ``num_images_per_sample``. Where that is missing it cuts by row.
+    transformers' ``batch_num_images`` counts only the samples that have images, so it stands in
+    only where it has one count for each sample.
+
+    Args:
+        features: a column of the batch, as the processor makes it. It is not changed.
 
     Raises:
-        ValueError: a tensor of several dimensions that would be cut by row although its rows are
-            not the samples'.
+        ValueError: the host would cut a tensor by row, and its rows are not samples.
     """
     if "cu_seq_lens_q" in features:  # flattened tokens, cut by their own lengths
         return features

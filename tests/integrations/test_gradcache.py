@@ -1,4 +1,4 @@
-"""The GradCache family's losses against the hosts' own, alone and in two processes."""
+"""The losses of GradCache, tevatron and VLM2Vec against the hosts' own, in one process and two."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llave_kernels import hardness_weighted_contrastive_loss
 from llave_kernels.integrations import gradcache, tevatron, vlm2vec
-from llave_kernels.integrations.scores import CrossEntropyLoss
 from llave_kernels.integrations.vlm2vec import SimpleContrastiveLoss
 from llave_kernels.reference import reference_loss
+from llave_kernels.scores import CrossEntropyLoss
 from tests.helpers import embeddings, relative_error
 from tests.integrations import hosts
 from tests.processes import run
@@ -29,7 +29,7 @@ from tests.processes import run
 WORLD = 2
 REDUCTIONS = ("mean", "sum")
 OURS = {"gradcache": gradcache, "tevatron": tevatron, "vlm2vec": vlm2vec}
-# (host, constructor's arguments, mined negatives that they allow)
+# (host, positional and named arguments of its class, numbers of mined negatives that fit)
 SIMPLE: list[tuple[str, tuple[Any, ...], dict[str, Any], tuple[int, ...]]] = [
     ("gradcache", (), {}, (0,)),
     ("gradcache", (2,), {}, (2,)),
@@ -53,7 +53,7 @@ DISTRIBUTED: list[tuple[str, tuple[Any, ...], dict[str, Any], tuple[int, ...]]] 
 
 
 def grad_cache(module: str) -> Any:
-    """A module of GradCache, which PyPI installs as ``gradcache`` but imports as ``grad_cache``."""
+    """A module of GradCache. It imports itself as ``grad_cache``; PyPI's is ``gradcache``."""
     if "grad_cache" not in sys.modules and importlib.util.find_spec("grad_cache") is None:
         sys.modules["grad_cache"] = pytest.importorskip("gradcache")
     return importlib.import_module(f"grad_cache.{module}")
@@ -140,7 +140,7 @@ def test_bfloat16_is_not_worse_than_the_host(width: int) -> None:
 @pytest.mark.parametrize("hardness", ["in_batch", "hard_negatives", "all"])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_mined_negatives_are_told_by_their_block(hardness: str, symmetric: bool) -> None:
-    """Against the package's own layout: all positives, then blocks of mined negatives."""
+    """The package's own layout gives the same: all positives, then blocks of mined negatives."""
     n, width = 9, 3
     x, y = embeddings(n, n * width, 16)
     settings = {"hardness": hardness, "symmetric": symmetric, "false_negative_margin": 0.1}
@@ -155,7 +155,7 @@ def test_mined_negatives_are_told_by_their_block(hardness: str, symmetric: bool)
 
     for a, b in zip(found, value_and_gradients(own_layout, x.double(), y.double()), strict=True):
         assert relative_error(a, b) < 1e-5
-    # The same positives given by hand, and last in their blocks.
+    # The same positives are last in their blocks and given by hand.
     last = torch.arange(width - 1, n * width, width)
     rolled = y.view(n, width, -1).roll(-1, 1).flatten(0, 1)
     ids["target_ids"] = ids["target_ids"].view(n, width).roll(-1, 1).flatten()
@@ -204,7 +204,7 @@ def unit(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("ids", [False, True])
 def test_inside_the_gradient_cache(ids: bool) -> None:
-    """Chunks through the real wrapper give the gradients of the whole batch at once."""
+    """Chunks through GradCache's own wrapper give the gradients of the whole batch at once."""
     loss_fn = SimpleContrastiveLoss(0.05, alpha=9.0)
     inputs = torch.randn(10, 11), torch.randn(20, 7)
     given = {"query_ids": torch.arange(10) % 7, "target_ids": torch.arange(20) % 9} if ids else {}
@@ -228,7 +228,7 @@ def own_rows(*tensors: Tensor) -> list[Tensor]:
 
 
 def in_processes() -> dict[Any, Any]:
-    """What each process finds: the hosts' own distributed losses beside ours."""
+    """In each process: the hosts' own distributed losses beside ours."""
     found: dict[Any, Any] = {}
     for (name, args, kwargs, counts), reduction in itertools.product(DISTRIBUTED, REDUCTIONS):
         pair = [m.DistributedContrastiveLoss(*args, **kwargs) for m in (host(name), OURS[name])]
@@ -258,7 +258,7 @@ def cached_inputs() -> tuple[Tensor, Tensor]:
 
 
 def cached_step() -> list[Tensor]:
-    """Gradients after the wrapper's chunks and DDP's average."""
+    """The parameters' gradients after the wrapper's chunks and DDP's average."""
     models = [DistributedDataParallel(f) for f in encoders()]
     loss_fn = vlm2vec.DistributedContrastiveLoss(alpha=9.0, temperature=0.05)
     cache = grad_cache("grad_cache").GradCache(models, 2, loss_fn, get_rep_fn=unit)
@@ -307,7 +307,7 @@ def test_gradient_cache_and_ddp_give_the_global_batch() -> None:
 
 
 def test_a_model_trains_alike_with_and_without_the_gradient_cache() -> None:
-    """The hosts swap their losses: one in the cache, one in the model."""
+    """The hosts have two losses: one in the cache, one in the model."""
     inputs = torch.randn(6, 11), torch.randn(18, 11)
     gradients = {}
     for alpha, cached, ours in itertools.product((0.0, 9.0), (False, True), (False, True)):
