@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,14 +14,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import llave_kernels
+from llave_kernels.backends import cuda, strip_gemm
 from llave_kernels.backends.cuda import _cuda as simulated
+from llave_kernels.backends.protocol import LogSumExps
+from llave_kernels.rules import HARDNESS_MODES, Rules
+from tests.helpers import embeddings
 
 ROOT = Path(__file__).parents[1]
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")  # another Python's build may lie beside
 BUILT = next(Path(llave_kernels.__file__).parent.glob(f"_cuda{SUFFIX}"), None)
 needs_build = pytest.mark.skipif(BUILT is None, reason="the CUDA extension is not built")
+needs_simulation = pytest.mark.skipif(
+    getattr(simulated, "device", "") != "cpu", reason="no simulation"
+)
 ADDRESS = 1 << 20  # aligned, not null, never read
 
 PROBLEM = {
@@ -49,7 +58,7 @@ BACKWARD = (
 # What is called, what is wrong with it, and what the message says.
 MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("problem", {"type": "float64"}, "type = 'float64'; expected float32, bfloat16 or float16"),
-    ("problem", {"hardness": "hard"}, "hardness = 'hard'; expected in_batch"),
+    ("problem", {"hardness": "hard"}, "hardness = 'hard'; expected one of in_batch, hard_neg"),
     ("problem", {"n": 0}, r"n = 0; expected 1 to 2\^31"),
     ("problem", {"m": 1 << 31}, "m = 2147483648; expected"),
     ("problem", {"d": -8}, "d = -8; expected"),
@@ -119,6 +128,85 @@ def test_built_module_refuses_every_mistake() -> None:
         assert re.search(message, text), (name, wrong, text)
 
 
+@needs_simulation
+def test_hardness_modes_are_those_of_the_rules() -> None:
+    assert simulated.hardness_modes == HARDNESS_MODES
+
+
+@needs_simulation
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"owners": None}, "owners = None is not of the expected type"),
+        ({"owner": 0}, "unknown argument: owner"),
+        ({}, "missing argument: type"),
+    ],
+    ids=str,
+)
+def test_a_problem_takes_its_arguments_and_no_others(
+    wrong: dict[str, object], message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        simulated.Problem(**(PROBLEM | wrong if wrong else {}))
+
+
+NOT_INSTALLED = "import llave_kernels; print(llave_kernels.available_backends()['cuda'])"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "not built: llave_kernels is not installed; run pip install . in the folder of py"),
+        ({"cuda_build.txt": "LLAVE_CUDA=0"}, "not built: LLAVE_CUDA=0$"),
+        ({"cuda_build.txt": "built with nvcc"}, rf"not built for this Python: .*{SUFFIX}.*reins"),
+        ({f"_cuda{SUFFIX}": "damaged"}, "cannot be loaded: .*; reinstall"),
+    ],
+    ids=str,
+)
+def test_a_package_without_its_extension_says_why(
+    tmp_path: Path, files: dict[str, str], message: str
+) -> None:
+    package = Path(llave_kernels.__file__).parent
+    leave_out = shutil.ignore_patterns("_cuda*", "cuda_build.txt", "__pycache__")
+    copy = shutil.copytree(package, tmp_path / "llave_kernels", ignore=leave_out)
+    for name, content in files.items():
+        (copy / name).write_text(content)
+    run = subprocess.run(
+        [sys.executable, "-c", NOT_INSTALLED], cwd=tmp_path, capture_output=True, text=True,
+        check=True, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert re.match(message, run.stdout), run.stdout
+
+
+@needs_simulation
+@pytest.mark.parametrize("workspace", [1 << 12, 256 << 20])
+def test_rows_whose_positives_lie_in_order_need_no_labels(
+    monkeypatch: pytest.MonkeyPatch, workspace: int
+) -> None:
+    """In strips, too, of which each but the first begins at another row."""
+    monkeypatch.setattr(strip_gemm, "WORKSPACE", workspace)
+    n, m = 150, 200
+    query, target = embeddings(n, m, 8)
+    rules = Rules(None, None, None, None, None, 9.0, 9.0, "in_batch", None, True)
+    for named in (rules, rules._replace(owners=torch.arange(m) % n, target_alpha=2.0)):
+        each = [
+            outputs_and_gradients(query, target, given)
+            for given in (named, named._replace(labels=torch.arange(n)))
+        ]
+        for without, with_labels in zip(*each, strict=True):
+            assert torch.equal(without, with_labels)
+
+
+def outputs_and_gradients(query: Tensor, target: Tensor, rules: Rules) -> tuple[Tensor, ...]:
+    scale, kept = torch.tensor(20.0), torch.empty(0)
+    outputs = cuda.forward(query, target, scale, rules, kept)
+    upstream = LogSumExps(*(torch.ones_like(x) for x in outputs))
+    gradients = cuda.backward(
+        upstream, query, target, scale, outputs, kept, rules, scale_gradient=True
+    )
+    return *outputs, *gradients
+
+
 @needs_build
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_launch_without_a_device_says_what_cuda_says() -> None:
@@ -130,7 +218,7 @@ def test_a_launch_without_a_device_says_what_cuda_says() -> None:
         assert re.search("device: .*(driver|no CUDA-capable device)", text), text
 
 
-@pytest.mark.skipif(getattr(simulated, "device", "") != "cpu", reason="no simulation")
+@needs_simulation
 def test_workspace_grows_with_a_strip_not_with_its_square() -> None:
     """A strip's parts stay a tenth of its dS."""
     problem = simulated.Problem(**(PROBLEM | {"n": 1 << 16, "m": 1 << 16}))

@@ -32,11 +32,12 @@ def _not_built(error: ImportError) -> str:
     if not isinstance(error, ModuleNotFoundError):
         return f"cannot be loaded: {error}; reinstall llave_kernels on this machine"
     if not BUILD_NOTE.exists():
-        return "llave_kernels is not installed; run pip install . in the folder of pyproject.toml"
+        how = "run pip install . in the folder of pyproject.toml"
+        return f"not built: llave_kernels is not installed; {how}"
     note = BUILD_NOTE.read_text().strip()
     if note.startswith("built"):
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        return f"{note}, but there is no _cuda{suffix} for this Python; reinstall llave_kernels"
+        return f"not built for this Python: {note}, no _cuda{suffix}; reinstall llave_kernels"
     return f"not built: {note}"
 
 
