@@ -17,14 +17,13 @@ from safetensors.torch import save_file
 from transformers import (
     AutoModel,
     LlavaOnevisionConfig,
-    LlavaOnevisionImageProcessor,
-    LlavaOnevisionProcessor,
-    LlavaOnevisionVideoProcessor,
     Qwen2Config,
     Qwen2Tokenizer,
     SiglipVisionConfig,
 )
 
+from llave import onevision
+from llave.backbones import LLAVA_ONEVISION
 from llave.files import (
     folder_beside,
     read_json,
@@ -129,7 +128,7 @@ def convert(
     with reading(src / "config.json"):
         config = _config(settings, shapes, tokenizer)
         config.dtype = dtype
-        words = config.text_config.vocab_size
+        words = config.get_text_config().vocab_size
         with torch.device("meta"):
             model = AutoModel.from_config(config)
     shapes[_WORDS] = (words, *shapes[_WORDS][1:])
@@ -144,7 +143,7 @@ def convert(
         backbone, made = folder / "backbone", folder / "model"
         backbone.mkdir()
         config.save_pretrained(backbone)
-        _processor(config, tokenizer).save_pretrained(backbone)
+        onevision.processor(config, tokenizer).save_pretrained(backbone)
         index = {}
         for number, shard in enumerate(shards, 1):
             part = {}
@@ -220,7 +219,7 @@ def _tokenizer(src: Path) -> Qwen2Tokenizer:
             f"{file} has no merge for {len(lost)} of the vocabulary's words, e.g. {lost[-1]!r}: it "
             "is cut short; download it again"
         )
-    tokenizer.add_tokens(["<image>", "<video>"], special_tokens=True)
+    tokenizer.add_tokens([LLAVA_ONEVISION.image, LLAVA_ONEVISION.video], special_tokens=True)
     return tokenizer
 
 
@@ -374,8 +373,8 @@ def _config(
             f"image_grid_pinpoints={settings['image_grid_pinpoints']} start from {tile} pixels, "
             f"but the vision tower has {size['positions'][0]} patches of {patch} pixels"
         )
-    return LlavaOnevisionConfig(
-        vision_config=SiglipVisionConfig(
+    return onevision.configuration(
+        SiglipVisionConfig(
             hidden_size=size["patches"][0],
             intermediate_size=size["mlp"][0],
             num_hidden_layers=VISION_LAYERS,
@@ -384,27 +383,10 @@ def _config(
             patch_size=patch,
             vision_use_head=False,
         ),
-        text_config=Qwen2Config(
+        Qwen2Config(
             vocab_size=max(size["words"][0], len(tokenizer)),
             **{key: settings[key] for key in _TEXT_KEYS if settings.get(key) is not None},
         ),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        tokenizer,
         image_grid_pinpoints=settings["image_grid_pinpoints"],
-    )
-
-
-def _processor(config: LlavaOnevisionConfig, tokenizer: Qwen2Tokenizer) -> LlavaOnevisionProcessor:
-    vision = config.vision_config
-    pixels = {
-        "size": {"height": vision.image_size, "width": vision.image_size},
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    }
-    return LlavaOnevisionProcessor(
-        image_processor=LlavaOnevisionImageProcessor(**pixels),
-        tokenizer=tokenizer,
-        video_processor=LlavaOnevisionVideoProcessor(**pixels),
-        num_image_tokens=(vision.image_size // vision.patch_size) ** 2,
-        vision_feature_select_strategy="full",
     )

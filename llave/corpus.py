@@ -342,7 +342,7 @@ def _input(row: Row, modalities: list[Any], images: Root) -> Any:
     if row.problem is not None:
         return ValueError(row.problem)
     if row.image is None:
-        return text_input(row.text, modalities)
+        return text_input(row.text or "", modalities)
     try:
         with _source(row, images) as source:
             image = open_rgb(source)

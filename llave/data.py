@@ -3,7 +3,7 @@
 Training rows have ``qry, qry_image_path, pos_text, pos_image_path, neg_text, neg_image_path``,
 evaluation rows ``qry_text, qry_img_path, tgt_text, tgt_img_path`` with lists of candidates, the
 first the right one; newer sets add ``qry_inst`` and ``tgt_inst``. Missing values are empty strings,
-paths are relative to an image folder. Where a path is that of a video or of a folder of frames, it
+paths are relative to a folder. Where a path is that of a video or of a folder of frames, it
 is a video of at most 32 frames (``llave.video.load_frames``). Images of MMEB's own sets, known by
 their names, are taken as they are stored, those of other subsets and tasks as a person sees them
 (``llave.images``).
@@ -11,13 +11,10 @@ their names, are taken as they are stored, those of other subsets and tasks as a
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from functools import cached_property, partial
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -27,18 +24,11 @@ from llave import limits, mmeb
 from llave.chat import placeholder_problem
 from llave.corpus import OnError
 from llave.files import shown
-from llave.images import Pixels, open_rgb
-from llave.modeling import text_input
-from llave.opening import OutsideError, Root
+from llave.media import BrokenMediaError, Media, content_id, make_input, pixel_count
 from llave.subsets import PROBLEM, read_files, subset_files, typed
-from llave.video import frame_files, load_frames
 
 SIDES = (("qry", "qry_image_path"), ("pos_text", "pos_image_path"), ("neg_text", "neg_image_path"))
 COLUMNS = ("anchor", "positive", "negative")
-VIDEO_SUFFIXES = {
-    ".3g2", ".3gp", ".asf", ".avi", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpe",
-    ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv",
-}  # fmt: skip
 FIND_VIDEO = "Find me an video that matches the given caption: "  # "an" is the authors'
 _TEXT, _TEXTS = Value("string"), List(Value("string"))
 TRAINING = Features({column: _TEXT for side in SIDES for column in side})
@@ -46,129 +36,6 @@ EVALUATION = Features(
     dict.fromkeys(("qry_inst", "qry_text", "qry_img_path", "tgt_inst", "caption", "video"), _TEXT)
     | dict.fromkeys(("tgt_text", "tgt_img_path"), _TEXTS)
 )
-
-
-class BrokenImageError(ValueError):
-    """An image or video file that cannot be read."""
-
-
-class Images:
-    """Images and videos below one folder, by path. Paths that lead out are refused.
-
-    Args:
-        root: the folder.
-        pixels: ``"stored"``, which is MMEB's way, or ``"seen"`` (``llave.images``).
-    """
-
-    def __init__(self, root: str | Path | None, pixels: Pixels = "stored") -> None:
-        self._root = None if root is None else Root(root, "images")
-        self.pixels = pixels
-
-    def path(self, name: str) -> Path:
-        """The file or folder of frames of a path as it stands in the data.
-
-        Raises:
-            ValueError: there is no image folder, or the path leaves it.
-            FileNotFoundError: no such file, nor could there be.
-        """
-        try:
-            return self._known().path(name)
-        except FileNotFoundError as error:
-            if self._packed:
-                raise FileNotFoundError(f"{error}; it has archives to unpack") from error
-            raise
-
-    def open(self, path: Path) -> BinaryIO:
-        """A file that ``path`` gave, or one in a folder that it gave, opened for reading.
-
-        Raises:
-            ValueError: it leaves the image folder or is no regular file; OSError: as ``open``.
-        """
-        return self._known().open(path)
-
-    def _known(self) -> Root:
-        if self._root is None:
-            raise ValueError("an image needs an image folder; pass images=")
-        return self._root
-
-    @cached_property
-    def _packed(self) -> bool:
-        """Whether the folder has archives, as large image sets are published."""
-        ends = (".zip", ".tar", ".tar.gz")
-        places = [self._root.folder.glob(deep) for deep in ("*", "*/*")] if self._root else []
-        return any(path.name.endswith(ends) for place in places for path in place)
-
-    def load(self, name: str) -> dict[str, Any]:
-        """The part of an input that shows it: ``image``, in RGB, or ``video``, a list of frames.
-
-        Raises:
-            ValueError, FileNotFoundError: as in ``path``; BrokenImageError: it cannot be read.
-        """
-        path = self.path(name)
-        # The name's suffix: in the hub's cache the file itself has none.
-        kind = "video" if Path(name).suffix.lower() in VIDEO_SUFFIXES or path.is_dir() else "image"
-        try:
-            with ExitStack() as stack:
-                if path.is_dir():
-                    opened = [stack.enter_context(self.open(file)) for file in frame_files(path)]
-                    return {kind: load_frames(opened)}
-                file = stack.enter_context(self.open(path))
-                return {kind: load_frames(file) if kind == "video" else open_rgb(file, self.pixels)}
-        except (OutsideError, ImportError):
-            raise
-        except Exception as error:  # decoders raise errors of many types
-            message = f"{kind} {name!r} in {self._known().folder} cannot be read: {shown(error)}"
-            raise BrokenImageError(message) from error
-
-
-def make_input(text: str, image: str, images: Images) -> str | dict[str, Any]:
-    """What ``model.encode`` takes: the text, or a dict with the opened image or video.
-
-    ``<|image_1|>`` stays in the text: the model's chat template takes it out.
-    """
-    if not image:
-        return text_input(text)
-    made = images.load(image)
-    return made | {"text": text} if text else made
-
-
-def pixel_count(item: str | dict[str, Any]) -> int:
-    """How many pixels the image or the frames of an input have."""
-    return sum(picture.width * picture.height for picture in _pictures(item))
-
-
-def input_batches(
-    items: Sequence[tuple[str, str]], images: Images, size: int
-) -> Iterator[tuple[list[tuple[str, str]], list[Any]]]:
-    """(text, path) pairs and what ``make_input`` makes of them, at most ``size`` at a time.
-
-    A batch ends early where its images have LLAVE_MAX_PIXELS or more.
-    """
-    most = limits.value("LLAVE_MAX_PIXELS")
-    taken, made, pixels = [], [], 0
-    for item in items:
-        taken.append(item)
-        made.append(make_input(*item, images))
-        pixels += pixel_count(made[-1])
-        if len(taken) == size or pixels >= most:
-            yield taken, made
-            taken, made, pixels = [], [], 0
-    if taken:
-        yield taken, made
-
-
-def _pictures(item: str | dict[str, Any]) -> list[Any]:
-    parts = {} if isinstance(item, str) else item
-    return [parts["image"]] if "image" in parts else list(parts.get("video", ()))
-
-
-def content_id(item: str | dict[str, Any]) -> int:
-    """63 bits of what an input says and shows, its text and pixels, in every process and run."""
-    parts = {"text": item} if isinstance(item, str) else item
-    digest = hashlib.blake2b(json.dumps(parts.get("text", "")).encode(), digest_size=8)
-    for picture in _pictures(item):
-        digest.update(b"%d %d " % picture.size + picture.tobytes())
-    return int.from_bytes(digest.digest(), "big") >> 1
 
 
 def load_training(
@@ -222,14 +89,14 @@ def load_training(
             raise ValueError(
                 f"subset {shown(name)} of {source} lacks the columns {', '.join(sorted(missing))}"
             )
-        pictures = Images(images, mmeb.pixels(name))
+        media = Media(images, mmeb.pixels(name))
         rows = rows.add_column("row", np.arange(len(rows)))  # as the source counts them
         if cap is not None and len(rows) > cap:
             rows = rows.shuffle(seed=seed).select(range(cap))
         used = negatives and set(SIDES[2]) <= set(rows.column_names)
         rows = _without_unusable(name, rows, SIDES[: 3 if used else 2], on_error)
         if on_error == "skip":
-            rows = _without_broken(name, rows, pictures)
+            rows = _without_broken(name, rows, media)
         sides = SIDES[: 3 if negatives and _has_negatives(rows) else 2]
         # These columns alone, so that subsets can be joined whatever else they hold.
         rows = rows.select_columns([*(column for side in sides for column in side), "row"])
@@ -287,7 +154,9 @@ def load_evaluation(source: str | Path, task: str) -> list[Candidates]:
             )
         query = _instructed(row.get("qry_inst"), row["qry_text"]), row["qry_img_path"] or ""
         if not any(query):
-            raise ValueError(f"row {number} of task {task}: the query has neither text nor image")
+            raise ValueError(
+                f"row {number} of task {task}: the query has neither text nor image or video"
+            )
         targets = [
             (_instructed(row.get("tgt_inst"), text), path or "")
             for text, path in zip(texts, paths, strict=True)
@@ -346,7 +215,8 @@ def _without_unusable(
         for place, (said, path) in enumerate(pairs):
             problem = problems[place]
             if side != "negative" and not said and not path:
-                problem = problem or f"the {side} has neither text ({text}) nor image ({image})"
+                nothing = f"the {side} has neither text ({text}) nor image or video ({image})"
+                problem = problem or nothing
             problems[place] = problem or placeholder_problem(said or "", 1 if path else 0)
     unusable = [place for place, problem in enumerate(problems) if problem]
     if not unusable:
@@ -360,21 +230,21 @@ def _without_unusable(
     return rows.select([place for place, problem in enumerate(problems) if not problem])
 
 
-def _without_broken(name: str, rows: Dataset, images: Images) -> Dataset:
+def _without_broken(name: str, rows: Dataset, media: Media) -> Dataset:
     paths = [image for _, image in SIDES if image in rows.column_names]
     kept = []
     for number, row in enumerate(rows.select_columns([*paths, "row"])):
         try:
             for path in filter(None, (row[column] for column in paths)):
-                images.load(path)
+                media.load(path)
             kept.append(number)
-        except (FileNotFoundError, BrokenImageError) as error:
+        except (FileNotFoundError, BrokenMediaError) as error:
             if len(kept) == number:
                 first = f"row {row['row']}: {error}"
         except ValueError as error:
             raise ValueError(f"subset {shown(name)}, row {row['row']}: {error}") from error
     if len(kept) < len(rows):
-        left = f"{len(rows) - len(kept)} of {len(rows)} rows left out for broken images"
+        left = f"{len(rows) - len(kept)} of {len(rows)} rows left out for broken images or videos"
         print(shown(f"{name}: {left}, the first {first}"))
     return rows.select(kept)
 
@@ -386,7 +256,7 @@ def _batch(
     root: str | Path | None,
 ) -> dict[str, list[Any]]:
     """Inputs of a batch, of any subsets; what the trainer asks for, in the order it reads them."""
-    pictures = {name: Images(root, mmeb.pixels(name)) for name in set(batch["subset"])}
+    media = {name: Media(root, mmeb.pixels(name)) for name in set(batch["subset"])}
     made: dict[str, list[Any]] = {}
     pixels = 0
     for column, (text, image) in zip(COLUMNS, sides, strict=False):
@@ -394,7 +264,7 @@ def _batch(
         columns = (batch[name] for name in ("subset", "row", text, image))
         for subset, row, said, path in zip(*columns, strict=True):
             try:
-                made[column].append(make_input(said or "", path or "", pictures[subset]))
+                made[column].append(make_input(said or "", path or "", media[subset]))
                 pixels += pixel_count(made[column][-1])
                 limits.check("LLAVE_MAX_BATCH_PIXELS", pixels, "pixels so far", "the batch")
             except (ValueError, OSError) as error:

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from llave.data import Candidates, Images, content_id, input_batches, load_evaluation
+from llave.data import Candidates, load_evaluation
 from llave.embedding import model_fingerprint
 from llave.files import create, shown, sweep, writing
+from llave.media import Media, content_id, input_batches
 from llave.mmeb import METAS, PUBLISHED, PUBLISHED_VIDEO, TASKS, pixels
 from llave.modeling import RefusedItemError, encode
 from llave.sealing import signed, unsigned
@@ -99,12 +100,12 @@ def evaluate(
         folder.mkdir(parents=True, exist_ok=True)
     results = []
     for task in names:
-        file, pictures = _file(folder, task), Images(images, pixels(task))
+        file, media = _file(folder, task), Media(images, pixels(task))
         try:
             rows = load_evaluation(data, task)
-            scored = identity | {"data": data_fingerprint(rows, pictures)}
+            scored = identity | {"data": data_fingerprint(rows, media)}
             if not file.exists():
-                result = score(model, task, rows, pictures, batch_size)
+                result = score(model, task, rows, media, batch_size)
         except (ValueError, OSError) as error:
             raise ValueError(f"task {shown(task)}: {error}") from error
         if file.exists() or not create(file, partial(_write, scored=scored, result=result)):
@@ -144,7 +145,7 @@ def _file(folder: Path, task: str) -> Path:
     return folder / f"{task}.json"
 
 
-def data_fingerprint(rows: Sequence[Candidates], images: Images) -> str:
+def data_fingerprint(rows: Sequence[Candidates], media: Media) -> str:
     """A hash of rows of candidates and of the files they show, wherever those lie."""
     digest = hashlib.blake2b(digest_size=16)
     lists: dict[int, int] = {}  # which rows may share
@@ -157,10 +158,10 @@ def data_fingerprint(rows: Sequence[Candidates], images: Images) -> str:
         digest.update(json.dumps([row.query, lists[key], row.right]).encode())
         paths.add(row.query[1])
     for name in sorted(paths - {""}):
-        path = images.path(name)
+        path = media.path(name)
         frames = sorted(p for p in path.glob("[!.]*") if p.is_file()) if path.is_dir() else [path]
         for file in frames:
-            with images.open(file) as opened:
+            with media.open(file) as opened:
                 digest.update(hashlib.blake2b(opened.read()).digest())
     return digest.hexdigest()
 
@@ -200,7 +201,7 @@ def score(
     model: SentenceTransformer,
     task: str,
     rows: Sequence[Candidates],
-    images: Images,
+    media: Media,
     batch_size: int,
 ) -> Result:
     """Scores of rows of candidates."""
@@ -210,7 +211,7 @@ def score(
             places.setdefault(item, len(places))
     distinct = list(places)
     parts, contents = [], []
-    for items, made in input_batches(distinct, images, batch_size):
+    for items, made in input_batches(distinct, media, batch_size):
         contents += [content_id(one) for one in made]
         parts.append(_embedded(model, items, made, batch_size))
     vectors, ids = np.concatenate(parts).astype(np.float32), np.array(contents)

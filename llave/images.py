@@ -13,7 +13,7 @@ import io
 import os
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -219,7 +219,8 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             if image.mode != "RGB" or "srgb" not in ImageCms.getProfileName(source).lower():
-                return ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
+                made = ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
+                return cast(Image.Image, made)  # None is for those changed in place
         except (ImageCms.PyCMSError, OSError):
             pass  # A profile that is damaged or of other colours: a viewer passes over it.
     return image.convert("RGB")

@@ -22,6 +22,7 @@ from sentence_transformers.base.modality import infer_modality
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from transformers import PretrainedConfig
 
+from llave.backbones import backbone_of
 from llave.chat import chat_template, formatted
 from llave.damage import all_weights, unloadable
 from llave.files import reading, refuse_damaged, refuse_pipes, writing
@@ -51,9 +52,11 @@ def build(
 
     Args:
         backbone: a folder or hub name with model and processor, or a (model, processor) pair, which
-            is copied by way of a temporary folder. LLaVA-OneVision, Qwen2-VL or Qwen2.5-VL, with a
-            tokenizer that knows ``<|im_start|>`` and ``<|im_end|>``.
-        pinpoints: the (height, width) grids an image may be cut into, LLaVA-OneVision only.
+            is copied by way of a temporary folder. Its type is one of :mod:`llave.backbones`:
+            LLaVA-OneVision, Qwen2-VL or Qwen2.5-VL. Its tokenizer knows ``<|im_start|>`` and
+            ``<|im_end|>``.
+        pinpoints: the (height, width) grids an image may be cut into, for a backbone that cuts
+            images into tiles (LLaVA-OneVision).
             Default: {1, 2} x {1, 2} tiles of the vision tower, the paper's {384, 768}^2 for its
             tower. The released LLaVA-OneVision allows up to 6 x 6, far more tokens.
         max_seq_length: tokens of an input with all its images, default the paper's 4096; for video
@@ -85,20 +88,20 @@ def build(
     refuse_changed(Path(backbone))
     # Not AutoConfig, which knows no llava_qwen and so could not point to its conversion.
     model_type = PretrainedConfig.get_config_dict(backbone)[0].get("model_type")
+    kind = backbone_of(model_type)
     with all_weights(backbone):
         transformer = Transformer(
             backbone,
             model_kwargs=model_kwargs,
             processor_kwargs={
-                "chat_template": chat_template(model_type),
+                "chat_template": chat_template(kind),
                 "padding_side": "right",
                 "truncation_side": "right",
                 "model_max_length": max_seq_length,
             },
-            # Packing texts without padding loses Qwen-VL's three-dimensional positions.
-            unpad_inputs=None if model_type == "llava_onevision" else False,
+            unpad_inputs=None if kind.packs_texts else False,  # None: where attention can
         )
-    if model_type == "llava_onevision":
+    if kind.tiled:
         _set_pinpoints(transformer, pinpoints)
     elif pinpoints is not None:
         raise ValueError(
@@ -109,7 +112,7 @@ def build(
     transformer.processor.video_processor.do_sample_frames = False
     tokenizer = formatted(transformer.tokenizer, max_seq_length)
     transformer.processor.tokenizer = tokenizer
-    transformer.processor.chat_template = chat_template(model_type, tokenizer.get_added_vocab())
+    transformer.processor.chat_template = chat_template(kind, tokenizer.get_added_vocab())
     width = transformer.get_embedding_dimension()
     modules = [transformer, Pooling(width, pooling_mode="lasttoken"), Normalize()]
     made = SentenceTransformer(modules=modules, device=device)
@@ -178,7 +181,8 @@ def _probe(model: SentenceTransformer) -> None:
         features = model[0].processor.apply_chat_template([message], **made).to(model.device)
         with torch.no_grad():
             vectors.append(model({**features})["sentence_embedding"][0].float())
-    if torch.allclose(*vectors, rtol=0, atol=1e-6):
+    first, second = vectors
+    if torch.allclose(first, second, rtol=0, atol=1e-6):
         raise ValueError("two texts have the same embedding")
     if any(abs(float(vector.norm()) - 1) > 0.05 for vector in vectors):  # NaN is for who embeds
         raise ValueError("its embeddings do not have the length 1")

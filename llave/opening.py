@@ -72,15 +72,15 @@ class Root:
         except (FileNotFoundError, NotADirectoryError):
             there = False
         except (ValueError, OSError) as error:  # it has a null byte, is too long, links in a circle
-            problem = f"image {name!r:.80} cannot be a path: {error!s:.80}"
+            problem = f"{name!r:.80} cannot be a path: {error!s:.80}"
             raise FileNotFoundError(problem) from error
         if self._base(found) is None:
             raise OutsideError(
-                f"image path {name!r} leaves the image folder {self.folder}; only files in the "
-                f"folder that {self.argument} says are read"
+                f"path {name!r} leaves the folder {self.folder}; only files in the folder that "
+                f"{self.argument} says are read"
             )
         if not there or found == self._bases()[0]:
-            raise FileNotFoundError(f"image {name!r} is not in {self.folder}")
+            raise FileNotFoundError(f"path {name!r} is not in {self.folder}")
         return found
 
     def holds(self, name: str | os.PathLike[str]) -> bool:

@@ -48,7 +48,8 @@ def _module(hook: object) -> str | None:
 
 
 def _reduce(module: nn.Module) -> tuple[Any, ...]:
-    _, _, state, *rest = module.__reduce_ex__(2)
+    reduced: Any = module.__reduce_ex__(2)
+    _, _, state, *rest = reduced
     state = state | {"_forward_hooks": _Hooks(state["_forward_hooks"])}
     if state.get(_HOOKED):
         state[_HOOKED] = _Hooked(True)
@@ -60,5 +61,6 @@ def _make(kind: type[nn.Module], config: Any) -> nn.Module:
     copyreg.pickle(kind, _reduce)
     if config is not None:
         # A process must have constructed one of a class before its outputs can be captured.
-        PreTrainedModel.__init__(kind.__new__(kind), deepcopy(config))
+        constructed: Any = kind.__new__(kind)
+        PreTrainedModel.__init__(constructed, deepcopy(config))
     return kind.__new__(kind)

@@ -13,18 +13,19 @@ from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import (
-    LlavaOnevisionConfig,
-    LlavaOnevisionImageProcessor,
     LlavaOnevisionModel,
     LlavaOnevisionProcessor,
-    LlavaOnevisionVideoProcessor,
     PreTrainedConfig,
     Qwen2Config,
     Qwen2Tokenizer,
     SiglipVisionConfig,
 )
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
+from llave import onevision
+from llave.backbones import LLAVA_ONEVISION
+
+CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+SPECIAL = (*CHATML, LLAVA_ONEVISION.image, LLAVA_ONEVISION.video)
 SMALLEST = 256 + len(SPECIAL)  # a byte-level vocabulary has all bytes
 
 
@@ -48,7 +49,8 @@ def tokenizer(
     )
     small.train_from_iterator(texts, trainer)
     bpe = json.loads(small.to_str())["model"]
-    made = Qwen2Tokenizer(vocab=bpe["vocab"], merges=[tuple(pair) for pair in bpe["merges"]])
+    merges: Any = [tuple(pair) for pair in bpe["merges"]]
+    made = Qwen2Tokenizer(vocab=bpe["vocab"], merges=merges)
     made.add_special_tokens({"additional_special_tokens": list(special)})
     return made
 
@@ -69,7 +71,7 @@ def configurations(
     """
     if tile % patch:
         raise ValueError(f"tile={tile} must be a multiple of patch={patch}")
-    parts = (
+    parts: tuple[tuple[str, type[PreTrainedConfig], dict[str, Any], dict[str, Any]], ...] = (
         (
             "vision",
             SiglipVisionConfig,
@@ -78,7 +80,7 @@ def configurations(
         ),
         ("text", Qwen2Config, text or {}, {"vocab_size": vocabulary}),
     )
-    made = {}
+    made: dict[str, PreTrainedConfig] = {}
     for name, kind, given, ours in parts:
         known = kind().to_dict().keys() - ours.keys()
         if unknown := [setting for setting in given if setting not in known]:
@@ -123,23 +125,6 @@ def llava_onevision(
     """
     parts = configurations(vocabulary=vocabulary, tile=tile, patch=patch, vision=vision, text=text)
     words = tokenizer(texts, vocabulary)
-    config = LlavaOnevisionConfig(
-        **parts,
-        image_token_index=words.convert_tokens_to_ids("<image>"),
-        video_token_index=words.convert_tokens_to_ids("<video>"),
-    )
+    config = onevision.configuration(parts["vision_config"], parts["text_config"], words)
     torch.manual_seed(seed)
-    model = LlavaOnevisionModel(config)
-    pixels: dict[str, Any] = {
-        "size": {"height": tile, "width": tile},
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-    }
-    processor = LlavaOnevisionProcessor(
-        image_processor=LlavaOnevisionImageProcessor(**pixels),
-        video_processor=LlavaOnevisionVideoProcessor(**pixels),
-        tokenizer=words,
-        num_image_tokens=(tile // patch) ** 2,
-        vision_feature_select_strategy="full",
-    )
-    return model, processor
+    return LlavaOnevisionModel(config), onevision.processor(config, words)

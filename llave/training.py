@@ -22,10 +22,11 @@ from transformers import Trainer, get_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from llave import runs, scratch
-from llave.data import content_id, load_training, texts_of
+from llave.data import load_training, texts_of
 from llave.embedding import refuse_not_finite
 from llave.files import escaped, publish, refuse_damaged
 from llave.losses import CachedLLaVELoss, LLaVELoss
+from llave.media import content_id
 from llave.modeling import build
 from llave.processes import from_first, part_at_exit
 from llave.recipe import SECTIONS, Recipe, lora_config, read_recipe

@@ -8,7 +8,7 @@ import re
 from bisect import bisect_right
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from PIL import Image
@@ -19,6 +19,10 @@ from llave.files import left_behind, shown
 from llave.images import IMAGE_SUFFIXES, REMOTE, existing, to_rgb
 from llave.opening import opened
 
+VIDEO_SUFFIXES = {
+    ".3g2", ".3gp", ".asf", ".avi", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpe",
+    ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv",
+}  # fmt: skip
 # What a display matrix does to the axes (x to (a, b), y to (c, d)), as Pillow names it.
 _TURNS = {
     (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
@@ -63,7 +67,8 @@ def load_frames(video: Any, *, fps: float = 3.0, limit: int = 32) -> list[Image.
                 return _decode(file, path, fps, limit)
         frames: list[Any] = list(frame_files(path, limit))
     elif isinstance(video, io.BufferedIOBase):
-        return _decode(video, str(getattr(video, "name", "its content")), fps, limit)
+        path = str(getattr(video, "name", "its content"))
+        return _decode(cast(BinaryIO, video), path, fps, limit)
     elif isinstance(video, (list, tuple)) or (isinstance(video, np.ndarray) and video.ndim == 4):
         path, frames = type(video).__name__, list(video)
     else:
@@ -134,10 +139,11 @@ def _decode(file: BinaryIO, path: str, fps: float, limit: int) -> list[Image.Ima
             # The container knows the main one of several: others are covers and thumbnails.
             number = videos.index(container.streams.best("video")) if len(videos) > 1 else 0
             # Counted: the headers of Matroska, WebM and MPEG-TS do not say how many frames follow.
-            times, ratio, tick = [], 1, None
+            times: list[tuple[int | None, int | None]] = []
+            ratio, tick = Fraction(1), Fraction(1)
             for packet in container.demux(video=number) if videos else ():
                 if packet.size and not packet.is_discard:
-                    tick, ratio = packet.time_base, packet.stream.sample_aspect_ratio or 1
+                    tick, ratio = packet.time_base, packet.stream.sample_aspect_ratio or Fraction(1)
                     times.append((packet.pts, packet.duration))
                     limits.check("LLAVE_MAX_VIDEO_FRAMES", len(times), "frames or more")
             rate = videos[number].average_rate if videos else None
@@ -191,7 +197,7 @@ def _indices(
         rate: frames per second on average, where the file states it.
         fps, limit: as :func:`load_frames` has them.
     """
-    times = sorted(packet for packet in packets if packet[0] is not None)
+    times = sorted((start, length) for start, length in packets if start is not None)
     if len(times) < len(packets):  # raw streams have no times, and so one rate
         wanted = round(len(packets) / rate * fps) if rate else limit
         return uniform_indices(len(packets), min(limit, max(1, wanted)))

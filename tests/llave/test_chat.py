@@ -27,10 +27,9 @@ def picture(seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-@pytest.fixture(scope="module", params=["llava", "2", "2_5"])
+@pytest.fixture(scope="module", params=tiny.BACKBONES)
 def any_model(request) -> SentenceTransformer:
-    backbone = tiny.llava_onevision() if request.param == "llava" else tiny.qwen_vl(request.param)
-    return llave.build(backbone, device="cpu")
+    return llave.build(tiny.BACKBONES[request.param](), device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ for needed in ("sentence_transformers", "datasets", "PIL"):
 from PIL import Image  # noqa: E402
 
 from llave.containers import refuse_inflated  # noqa: E402
-from llave.data import Images  # noqa: E402
+from llave.media import Media  # noqa: E402
 from llave.video import load_frames  # noqa: E402
 from tests.llave.test_limits import grown  # noqa: E402
 
@@ -56,7 +56,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_a_name(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     blank(tmp_path / "video.mp4").rename(tmp_path / name)
-    assert len(Images(tmp_path).load(name)["video"]) == 4
+    assert len(Media(tmp_path).load(name)["video"]) == 4
     monkeypatch.chdir(tmp_path)
     assert len(load_frames(name)) == 4
 
@@ -106,7 +106,7 @@ def test_lists_and_scripts_lead_nowhere(
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.mp4").write_text(SCRIPTS[kind].replace("PLACE", place))
     with pytest.raises(ValueError, match=r"video 'a\.mp4' .* cannot be decoded"):
-        Images(tmp_path / "in").load("a.mp4")
+        Media(tmp_path / "in").load("a.mp4")
     assert not seen
 
 
@@ -123,7 +123,7 @@ def test_references_to_other_files_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.mov").write_bytes(content)
     with pytest.raises(ValueError, match=r"video 'a\.mov' .* (cannot be decoded|has no frames)"):
-        Images(tmp_path / "in").load("a.mov")
+        Media(tmp_path / "in").load("a.mov")
 
 
 def changed(path: Path, box: bytes, offset: int, *values: int) -> Path:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -20,110 +15,20 @@ from sentence_transformers.sentence_transformer.modules import Transformer
 
 import llave
 from llave import convert, sealing
-from llave.cli import main
-from tests.llave import tiny
+from tests.llave import checkpoints, tiny
+from tests.llave.checkpoints import (
+    GRIDS,
+    tower_of_27,
+    write_checkpoint,
+    write_separate_tokenizer_files,
+    write_shards,
+)
 from tests.llave.test_modeling import picture
-
-GRIDS = [[24, 24], [24, 48], [48, 24], [48, 48]]
-TOWER = "model.vision_tower.vision_tower.vision_model."
-
-
-def theirs(name: str) -> str:
-    """The authors' name of a tensor of LlavaOnevisionForConditionalGeneration."""
-    for ours, other in (
-        ("model.vision_tower.vision_model.", TOWER),
-        ("model.vision_tower.", TOWER),
-        ("model.multi_modal_projector.linear_1.", "model.mm_projector.0."),
-        ("model.multi_modal_projector.linear_2.", "model.mm_projector.2."),
-        ("model.language_model.", "model."),
-    ):
-        if name.startswith(ours):
-            return name.replace(ours, other)
-    return name
-
-
-def write_checkpoint(
-    folder: Path, network, *, rows: int | None = None, dtype=torch.float32
-) -> dict[str, torch.Tensor]:
-    """The tensors in the authors' layout; with them the config and tokenizer go to ``folder``."""
-    text = network.config.text_config.to_dict()
-    keys = set(convert._TEXT_KEYS) & text.keys()
-    settings = {key: text[key] for key in keys} | {
-        "architectures": ["LlavaQwenForCausalLM"],
-        "model_type": "llava_qwen",
-        "rope_theta": 10000.0,
-        "mm_hidden_size": tiny.WIDTH,
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_tower": "google/siglip-so400m-patch14-384",
-        "image_aspect_ratio": "anyres_max_9",
-        "image_grid_pinpoints": GRIDS,
-        "vocab_size": text["vocab_size"],
-    }
-    (folder / "config.json").write_text(json.dumps(settings))
-    tiny.tokenizer().save_pretrained(folder)
-    state = {theirs(name): tensor.to(dtype) for name, tensor in network.state_dict().items()}
-    if network.config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    if rows is not None:
-        state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"][:rows].clone()
-    return state
-
-
-def write_separate_tokenizer_files(folder: Path) -> None:
-    """Qwen2's files before tokenizer.json: vocabulary, merges and the added tokens' numbers."""
-    made = json.loads((folder / "tokenizer.json").read_text())
-    (folder / "tokenizer.json").unlink()
-    (folder / "vocab.json").write_text(json.dumps(made["model"]["vocab"]))
-    merges = [" ".join(pair) for pair in made["model"]["merges"]]
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
-    added = {str(token.pop("id")): token for token in made["added_tokens"]}
-    numbers = {token["content"]: int(number) for number, token in added.items()}
-    (folder / "added_tokens.json").write_text(json.dumps(numbers))
-    settings = {
-        "added_tokens_decoder": added,
-        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
-        "chat_template": "{{ messages }}",
-        "eos_token": "<|im_end|>",
-        "model_max_length": 32768,
-        "pad_token": "<|endoftext|>",
-        "tokenizer_class": "Qwen2Tokenizer",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-
-
-def write_shards(folder: Path, state: dict[str, torch.Tensor], count: int) -> None:
-    names = sorted(state)
-    parts = [names[i::count] for i in range(count)]
-    if count == 1:
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    where = {}
-    for number, part in enumerate(parts, 1):
-        file = f"model-{number:05d}-of-{count:05d}.safetensors"
-        save_file({name: state[name] for name in part}, folder / file)
-        where.update(dict.fromkeys(part, file))
-    index = {"metadata": {}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def tower_of_27(state: dict[str, torch.Tensor]) -> list[str]:
-    """SigLIP's last layer and head put back, as in a checkpoint saved before they are dropped."""
-    last = f"{TOWER}encoder.layers.{convert.VISION_LAYERS - 1}."
-    more = {
-        name.replace(f".{convert.VISION_LAYERS - 1}.", f".{convert.VISION_LAYERS}."): tensor.clone()
-        for name, tensor in state.items()
-        if name.startswith(last)
-    }
-    more[f"{TOWER}head.probe"] = torch.zeros(1, 1, tiny.WIDTH)
-    state.update(more)
-    return list(more)
 
 
 @pytest.fixture(scope="module")
 def backbone():
-    return tiny.llava_onevision(
-        vision_layers=convert.VISION_LAYERS, vision_heads=convert.VISION_HEADS
-    )
+    return checkpoints.backbone()
 
 
 @pytest.fixture(scope="module")
@@ -209,135 +114,6 @@ def test_pickled_weights_are_read_only_on_request(backbone, reference, tmp_path)
     np.testing.assert_allclose(found.encode(ITEMS), reference.encode(ITEMS), atol=1e-5)
 
 
-def test_wrong_tensors_are_listed_and_nothing_is_left_behind(backbone, tmp_path):
-    src = tmp_path / "src"
-    src.mkdir()
-    state = write_checkpoint(src, backbone[0])
-    del state["model.norm.weight"], state["model.layers.1.mlp.up_proj.weight"]
-    state["model.surprise"] = torch.zeros(2)
-    state["model.image_newline"] = torch.zeros(5)
-    write_shards(src, state, 1)
-    with pytest.raises(ValueError, match="does not hold") as error:
-        convert.convert(src, tmp_path / "dst")
-    said = str(error.value)
-    assert "unknown: model.surprise" in said
-    assert "language_model.layers.1.mlp.up_proj.weight, language_model.norm.weight" in said
-    assert "model.image_newline (5,), not (32,)" in said
-    assert [entry.name for entry in tmp_path.iterdir()] == ["src"]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"architectures": ["Other"], "model_type": "other"}, "needs no conversion"),
-        ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "list of pairs"),
-        ({"image_grid_pinpoints": [[48, 48]]}, "16 patches of 6 pixels"),
-        ({"mm_projector_type": "linear"}, "mm_projector_type='linear'"),
-        ({"image_aspect_ratio": "pad"}, "image_aspect_ratio='pad'"),
-    ],
-)
-def test_other_configurations_are_refused(backbone, tmp_path, change, message):
-    write_shards(tmp_path, write_checkpoint(tmp_path, backbone[0]), 1)
-    settings = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(settings | change))
-    with pytest.raises(ValueError, match=message):
-        convert.convert(tmp_path, tmp_path / "dst")
-
-
-def test_incomplete_folders_are_refused(backbone, tmp_path):
-    with pytest.raises(ValueError, match=r"no config\.json"):
-        convert.convert(tmp_path, tmp_path / "dst")
-    state = write_checkpoint(tmp_path, backbone[0])
-    with pytest.raises(ValueError, match=r"no model\.safetensors"):
-        convert.convert(tmp_path, tmp_path / "dst")
-    write_shards(tmp_path, state, 2)
-    (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"lacks .*model-00002"):
-        convert.convert(tmp_path, tmp_path / "dst")
-    with pytest.raises(ValueError, match="exists"):
-        convert.convert(tmp_path, tmp_path)
-
-
-DAMAGE = {
-    "empty": lambda data: b"",
-    "cut": lambda data: data[: len(data) // 2],
-    "cut at the end": lambda data: data[:-2],
-    "zeros": lambda data: bytes(len(data)),
-    "a pointer": lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
-    "a page": lambda data: b"<!doctype html><html>Not found</html>",
-    "a list": lambda data: b"[]",
-    "an archive": lambda data: b"PK\x03\x04" + bytes(100),
-}
-
-
-@pytest.mark.parametrize("kind", ["whole", "shards", "separate", "pickled"])
-def test_a_damaged_file_is_named(backbone, tmp_path, kind):
-    src = tmp_path / "src"
-    src.mkdir()
-    state = write_checkpoint(src, backbone[0])
-    if kind == "separate":
-        write_separate_tokenizer_files(src)
-    if kind == "pickled":
-        torch.save(state, src / "pytorch_model.bin")
-    else:
-        write_shards(src, state, 2 if kind == "shards" else 1)
-    for file in sorted(src.iterdir()):
-        whole = file.read_bytes()
-        for name, damage in DAMAGE.items():
-            file.write_bytes(damage(whole))
-            if file.suffix == ".json" and name == "cut at the end":
-                file.write_bytes(whole.rstrip()[:-1])
-            with pytest.raises(ValueError, match=rf"^[^\n]*{file.name} [^\n]*$") as error:
-                convert.convert(src, tmp_path / "dst", allow_pickle=True)
-            assert "download it again" in str(error.value), (file, name)
-            assert [entry.name for entry in tmp_path.iterdir()] == ["src"]
-        file.write_bytes(whole)
-    convert.convert(src, tmp_path / "dst", allow_pickle=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("/etc/passwd.safetensors", "which leaves"),
-        ("../outside.safetensors", "which leaves"),
-        ("inner/../../outside.safetensors", "which leaves"),
-        ("link.safetensors", "which leaves"),
-        ("circle.safetensors", "which leaves|lacks"),
-        ("a\0b.safetensors", "which leaves"),
-        ("folder.safetensors", "is a folder, not a regular file"),
-        ("pickled.bin", r"may name \.safetensors files only"),
-        ("outside", r"may name \.safetensors files only"),
-        ("a\x1b[2J\n.safetensors", "lacks"),
-    ],
-)
-def test_an_index_names_files_of_the_folder(backbone, tmp_path, capsys, name, message):
-    src, dst = tmp_path / "src", tmp_path / "dst"
-    src.mkdir()
-    state = write_checkpoint(src, backbone[0])
-    write_shards(src, state, 2)
-    save_file({"x": torch.zeros(1)}, tmp_path / "outside.safetensors")
-    torch.save(state, src / "pickled.bin")
-    (src / "link.safetensors").symlink_to(tmp_path / "outside.safetensors")
-    (src / "circle.safetensors").symlink_to("circle.safetensors")
-    (src / "folder.safetensors").mkdir()
-    index = src / "model.safetensors.index.json"
-    named = json.loads(index.read_text())
-    named["weight_map"]["model.surprise"] = name
-    index.write_text(json.dumps(named))
-    assert main(["convert", str(src), str(dst)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(message, line)
-    assert line.isprintable()
-    assert not dst.exists()
-
-
-def test_a_checkpoint_with_a_pipe_is_not_waited_for(backbone, tmp_path):
-    write_shards(tmp_path, write_checkpoint(tmp_path, backbone[0]), 1)
-    os.mkfifo(tmp_path / "chat_template.jinja")
-    with pytest.raises(ValueError, match=r"chat_template\.jinja.* is a FIFO, not a regular file"):
-        convert.convert(tmp_path, tmp_path / "dst")
-
-
 def test_what_a_killed_conversion_left_is_removed(backbone, tmp_path):
     write_shards(tmp_path, write_checkpoint(tmp_path, backbone[0]), 1)
     left = tmp_path / "out" / f"dst.{'0' * 32}.tmp"
@@ -345,101 +121,6 @@ def test_what_a_killed_conversion_left_is_removed(backbone, tmp_path):
     (left / "backbone" / "model.safetensors").write_bytes(b"half")
     convert.convert(tmp_path, tmp_path / "out" / "dst")
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["dst"]
-
-
-def test_cut_merges_would_be_another_tokenizer(backbone, tmp_path):
-    write_shards(tmp_path, write_checkpoint(tmp_path, backbone[0]), 1)
-    whole = json.loads((tmp_path / "tokenizer.json").read_text())
-    merges = whole["model"]["merges"]
-    whole["model"]["merges"] = merges[:-3]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
-    last = "".join(merges[-1])
-    with pytest.raises(
-        ValueError, match=rf"tokenizer\.json has no merge for 3 of .* {last!r}: it is"
-    ):
-        convert.convert(tmp_path, tmp_path / "dst")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"hidden_size": "896"},
-        {"num_attention_heads": 0},
-        {"num_hidden_layers": -1},
-        {"architectures": 5, "model_type": None},
-        {"image_grid_pinpoints": []},
-        {"image_grid_pinpoints": [["a", "b"]]},
-    ],
-)
-def test_a_config_of_other_types_is_named(backbone, tmp_path, change):
-    write_shards(tmp_path, write_checkpoint(tmp_path, backbone[0]), 1)
-    settings = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(settings | change))
-    with pytest.raises(ValueError, match=r"config\.json"):
-        convert.convert(tmp_path, tmp_path / "dst")
-
-
-def test_a_damaged_file_is_one_line_of_the_command(backbone, tmp_path, capsys):
-    write_shards(tmp_path, write_checkpoint(tmp_path, backbone[0]), 1)
-    file = tmp_path / "model.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-100])
-    assert main(["convert", str(tmp_path), str(tmp_path / "dst")]) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1
-    assert f"llave convert: error: {file} cannot be read" in said[0]
-    # The image of --check is looked at first.
-    file.write_bytes(whole)
-    (tmp_path / "cat.jpg").write_bytes(b"no image")
-    picture = ["--check", str(tmp_path / "cat.jpg")]
-    assert main(["convert", str(tmp_path), str(tmp_path / "dst"), *picture]) == 2
-    assert "cat.jpg" in capsys.readouterr().err
-    assert not (tmp_path / "dst").exists()
-
-
-def test_a_damaged_model_is_named_when_it_is_loaded(reference, tmp_path, capsys):
-    model = tmp_path / "model"
-    reference.save(str(model), create_model_card=False)
-    for name in ("model.safetensors", "config.json", "tokenizer.json", "modules.json"):
-        whole = (model / name).read_bytes()
-        (model / name).write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(ValueError, match=rf"{name} cannot be read"):
-            llave.load(model)
-        (model / name).write_bytes(whole)
-    (model / "model.safetensors").write_bytes(b"version https://git-lfs")
-    arguments = ["search", "nowhere", "a dog", "--model", str(model)]
-    assert main(arguments) == 2
-    assert "model.safetensors cannot be read" in capsys.readouterr().err
-
-
-PLAIN = b'{"tokenizer_class": "PreTrainedTokenizerFast"}'
-
-
-@pytest.mark.parametrize(
-    ("name", "contents", "message"),
-    [
-        ("chat_template.jinja", b"{% for message in messages %}", "chat_template.jinja cannot be"),
-        ("chat_template.jinja", b"<html>404</html>", "chat_template.jinja .*no text"),
-        ("chat_template.jinja", None, "chat_template.jinja .*no template"),
-        ("tokenizer_config.json", PLAIN, "tokenizer_config.json .*no pad_token"),
-        ("tokenizer_config.json", b"[]", "tokenizer_config.json .*expected a dict"),
-        ("modules.json", b"{}", "modules.json .*expected a list|modules list"),
-        ("tokenizer.json", b"{}", r"model' cannot be loaded \(KeyError"),
-        ("1_Pooling/config.json", b"{}", r"model' cannot be loaded \(TypeError"),
-    ],
-)
-def test_a_file_of_a_model_that_holds_something_else(
-    reference, tmp_path, capsys, name, contents, message
-):
-    model = tmp_path / "model"
-    reference.tokenizer.backend_tokenizer.no_padding()  # once it has padded, tokenizer.json says so
-    reference.save(str(model), create_model_card=False)
-    (model / name).unlink()
-    if contents is not None:
-        (model / name).write_bytes(contents)
-    assert main(["search", "nowhere", "a dog", "--model", str(model)]) == 2
-    *_, line = capsys.readouterr().err.splitlines()
-    assert re.search(message, line)
 
 
 def test_check_prints_the_cards_scores(reference, tmp_path, capsys, monkeypatch):

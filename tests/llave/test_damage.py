@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ for needed in ("sentence_transformers", "torchvision"):
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import llave  # noqa: E402
+from llave.cli import main  # noqa: E402
 from tests.llave import tiny  # noqa: E402
 
 TEXTS = ["a cat", "the video of two dogs"]
@@ -72,13 +74,10 @@ def test_weights_that_no_file_has_are_not_drawn(saved: Path, tmp_path: Path) -> 
         llave.load(folder, device="cpu")
 
 
-@pytest.mark.parametrize("family", ["llava", "2", "2_5"])
-def test_a_model_without_its_tokenizer(saved: Path, tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("model_type", tiny.BACKBONES)
+def test_a_model_without_its_tokenizer(tmp_path: Path, model_type: str) -> None:
     folder = tmp_path / "model"
-    if family == "llava":
-        shutil.copytree(saved, folder)
-    else:
-        llave.build(tiny.qwen_vl(family), device="cpu").save(str(folder))
+    llave.build(tiny.BACKBONES[model_type](), device="cpu").save(str(folder))
     (folder / "tokenizer.json").unlink()
     for left in (True, False):
         if not left:
@@ -107,3 +106,54 @@ def test_a_module_of_another_package(saved: Path, tmp_path: Path) -> None:
     (folder / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(ValueError, match=r"look at modules\.json"):
         llave.load(folder, device="cpu")
+
+
+def test_a_damaged_model_is_named_when_it_is_loaded(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(saved, model)
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "modules.json"):
+        whole = (model / name).read_bytes()
+        (model / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match=rf"{name} cannot be read"):
+            llave.load(model)
+        (model / name).write_bytes(whole)
+    (model / "model.safetensors").write_bytes(b"version https://git-lfs")
+    arguments = ["search", "nowhere", "a dog", "--model", str(model)]
+    assert main(arguments) == 2
+    assert "model.safetensors cannot be read" in capsys.readouterr().err
+
+
+PLAIN = b'{"tokenizer_class": "PreTrainedTokenizerFast"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "message"),
+    [
+        ("chat_template.jinja", b"{% for message in messages %}", "chat_template.jinja cannot be"),
+        ("chat_template.jinja", b"<html>404</html>", "chat_template.jinja .*no text"),
+        ("chat_template.jinja", None, "chat_template.jinja .*no template"),
+        ("tokenizer_config.json", PLAIN, "tokenizer_config.json .*no pad_token"),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json .*expected a dict"),
+        ("modules.json", b"{}", "modules.json .*expected a list|modules list"),
+        ("tokenizer.json", b"{}", r"model' cannot be loaded \(KeyError"),
+        ("1_Pooling/config.json", b"{}", r"model' cannot be loaded \(TypeError"),
+    ],
+)
+def test_a_file_of_a_model_that_holds_something_else(
+    saved: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    contents: bytes | None,
+    message: str,
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(saved, model)
+    (model / name).unlink()
+    if contents is not None:
+        (model / name).write_bytes(contents)
+    assert main(["search", "nowhere", "a dog", "--model", str(model)]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert re.search(message, line)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,8 +18,9 @@ from datasets import Dataset, DatasetDict  # noqa: E402
 from PIL import Image  # noqa: E402
 from sentence_transformers.base.data_collator import BaseDataCollator  # noqa: E402
 
-from llave import data  # noqa: E402
-from llave.data import content_id, load_evaluation, load_training, make_input  # noqa: E402
+from llave import data, media  # noqa: E402
+from llave.data import load_evaluation, load_training  # noqa: E402
+from llave.media import content_id  # noqa: E402
 from llave.training import joined  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -86,28 +84,13 @@ def test_files_and_folders_of_files(folders: Folders, name: str, suffix: str) ->
     assert row["label"] == [content_id("p1")]
 
 
-def test_what_an_input_is(folders: Folders) -> None:
-    images = data.Images(folders.images)
-    assert make_input("words", "", images) == "words"
-    assert set(make_input("words", "1.png", images)) == {"text", "image"}
-    assert set(make_input("", "1.png", images)) == {"image"}
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "P", "L", "LA", "1", "CMYK"])
-def test_images_become_rgb(folders: Folders, mode: str) -> None:
-    suffix = "tiff" if mode == "CMYK" else "png"
-    Image.new(mode, (4, 4)).save(folders.images / f"other.{suffix}")
-    opened = data.Images(folders.images).load(f"other.{suffix}")["image"]
-    assert (opened.mode, opened.size) == ("RGB", (4, 4))
-
-
 def test_images_are_opened_when_a_row_is_read(
     folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    really = data.open_rgb
+    really = media.open_rgb
     monkeypatch.setattr(
-        data, "open_rgb", lambda file, way: opened.append(file.name) or really(file, way)
+        media, "open_rgb", lambda file, way: opened.append(file.name) or really(file, way)
     )
     folders.write("a", pairs(6))
     subset = folders.load(cap=5)
@@ -132,7 +115,7 @@ def test_negatives_are_a_column_where_rows_have_them(folders: Folders) -> None:
 @pytest.mark.parametrize("name", ["a\0.png", "a" * 5000])
 def test_what_cannot_be_a_path_is_named_or_left_out(folders: Folders, name: str) -> None:
     folders.write("a", [*pairs(1), ("q", name, "p", "", "", ""), *pairs(1, 2)])
-    with pytest.raises(ValueError, match=r"subset a, row 1: image 'a.* cannot be a path"):
+    with pytest.raises(ValueError, match=r"subset a, row 1: 'a.* cannot be a path"):
         folders.load()[:]
     assert len(folders.load(on_error="skip")) == 2
 
@@ -183,30 +166,6 @@ def test_cap_is_a_seeded_choice(folders: Folders) -> None:
     assert len(folders.load(cap=40)) == 40
 
 
-def test_content_ids_are_the_same_in_every_process() -> None:
-    code = (
-        "from PIL import Image; from llave.data import content_id\n"
-        "print(content_id({'text': 'a cat', 'image': Image.new('RGB', (3, 2), 'teal')}))"
-    )
-    made = content_id({"text": "a cat", "image": Image.new("RGB", (3, 2), "teal")})
-    environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) == made
-
-
-def test_content_ids_tell_contents_apart() -> None:
-    shapes = (((4, 2), "red"), ((2, 4), "red"), ((4, 2), "blue"))
-    images = [Image.new("RGB", size, colour) for size, colour in shapes]
-    contents = ["a", "ab", "é", "", *({"image": image} for image in images)]
-    contents += [{"image": images[0], "text": text} for text in ("a", "b")]
-    ids = [content_id(content) for content in contents]
-    assert len(set(ids)) == len(ids)
-    assert all(0 <= number < 2**63 for number in ids)
-    assert content_id("a") == content_id({"text": "a"})
-
-
 def test_the_same_picture_in_two_files_is_one_content(folders: Folders) -> None:
     Image.open(folders.images / "1.png").save(folders.images / "again.bmp")
     folders.write("a", [("q", "", MARK, name, "", "") for name in ("1.png", "again.bmp", "2.png")])
@@ -215,7 +174,7 @@ def test_the_same_picture_in_two_files_is_one_content(folders: Folders) -> None:
 
 
 BROKEN = [
-    ("gone.png", "image 'gone.png' is not in"),
+    ("gone.png", "path 'gone.png' is not in"),
     ("text.png", "image 'text.png' in .* cannot be read"),
     ("cut.png", "image 'cut.png' in .* cannot be read"),
 ]
@@ -246,22 +205,16 @@ def test_broken_images_are_named_or_left_out(
     kept = folders.load(on_error="skip")
     assert queries(kept) == [f"{MARK}q{n}" for n in (0, 1, 2, 3, 5)]
     assert len(kept[:]["anchor"]) == 5
-    assert "a: 1 of 6 rows left out for broken images" in capsys.readouterr().out
+    assert "a: 1 of 6 rows left out for broken images or videos" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_paths_that_leave_the_folder_are_always_errors(folders: Folders, name: str) -> None:
     with_image(folders, name)
-    with pytest.raises(ValueError, match=r"subset a, row 4: image path .* leaves the image folder"):
+    with pytest.raises(ValueError, match=r"subset a, row 4: path .* leaves the folder"):
         folders.load()[:]
-    with pytest.raises(ValueError, match="leaves the image folder"):
+    with pytest.raises(ValueError, match="leaves the folder"):
         folders.load(on_error="skip")
-
-
-def test_links_inside_the_folder_are_followed(folders: Folders) -> None:
-    (folders.images / "again.png").symlink_to(folders.images / "1.png")
-    opened = data.Images(folders.images).load("again.png")["image"]
-    assert opened.getpixel((0, 0)) == (40, 0, 0)
 
 
 def test_a_broken_image_has_its_row_number_of_before_the_cap(folders: Folders) -> None:
@@ -269,13 +222,13 @@ def test_a_broken_image_has_its_row_number_of_before_the_cap(folders: Folders) -
     rows[17] = ("q", "gone.png", "p", "", "", "")
     folders.write("a", rows)
     seed = next(s for s in range(99) if "q" in queries(folders.load(cap=30, seed=s)))
-    with pytest.raises(ValueError, match=r"subset a, row 17: image 'gone.png'"):
+    with pytest.raises(ValueError, match=r"subset a, row 17: path 'gone.png'"):
         folders.load(cap=30, seed=seed)[:]
 
 
 def test_skipping_still_needs_an_image_folder(folders: Folders) -> None:
     folders.write("a", pairs(3))
-    with pytest.raises(ValueError, match="needs an image folder; pass images="):
+    with pytest.raises(ValueError, match=r"needs the folder that .*; pass images="):
         load_training(folders.source, on_error="skip")
 
 
@@ -294,11 +247,6 @@ def test_an_oversized_image_is_a_broken_one(
         folders.load()[:]
     monkeypatch.setenv("LLAVE_MAX_PIXELS", "4096")
     assert folders.load()[0]["anchor"]["image"].size == (64, 64)
-
-
-def test_a_text_that_looks_like_an_address_stays_a_text(folders: Folders) -> None:
-    address = "http://example.org/a.jpg"
-    assert make_input(address, "", data.Images(folders.images)) == {"text": address}
 
 
 def collated(dataset: Dataset, rows: list[int]) -> dict[str, Any]:
@@ -395,7 +343,9 @@ def test_evaluation_rows(folders: Folders) -> None:
 
 
 def test_evaluation_rows_without_a_query_are_named(folders: Folders) -> None:
-    with pytest.raises(ValueError, match="row 0 of task t: the query has neither text nor image"):
+    with pytest.raises(
+        ValueError, match="row 0 of task t: the query has neither text nor image or video"
+    ):
         evaluation(folders, qry_text=None)
     assert evaluation(folders, qry_text="", qry_inst="Find it.")[0].query == ("Find it.", "")
 

@@ -218,13 +218,13 @@ def test_batches_of_nothing_are_refused(tmp_path: Path) -> None:
     [
         (("red", "", [], []), "row 0 of task bad has 0 candidate texts"),
         (("red", "", ["", ""], ["red.png"]), "has 2 candidate texts and 1 candidate images"),
-        (("", "none.png", ["red"], [""]), "image 'none.png' is not in"),
+        (("", "none.png", ["red"], [""]), "path 'none.png' is not in"),
         (
             ("", "../secret.png", ["red"], [""]),
-            "image path '../secret.png' leaves the image folder",
+            "path '../secret.png' leaves the folder",
         ),
-        (("", "/etc/hostname", ["red"], [""]), "image path '/etc/hostname' leaves the image"),
-        (("", "link.png", ["red"], [""]), "image path 'link.png' leaves the image folder"),
+        (("", "/etc/hostname", ["red"], [""]), "path '/etc/hostname' leaves the"),
+        (("", "link.png", ["red"], [""]), "path 'link.png' leaves the folder"),
         (("", "broken.png", ["red"], [""]), "image 'broken.png' in .* cannot be read"),
     ],
 )
@@ -264,7 +264,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(
     write(data, "a", ("red", "", ["red", "blue"], ["", ""]))
     write(data, "b", ("", "late.png", ["blue"], [""]))
     out, model = tmp_path / "out", ByColour()
-    with pytest.raises(ValueError, match="task b: image 'late\\.png' is not in"):
+    with pytest.raises(ValueError, match="task b: path 'late\\.png' is not in"):
         evaluate(model, ["a", "b"], data=data, images=images, out=out)
     assert [path.name for path in out.iterdir()] == ["a.json"]
     assert model.encoded == 2

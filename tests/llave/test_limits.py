@@ -25,8 +25,9 @@ from PIL import Image, UnidentifiedImageError  # noqa: E402
 
 from llave import data, jsonl, limits  # noqa: E402
 from llave.corpus import Source, load_inputs  # noqa: E402
-from llave.data import Images, input_batches, load_training  # noqa: E402
+from llave.data import load_training  # noqa: E402
 from llave.images import FORMATS, open_rgb  # noqa: E402
+from llave.media import Media, input_batches  # noqa: E402
 from llave.sealing import checksum  # noqa: E402
 from llave.shards import MANIFEST, ranges, read_manifest, read_shard  # noqa: E402
 from llave.subsets import typed as retyped  # noqa: E402
@@ -148,7 +149,7 @@ def test_candidates_are_encoded_in_batches_that_fit(
     items = [("", f"{number}.png") for number in range(5)] + [("a", ""), ("b", "")]
     for limit, lengths in (("250", [3, 4]), ("200", [2, 2, 3]), ("10000", [4, 3])):
         monkeypatch.setenv("LLAVE_MAX_PIXELS", limit)
-        batches = list(input_batches(items, Images(tmp_path), 4))
+        batches = list(input_batches(items, Media(tmp_path), 4))
         assert [len(made) for _, made in batches] == lengths
         assert [item for taken, _ in batches for item in taken] == items
 
@@ -194,7 +195,7 @@ def test_no_program_is_started_for_an_image(tmp_path: Path, ghostscript: Path) -
         with pytest.raises(UnidentifiedImageError, match="of a kind that Pillow does not"):
             open_rgb(file)
     with pytest.raises(ValueError, match="cannot be read"):
-        Images(tmp_path).load("a.png")
+        Media(tmp_path).load("a.png")
     assert not ghostscript.exists()
 
 

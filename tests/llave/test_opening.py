@@ -22,7 +22,8 @@ from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from llave.data import Images, load_training  # noqa: E402
+from llave.data import load_training  # noqa: E402
+from llave.media import Media  # noqa: E402
 from llave.opening import OutsideError, Root, opened  # noqa: E402
 from tests.llave.test_embedding import quick, read, write_jsonl  # noqa: E402
 from tests.llave.test_subsets import card, rows, write  # noqa: E402
@@ -122,7 +123,7 @@ SPECIAL = ["fifo.png", "fifo.mp4", "socket.png", "clip"]
 def test_special_files_of_a_data_set_are_refused_at_once(special: Path, name: str) -> None:
     pytest.importorskip("av")
     with pytest.raises(ValueError, match=r"is a (FIFO|socket), not a regular file"):
-        Images(special).load(name)
+        Media(special).load(name)
 
 
 @pytest.mark.parametrize("name", ["fifo.png", "socket.png", "clip", "null.png"])
@@ -188,7 +189,7 @@ def test_a_corpus_is_read_inside_the_folder_that_is_chosen(
         write_jsonl(source, values)
     else:
         pq.write_table(pa.Table.from_pylist(values), source)
-    with pytest.raises(ValueError, match=r"row 0 .* leaves the image folder .* image_root says"):
+    with pytest.raises(ValueError, match=r"row 0 .* leaves the folder .* image_root says"):
         quick(source, tmp_path / "out")
     assert len(quick(source, tmp_path / "out", on_error="skip").skipped) == 1
     if way == "ABSOLUTE":
@@ -216,7 +217,7 @@ def test_frames_that_lead_out_are_always_an_error(tmp_path: Path) -> None:
     (tmp_path / "images" / "clip" / "1.png").symlink_to(tmp_path / "secret.png")
     write(tmp_path / "train" / "a.jsonl", rows("a", qry_image_path="clip"))
     for on_error in ("raise", "skip"):
-        with pytest.raises(ValueError, match=r"row 0: image path .* leaves the image folder"):
+        with pytest.raises(ValueError, match=r"row 0: path .* leaves the folder"):
             load_training(tmp_path / "train", images=tmp_path / "images", on_error=on_error)["a"][0]
 
 

@@ -261,7 +261,7 @@ def test_the_cache_of_the_hub(tmp_path: Path) -> None:
     (snapshot / "out.png").symlink_to(tmp_path / "secret.png")
     (tmp_path / "secret.png").touch()
     write(tmp_path / "c" / "c.jsonl", rows("c", qry_image_path="out.png"))
-    with pytest.raises(ValueError, match="leaves the image folder"):
+    with pytest.raises(ValueError, match="leaves the folder"):
         load_training(tmp_path / "c", images=snapshot)["c"][0]
 
 

@@ -347,17 +347,10 @@ def test_without_pyav_a_file_says_what_to_install(tmp_path, monkeypatch):
         load_frames(path)
 
 
-BACKBONES = {
-    "llava_onevision": tiny.llava_onevision,
-    "qwen2_vl": lambda: tiny.qwen_vl("2"),
-    "qwen2_5_vl": lambda: tiny.qwen_vl("2_5"),
-}
-
-
-@pytest.fixture(scope="module", params=BACKBONES)
+@pytest.fixture(scope="module", params=tiny.BACKBONES)
 def model(request):
     """Of a backbone whose processor samples four frames, as a published one may."""
-    network, processor = BACKBONES[request.param]()
+    network, processor = tiny.BACKBONES[request.param]()
     processor.video_processor.do_sample_frames = True
     processor.video_processor.num_frames = 4
     return llave.build((network, processor), device="cpu")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import transformers
 from transformers import (
@@ -21,7 +24,6 @@ TILE = 24  # pixels: 4 x 4 patches of 6, 16 tokens
 PATCH = 6
 WIDTH = 32
 VOCABULARY = 400  # rows of the embedding, more than the tokenizer has tokens
-CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 WORDS = (
     "You are a helpful assistant. system user assistant\n\n Represent the given image. "
     "A cat and a dog, a cat and a tiger. What is in the image\n the video"
@@ -34,7 +36,7 @@ def tokenizer(*extra: str) -> Qwen2Tokenizer:
     Args:
         extra: special tokens after ChatML's.
     """
-    special = (*CHATML, *extra)
+    special = (*scratch.CHATML, *extra)
     return scratch.tokenizer([WORDS] * 4, 340 + len(special), special)
 
 
@@ -124,6 +126,14 @@ def qwen_vl(version: str) -> tuple[torch.nn.Module, transformers.ProcessorMixin]
         video_processor=transformers.Qwen2VLVideoProcessor(**pixels),
     )
     return model, processor
+
+
+# By the model types of llave.backbones.
+BACKBONES: dict[str, Callable[[], tuple[torch.nn.Module, transformers.ProcessorMixin]]] = {
+    "llava_onevision": llava_onevision,
+    "qwen2_vl": partial(qwen_vl, "2"),
+    "qwen2_5_vl": partial(qwen_vl, "2_5"),
+}
 
 
 def _spread(model: torch.nn.Module) -> torch.nn.Module:
