@@ -12,7 +12,7 @@ import pytest
 for needed in ("sentence_transformers", "datasets", "accelerate", "yaml", "torchvision"):
     pytest.importorskip(needed)
 
-from hypothesis import given, settings  # noqa: E402
+import hypothesis  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from llave import runs, trainer_settings, yaml12  # noqa: E402
@@ -133,8 +133,8 @@ LOOKALIKES = st.sampled_from(
 )
 
 
-@settings(deadline=None)
-@given(
+@hypothesis.settings(deadline=None)
+@hypothesis.given(
     st.recursive(
         PLAIN | LOOKALIKES,
         lambda inner: st.lists(inner) | st.dictionaries(st.text() | LOOKALIKES, inner),
