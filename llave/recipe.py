@@ -7,7 +7,16 @@ import os
 from enum import Enum
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from pydantic import (
     ConfigDict,
@@ -27,7 +36,10 @@ from llave_kernels.dispatch import BACKENDS
 
 Text = Annotated[str, Field(min_length=1)]
 Grid = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
-Backend = Literal[("auto", *BACKENDS)]
+if TYPE_CHECKING:
+    Backend = str
+else:
+    Backend = Literal[("auto", *BACKENDS)]
 Recipe = dict[str, dict[str, Any]]
 OURS = Path(__file__).with_name("recipes")
 
