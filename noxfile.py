@@ -21,8 +21,9 @@ SETS = {
 KERNELS = [
     f"tests/test_{name}.py"
     for name in (
-        "devices", "dispatch", "distributed", "errors", "modules", "numerics", "operands",
-        "operators", "range", "scores", "ties", "tiles", "transforms", "triton_compile",
+        "atomic_files", "backends", "devices", "dispatch", "distributed", "errors", "modules",
+        "numerics", "operands", "operators", "range", "scores", "ties", "tiles", "transforms",
+        "triton_compile",
     )
 ]  # fmt: skip
 RUNNER = ["pytest", "hypothesis"]

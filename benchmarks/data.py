@@ -7,15 +7,17 @@ import inspect
 import os
 import pkgutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from llave_kernels.atomic_files import publish
 
 PAIRS = 2048  # encoding them takes about half a minute on two cores; cached afterwards
 ROOTS = (
@@ -122,9 +124,8 @@ def docstrings() -> tuple[Tensor, Tensor]:
         for texts in (summaries, signatures)
     )
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=cache, delete=False) as beside:
-        save_file({"query": query.contiguous(), "target": target.contiguous()}, beside.name)
-    os.replace(beside.name, path)
+    pairs = {"query": query.contiguous(), "target": target.contiguous()}
+    publish(path, partial(save_file, pairs))
     return query, target
 
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,8 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+
+from llave_kernels.atomic_files import publish
 
 OUT_OF_MEMORY = "out of memory"
 COLUMNS = [
@@ -69,19 +68,14 @@ def _alphas(row: Row) -> str:
 
 def write_csv(rows: list[Row], path: Path) -> None:
     """One row for each measurement."""
-    with _whole(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
 
+    def write(beside: Path) -> None:
+        with beside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
 
-@contextmanager
-def _whole(path: Path, mode: str, **settings: Any) -> Iterator[Any]:
-    """A file that is written beside, then renamed."""
-    with tempfile.NamedTemporaryFile(mode, dir=path.parent, delete=False, **settings) as beside:
-        yield beside
-    os.chmod(beside.name, 0o644)
-    os.replace(beside.name, path)
+    publish(path, write)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -166,8 +160,7 @@ def plots(rows: list[Row], folder: Path) -> list[Path]:
         axes[0].legend(fontsize=8)
         path = folder / f"loss_bench_D{d}.png"
         figure.tight_layout()
-        with _whole(path, "wb") as file:
-            figure.savefig(file, format="png", dpi=130)
+        publish(path, partial(figure.savefig, format="png", dpi=130))
         plt.close(figure)
         written.append(path)
     return written

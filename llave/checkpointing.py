@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -20,9 +21,9 @@ from sentence_transformers import SentenceTransformerTrainer
 from transformers import TrainerCallback
 
 from llave import runs, sealing
-from llave.files import sync
 from llave.processes import from_first, largest, part_at_exit, several
 from llave.stopping import SAME_REQUEST, SIGNALS, Stopped
+from llave_kernels.atomic_files import new_folder, sync
 
 _PROGRESS = "progress.json"
 _GONE = 1 << 16  # above the numbers of signals
@@ -119,7 +120,7 @@ class CheckpointingTrainer(SentenceTransformerTrainer):
         if not runs.is_of(self.folder, self.run):
             raise self.removed()
         try:
-            return str(sealing.begin(self.folder, self.run))
+            return str(new_folder(runs.workplace(self.folder, self.run)))
         except OSError as error:
             raise _unsaved(target, error) from error
 
@@ -145,7 +146,9 @@ class CheckpointingTrainer(SentenceTransformerTrainer):
         spare = [path for path in ours if path.name not in kept]
         for path in spare[max(0, self.limit - len(ours) + len(spare)) :]:
             if sealing.problem(path, contents=False) is None:  # else a user put something into it
-                sealing.discard(path, self.run)
+                away = new_folder(runs.workplace(self.folder, self.run))
+                path.rename(away / path.name)  # so that all of it goes, or nothing
+                shutil.rmtree(away)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._made or super()._get_output_dir(trial))
@@ -279,8 +282,7 @@ def _unsaved(target: Path, error: Exception | None) -> OSError:
 
 
 def _clear(place: Path) -> None:
-    with suppress(OSError):  # what stays is removed at the next start
-        sealing.remove(place)
+    shutil.rmtree(place, ignore_errors=True)  # what stays is removed at the next start
 
 
 class _Steps(TrainerCallback):

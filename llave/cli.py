@@ -91,9 +91,15 @@ def _parser() -> argparse.ArgumentParser:
         "Train an embedding model by a recipe; a run that was cut off goes on from its checkpoint.",
         "llave train tiny",
         "llave train my.yaml --loss.alpha 5 --trainer.learning_rate 2e-5",
+        "llave train llave-0.5b --print > my.yaml",
         "torchrun --nproc_per_node 8 -m llave train llave-0.5b --data.images MMEB-train",
     )
     train.add_argument("recipe", help="a YAML file, or the name of one that comes with llave")
+    train.add_argument(
+        "--print",
+        action="store_true",
+        help="print the whole recipe, with the settings of its base and the defaults, and end",
+    )
 
     evaluate = command(
         "evaluate",
@@ -167,9 +173,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: Arguments, overrides: list[str]) -> None:
-    from llave.training import read_recipe, train
+    from llave import yaml12
+    from llave.recipe import read_recipe
 
-    train(read_recipe(arguments.recipe, overrides))
+    recipe = read_recipe(arguments.recipe, overrides)
+    if arguments.print:
+        print("# The whole recipe. Settings of trainer that are not here have its defaults.")
+        print(yaml12.dump(recipe), end="")
+        return
+    from llave.training import train  # which takes seconds
+
+    train(recipe)
 
 
 def _evaluate(arguments: Arguments, _: list[str]) -> None:

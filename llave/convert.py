@@ -25,17 +25,16 @@ from transformers import (
 from llave import onevision
 from llave.backbones import LLAVA_ONEVISION
 from llave.files import (
-    folder_beside,
     read_json,
     reading,
     refuse_pipes,
     regular,
     shown,
-    sync,
     writing,
 )
 from llave.modeling import build, inputs, load
 from llave.sealing import seal
+from llave_kernels.atomic_files import folder_beside, sync
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +138,7 @@ def convert(
 
     with writing(dst):
         dst.parent.mkdir(parents=True, exist_ok=True)
-    with folder_beside(dst) as folder, writing(dst):
+    with writing(dst), folder_beside(dst) as folder:
         backbone, made = folder / "backbone", folder / "model"
         backbone.mkdir()
         config.save_pretrained(backbone)

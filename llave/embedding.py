@@ -26,7 +26,7 @@ from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
 from llave.corpus import OnError, Row, Source, load_inputs
-from llave.files import escaped, shown, sweep, writing
+from llave.files import escaped, shown, writing
 from llave.shards import (
     Range,
     Shard,
@@ -40,6 +40,7 @@ from llave.shards import (
     refuse_not_finite,
     refuse_out,
 )
+from llave_kernels.atomic_files import sweep
 
 __all__ = [
     "EmbedReport",
@@ -298,9 +299,9 @@ def _encode(
                     f"{manifest['dimension']}; correct its get_embedding_dimension()"
                 )
             finite = np.isfinite(vectors).all(axis=1)
-            for place in np.flatnonzero(~finite):
+            for number in np.flatnonzero(~finite):
                 dtype = manifest["dtype"]
-                refuse(rows[place], f"the embedding is not finite in {dtype}", None)
+                refuse(rows[number], f"the embedding is not finite in {dtype}", None)
             parts.append(vectors[finite])
             shard.ids.extend(row.id for row, kept in zip(rows, finite, strict=True) if kept)
     shard.skipped.sort(key=itemgetter("row"))

@@ -19,13 +19,14 @@ from sentence_transformers import SentenceTransformer
 
 from llave.data import Candidates, load_evaluation
 from llave.embedding import model_fingerprint
-from llave.files import create, shown, sweep, writing
+from llave.files import create, shown, writing
 from llave.media import Media, content_id, input_batches
 from llave.mmeb import METAS, PUBLISHED, PUBLISHED_VIDEO, TASKS, pixels
 from llave.modeling import RefusedItemError, encode
 from llave.sealing import signed, unsigned
 from llave.shards import refuse_not_finite
 from llave_kernels import similarity_statistics
+from llave_kernels.atomic_files import sweep
 
 
 class Result(NamedTuple):
@@ -149,7 +150,7 @@ def data_fingerprint(rows: Sequence[Candidates], media: Media) -> str:
     """A hash of rows of candidates and of the files they show, wherever those lie."""
     digest = hashlib.blake2b(digest_size=16)
     lists: dict[int, int] = {}  # which rows may share
-    paths = set()
+    paths: set[str] = set()
     for row in rows:
         if (key := id(row.targets)) not in lists:
             lists[key] = len(lists)
@@ -242,13 +243,13 @@ def score(
         query_ids=targets,
         target_ids=targets,
     )
-    first, fifth, tenth = (float(100 * (above + tied < k).mean()) for k in (1, 5, 10))
+    at_1, at_5, at_10 = (float(100 * (above + tied < k).mean()) for k in (1, 5, 10))
     return Result(
         task,
         len(rows),
-        first,
-        fifth,
-        tenth,
+        at_1,
+        at_5,
+        at_10,
         int(((above == 0) & (tied > 0)).sum()),
         float(similarities.overlap),
         similarities.positive.tolist(),

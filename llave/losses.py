@@ -62,7 +62,7 @@ class LLaVELoss(MultipleNegativesRankingLoss):
         """Loss of anchors, positives and negatives, each (N, D), with ids (N, columns - 1); 0-d."""
         query, *columns = (normalize(x, dim=-1) for x in embeddings)
         target = torch.cat(columns)
-        pairs: dict[str, Tensor] = {}
+        pairs: dict[str, Any] = {}
         if labels is not None and labels.dim() == 2:
             if labels.shape[1] != len(columns):
                 raise ValueError(

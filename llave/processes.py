@@ -6,7 +6,7 @@ import atexit
 import json
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,8 @@ def from_first(work: Callable[[], T]) -> T:
     """
     if not several():
         return work()
-    answer, failure = None, None
+    answer: dict[str, Any] | None = None
+    failure: Exception | None = None
     if dist.get_rank() == 0:
         try:
             answer = {"found": work()}

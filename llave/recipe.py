@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+import os
 from enum import Enum
-from importlib.resources import files
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-import yaml
 from pydantic import (
     ConfigDict,
     Field,
@@ -22,16 +29,19 @@ from pydantic import (
     ValidationError,
 )
 from sentence_transformers import SentenceTransformerTrainingArguments
-from yaml.constructor import ConstructorError
 
-from llave import scratch, trainer_settings
+from llave import scratch, trainer_settings, yaml12
 from llave.subsets import has_splits
-from llave_kernels.dispatch import BACKENDS
+from llave_kernels import dispatch
 
 Text = Annotated[str, Field(min_length=1)]
 Grid = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
-Backend = Literal[("auto", *BACKENDS)]
+if TYPE_CHECKING:
+    Backend = str
+else:
+    Backend = Literal[("auto", *dispatch.names())]
 Recipe = dict[str, dict[str, Any]]
+OURS = Path(__file__).with_name("recipes")
 
 
 @dataclasses.dataclass
@@ -102,80 +112,40 @@ def _defaults(name: str) -> dict[str, Any]:
 SECTIONS: dict[str, dict[str, Any]] = {name: _defaults(name) for name in KINDS}
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2: 2e-5 is a number; no, on and 1:30 are strings; a key stands once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for (key, _), text in zip(node.value, keys, strict=True):
-            if keys.count(text) > 1 and isinstance(text, str):
-                raise ConstructorError(None, None, f"{text} stands twice", key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_NUMBER = r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan"
-for _tag, _pattern, _first in (
-    ("bool", "(?i:true|false)", "tTfF"),
-    ("int", "[-+]?[0-9][0-9_]*", "-+0123456789"),
-    ("float", _NUMBER, "-+.0123456789"),
-):
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
-    )
-_Loader.add_constructor(
-    "tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node))
-)
-
-
 def read_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     """A recipe from a YAML file or by the name of one of ours, checked and completed.
 
-    Every setting has a type: a number may be written ``2e-5``, ``9e0`` or in quotes.
+    Every setting has a type: a number may be written ``2e-5``, ``9e0`` or in quotes. A recipe
+    extends another that it names as its ``base``: one of ours, or a path relative to its own file.
+    Its settings replace those of the base one by one.
 
     Args:
-        name: a path, or ``llave-0.5b``, ``llave-2b``, ``llave-7b``, ``tiny``.
+        name: a path, or ``llave-0.5b``, ``llave-2b``, ``llave-7b``, ``tiny``, or ``llave``, which
+            has what the three share and lacks a backbone.
         overrides: ``["--loss.alpha", "5", ...]``; values are read as YAML.
 
     Raises:
         ValueError: an unknown section or setting, a value of another type or out of range, a
-            setting without effect, or an override that is not ``--section.setting value``.
-        FileNotFoundError: no such file or recipe.
+            setting without effect, a base that is no text or leads back to the recipe, or an
+            override that is not ``--section.setting value``.
+        FileNotFoundError: there is no such file or recipe, or no such base.
         ImportError: ``model.lora`` is set and peft is not installed.
     """
-    given = {section: {} if x is None else x for section, x in _given(name).items()}
-    words = overrides or []
-    if len(words) % 2:
-        raise ValueError(f"overrides come in pairs, --section.setting value; got {words}")
-    for key, value in zip(words[::2], words[1::2], strict=True):
-        section, dot, setting = key.removeprefix("--").partition(".")
-        if not key.startswith("--") or not dot:
-            raise ValueError(
-                f"{key!r} is no override; expected --section.setting, e.g. --loss.alpha"
-            )
-        settings = given.setdefault(section, {})
-        if isinstance(settings, dict):  # else it is refused below
-            settings[setting] = _yaml(value, key)
+    said = _merged([*_layers(name), (name, _overriding(overrides or []))])
     recipe: Recipe = {section: {} for section in SECTIONS}
-    for section, settings in given.items():
-        if section not in SECTIONS:
-            raise ValueError(f"section {section!r} of {name} is none of {', '.join(SECTIONS)}")
-        if not isinstance(settings, dict):
-            raise ValueError(f"section {section} of {name} is {settings!r}; expected settings")
+    for section, settings in said.items():
         types = get_type_hints(KINDS[section], include_extras=True)
         if section == "trainer":
             types |= trainer_settings.TYPES
-        for setting, value in settings.items():
+        for setting, (value, where) in settings.items():
             if section == "trainer" and setting in trainer_settings.INEFFECTIVE:
                 why = trainer_settings.INEFFECTIVE[setting]
-                raise ValueError(f"trainer.{setting} of {name} has no effect: {why}")
+                raise ValueError(f"trainer.{setting} of {where} has no effect: {why}")
             if setting not in SECTIONS[section]:
                 known = ", ".join(SECTIONS[section])
-                raise ValueError(f"{section}.{setting} of {name} is no setting; there are {known}")
-            recipe[section][setting] = _typed(f"{section}.{setting}", value, types[setting])
+                raise ValueError(f"{section}.{setting} of {where} is no setting; there are {known}")
+            key = f"{section}.{setting}"
+            recipe[section][setting] = _typed(key, value, types[setting], f" of {where}")
     for section in ("model", "data", "loss"):
         recipe[section] = SECTIONS[section] | recipe[section]
     _check(recipe, name)
@@ -196,33 +166,89 @@ def lora_config(settings: dict[str, Any]) -> Any:
     return LoraConfig(**_arguments("model.lora", settings, get_type_hints(LoraConfig)))
 
 
-def _given(name: str) -> dict[str, Any]:
-    """The sections a recipe's file says."""
-    ours = files("llave") / "recipes"
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        names = sorted(r.name.removesuffix(".yaml") for r in ours.iterdir())
-        if name not in names:
-            raise FileNotFoundError(f"no recipe {name!r}; there are {', '.join(names)}, or a path")
-        text = (ours / f"{name}.yaml").read_text(encoding="utf-8")
-    else:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise ValueError(f"{name} is no file")
+def _layers(name: str) -> list[tuple[str, dict[Any, Any]]]:
+    """The recipes that a recipe extends, the first base first, and itself: names and contents."""
+    layers: list[tuple[str, dict[Any, Any]]] = []
+    seen: dict[str, str] = {}
+    path = _path(name, Path())
+    while True:
+        given = _given(path, name)
+        layers.insert(0, (name, given))
+        if "base" not in given:
+            return layers
+        base = given.pop("base")
+        seen[os.path.realpath(path)] = name
+        if not isinstance(base, str):
+            raise ValueError(
+                f"base={base!r} of {name} is no text; expected the name of one of our recipes, or "
+                "a path relative to this file"
+            )
         try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name} is no text in UTF-8: {error}") from error
-    given = _yaml(text, name)
+            path = _path(base, path.parent)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"base={base!r} of {name}: {error}") from None
+        if os.path.realpath(path) in seen:
+            chain = " -> ".join([*seen.values(), base])
+            raise ValueError(f"base={base!r} of {name} leads back: {chain}; take one base out")
+        name = base if path.parent == OURS else str(path)
+
+
+def _path(name: str, folder: Path) -> Path:
+    """The file of a recipe: of ours by its name, or a path relative to a folder."""
+    if Path(name).suffix not in (".yaml", ".yml"):
+        path, names = OURS / f"{name}.yaml", sorted(path.stem for path in OURS.glob("*.yaml"))
+        if name not in names:
+            raise FileNotFoundError(
+                f"no recipe {name!r}; there are {', '.join(names)}, or a path that ends in .yaml"
+            )
+        return path
+    path = folder / name
+    if not os.path.lexists(path):
+        raise FileNotFoundError(f"no file {str(path)!r}; expected a recipe")
+    return path
+
+
+def _given(path: Path, name: str) -> dict[Any, Any]:
+    """What a recipe's file says."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{name} is no file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is no text in UTF-8: {error}") from error
+    given = yaml12.load(text, name)
     if not isinstance(given, dict):
         raise ValueError(f"{name} holds no sections; expected {', '.join(SECTIONS)}")
     return given
 
 
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{where} is no YAML: {' '.join(str(error).split())}") from error
+def _overriding(words: list[str]) -> dict[str, dict[str, Any]]:
+    """What overrides say, by section."""
+    if len(words) % 2:
+        raise ValueError(f"overrides come in pairs, --section.setting value; got {words}")
+    given: dict[str, dict[str, Any]] = {}
+    for key, value in zip(words[::2], words[1::2], strict=True):
+        section, dot, setting = key.removeprefix("--").partition(".")
+        if not key.startswith("--") or not dot:
+            raise ValueError(
+                f"{key!r} is no override; expected --section.setting, e.g. --loss.alpha"
+            )
+        given.setdefault(section, {})[setting] = yaml12.load(value, key)
+    return given
+
+
+def _merged(layers: list[tuple[str, dict[Any, Any]]]) -> dict[str, dict[str, tuple[Any, str]]]:
+    """By section, each setting's last value, and the name of where that stands."""
+    merged: dict[str, dict[str, tuple[Any, str]]] = {}
+    for name, given in layers:
+        for section, settings in given.items():
+            if section not in SECTIONS:
+                raise ValueError(f"section {section!r} of {name} is none of {', '.join(SECTIONS)}")
+            if not isinstance(settings, dict | None):
+                raise ValueError(f"section {section} of {name} is {settings!r}; expected settings")
+            said = {setting: (value, name) for setting, value in (settings or {}).items()}
+            merged[section] = merged.get(section, {}) | said
+    return merged
 
 
 def _arguments(where: str, given: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
@@ -233,7 +259,7 @@ def _arguments(where: str, given: dict[str, Any], types: dict[str, Any]) -> dict
     return {key: _typed(f"{where}.{key}", value, types[key]) for key, value in given.items()}
 
 
-def _typed(where: str, value: Any, kind: Any) -> Any:
+def _typed(where: str, value: Any, kind: Any, of: str = "") -> Any:
     """The value in the type of its setting; ValueError where it is of another."""
     if get_origin(kind) in (Union, UnionType):
         kinds = get_args(kind)
@@ -250,18 +276,19 @@ def _typed(where: str, value: Any, kind: Any) -> Any:
         problems = dict.fromkeys(problem["msg"] for problem in error.errors())
         if any(problem["type"] == "string_type" for problem in error.errors()):
             problems["write text that YAML takes for something else in quotes"] = None
-        raise ValueError(f"{where}={value!r} is refused: {'; '.join(problems)}") from None
+        raise ValueError(f"{where}={value!r}{of} is refused: {'; '.join(problems)}") from None
     return found.value if isinstance(found, Enum) else found
 
 
 def _check(recipe: Recipe, name: str) -> None:
     """Refuse what does not go together, or would have no effect."""
     model, data, trainer = recipe["model"], recipe["data"], recipe["trainer"]
+    if (model["backbone"] is None) == (model["scratch"] is None):
+        has = "neither" if model["backbone"] is None else "both"
+        raise ValueError(f"model of {name} needs one of backbone and scratch; it has {has}")
     for section, setting in (("data", "train"), ("trainer", "output_dir")):
         if recipe[section].get(setting) is None:
             raise ValueError(f"{section}.{setting} of {name} is missing")
-    if (model["backbone"] is None) == (model["scratch"] is None):
-        raise ValueError(f"model of {name} needs one of backbone and scratch")
     if model["scratch"] is not None:
         types = get_type_hints(scratch.llava_onevision, include_extras=True)
         types = {key: types[key] for key in types if key not in ("texts", "return")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 import zipfile
 from collections.abc import Iterator
@@ -14,8 +15,9 @@ from typing import Any
 from uuid import uuid4
 
 from llave import sealing
-from llave.files import lock, publish, reading, refuse_damaged
+from llave.files import publish, reading, refuse_damaged
 from llave.recipe import SECTIONS, Recipe
+from llave_kernels.atomic_files import leftovers, lock
 
 RECORD = "run.json"
 MODEL = "model"
@@ -125,12 +127,14 @@ def take_up(folder: Path, *, best: bool) -> dict[str, Any]:
         if (folder / RECORD).exists():
             _adopt(folder, there)
     run: str = there["run"]
-    for left in sealing.left(folder, run):
+    for left in leftovers(workplace(folder, run)):
+        if left.is_symlink() or not left.is_dir():
+            continue
         for name in (MODEL, f"{MODEL}.old"):  # killed between two renames
             ours = _wrote(there, left / name) and sealing.problem(left / name) is None
             if ours and not os.path.lexists(folder / MODEL):
                 (left / name).rename(folder / MODEL)
-        sealing.remove(left)
+        shutil.rmtree(left)
     saved = 0
     if (folder / MODEL).exists():
         if (why := sealing.problem(folder / MODEL)) is not None:
@@ -156,6 +160,11 @@ def record(folder: Path, recipe: Recipe, rows: dict[str, int], run: str | None =
     folder.mkdir(parents=True, exist_ok=True)
     models = (_read(folder) or {}).get("models", [])
     _write(folder, {"run": run or uuid4().hex, "models": models} | _flat(recipe, rows))
+
+
+def workplace(folder: Path, run: str) -> Path:
+    """The place beside which a run makes its folders: their names say whose they are."""
+    return folder / f".{run}"
 
 
 def is_of(folder: Path, run: str) -> bool:
@@ -192,7 +201,7 @@ def checkpoints(folder: Path) -> dict[int, Path]:
 def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that is as it was written; newer ones are set aside."""
     found, _ = newest(folder)
-    return found and str(found)
+    return None if found is None else str(found)
 
 
 def newest(folder: Path, *, best: bool = False) -> tuple[Path | None, list[str]]:
@@ -205,7 +214,7 @@ def newest(folder: Path, *, best: bool = False) -> tuple[Path | None, list[str]]
         best: whether the best checkpoint before it must be whole, too.
     """
     older = "run" not in (_read(folder) or {})
-    lines = []
+    lines: list[str] = []
     for step, path in checkpoints(folder).items():
         if (why := _problem(path, step, older)) is None:
             kept = (best and _state(path)["best_global_step"]) or step

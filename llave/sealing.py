@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-from llave.files import publish, regular, shown, sync
+from llave.files import publish, regular, shown
 from llave.jsonl import whole
+from llave_kernels.atomic_files import sync
 
 MARKER = "seal.json"
 CARD = "README.md"  # of a model
-_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 _BLOCK = 1 << 20  # bytes read at a time
 
 
@@ -149,43 +145,6 @@ def _difference(folder: Path, known: dict[str, Any], contents: bool) -> str | No
                 if there != said:
                     return f"{name} has other contents than were written"
     return None
-
-
-def begin(parent: Path, run: str) -> Path:
-    """A new folder of a random hidden name, marked as one of ``run``'s that may be removed."""
-    folder = parent / f".{uuid4().hex}.tmp"
-    folder.mkdir()  # which follows no link
-    text = signed({"facts": {"run": run}})
-    publish(folder / MARKER, partial(Path.write_text, data=text))
-    return folder
-
-
-def left(parent: Path, run: str) -> Iterator[Path]:
-    """What ``begin`` made of a run and nothing removed."""
-    for path in sorted(parent.iterdir()):
-        if _TEMPORARY.fullmatch(path.name) and not path.is_symlink() and path.is_dir():
-            if facts(path).get("run") == run:
-                yield path
-            elif not any(path.iterdir()):  # made, and not yet marked
-                path.rmdir()
-
-
-def remove(folder: Path) -> None:
-    """Remove what ``begin`` made; the marker goes last, so that a killed one is known again."""
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != MARKER:
-            path.unlink()
-    (folder / MARKER).unlink(missing_ok=True)
-    folder.rmdir()
-
-
-def discard(folder: Path, run: str) -> None:
-    """Remove a sealed folder of a run, or none of it: it is renamed first."""
-    away = begin(folder.parent, run)
-    folder.rename(away / folder.name)
-    remove(away)
 
 
 def _entries(folder: Path) -> dict[str, Path]:

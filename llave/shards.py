@@ -22,9 +22,9 @@ from llave.files import (
     refuse_overlap,
     regular,
     shown,
-    sweep,
 )
 from llave.sealing import checksum, signed, unsigned
+from llave_kernels.atomic_files import sweep
 
 MANIFEST = "manifest.json"
 BATCH_ROWS = 64  # read at a time
@@ -65,7 +65,9 @@ def refuse_out(
     nothing but what a system leaves.
     """
     folder = Path(out)
-    others = {"source": source} if model is None else {"source": source, "model": model}
+    others: dict[str, str | os.PathLike[str]] = {"source": source}
+    if model is not None:
+        others["model"] = model
     refuse_overlap("out", folder, others)
     if os.path.lexists(folder) and not folder.is_dir():
         raise ValueError(f"out={shown(folder)} is no folder; choose another")

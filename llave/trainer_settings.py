@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from operator import attrgetter
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -53,8 +53,12 @@ INEFFECTIVE = {
 # Where the trainer's own annotations are too narrow or too wide.
 _Seed = Annotated[int, Field(ge=0, lt=2**32)]
 _Pattern = Annotated[re.Pattern[str], AfterValidator(attrgetter("pattern"))]
-_LogLevel = Literal[tuple(trainer_log_levels)]
-_Logger = Literal[("all", "none", *INTEGRATION_TO_CALLBACK)]
+if TYPE_CHECKING:
+    _LogLevel = str
+    _Logger = str
+else:
+    _LogLevel = Literal[tuple(trainer_log_levels)]
+    _Logger = Literal[("all", "none", *INTEGRATION_TO_CALLBACK)]
 TYPES: dict[str, Any] = {
     "output_dir": Annotated[str, Field(min_length=1)] | None,
     "ddp_backend": Literal["nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl"] | None,

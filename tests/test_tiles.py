@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from llave_kernels import atomic_files
 from llave_kernels.backends import tiles
 from llave_kernels.backends import triton_backend as backend
 from llave_kernels.rules import Rules
@@ -163,3 +165,18 @@ def test_a_damaged_cache_is_timed_again(
 ) -> None:
     (tmp_path / "tiles.json").write_text(content)
     assert tuning(monkeypatch)[1] == list(CHOICES)
+
+
+def test_a_full_disk_leaves_the_cache_that_was_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tuning(monkeypatch)
+    before = (tmp_path / "tiles.json").read_bytes()
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(atomic_files, "sync", full)
+    with pytest.warns(UserWarning, match="cannot be kept in .*No space left"):
+        tuning(monkeypatch, d=768)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]

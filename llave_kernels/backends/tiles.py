@@ -10,14 +10,15 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from llave_kernels.atomic_files import publish
 
 AUTOTUNE = "LLAVE_AUTOTUNE"
 CACHE_DIR = "LLAVE_CACHE_DIR"
@@ -148,9 +149,7 @@ def _write_cache() -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         everything = _read_cache() | _remembered()  # other processes write here too
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as beside:
-            json.dump(everything, beside, indent=1)
-        os.replace(beside.name, path)
+        publish(path, partial(Path.write_text, data=json.dumps(everything, indent=1)))
     except OSError as error:
         warnings.warn(
             f"tile timings cannot be kept in {path.parent} ({error}), and are made anew in every "

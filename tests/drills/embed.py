@@ -16,10 +16,10 @@ POINTS = {
     "before the manifest": Point("llave.embedding.enter_manifest"),
     "before the first rows": Point("llave.embedding.load_inputs"),
     "in a temporary file": Point("llave.shards._write_shard", after=True),
-    "before the sync": Point("llave.files.sync"),
+    "before the sync": Point("llave_kernels.atomic_files.sync"),
     "before the name": Point("os.link"),
     "between name and sweep": Point("os.link", after=True),
-    "before the sweep": Point("llave.files.sweep"),
+    "before the sweep": Point("llave_kernels.atomic_files.sweep"),
 }
 
 

@@ -19,10 +19,10 @@ POINTS = {
     "before a task": Point("llave.evaluation.score"),
     "after a task": Point("llave.evaluation.score", after=True),
     "in a temporary file": Point("llave.evaluation._write", after=True),
-    "before the sync": Point("llave.files.sync"),
+    "before the sync": Point("llave_kernels.atomic_files.sync"),
     "before the name": Point("os.link"),
     "between name and sweep": Point("os.link", after=True),
-    "before the sweep": Point("llave.files.sweep"),
+    "before the sweep": Point("llave_kernels.atomic_files.sweep"),
 }
 
 

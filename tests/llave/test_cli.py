@@ -13,6 +13,7 @@ for needed in ("sentence_transformers", "datasets", "accelerate", "torchvision")
 from PIL import Image  # noqa: E402
 
 from llave.cli import main  # noqa: E402
+from llave.recipe import read_recipe  # noqa: E402
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "grey": (90, 90, 90)}
 
@@ -50,6 +51,24 @@ def test_a_mistake_is_one_line(
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith(f"llave {arguments[0]}: error: ")
     assert message in last
+
+
+def test_a_printed_recipe_trains_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--loss.alpha", "5", "--data.subsets", "[no, 2e-5x]"]
+    assert main(["train", "llave-7b", "--print", *words]) == 0
+    printed = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "my.yaml").write_text(printed)
+    assert read_recipe("my.yaml") == read_recipe("llave-7b", words)
+    assert main(["train", "my.yaml", "--loss.alpha", "6", "--print"]) == 0
+    assert capsys.readouterr().out == printed.replace("alpha: 5.0", "alpha: 6.0")
+    assert main(["train", "llave", "--print"]) == 2
+    said = capsys.readouterr()
+    assert "model of llave needs one of backbone and scratch" in said.err
+    assert not said.out
 
 
 def test_train_evaluate_embed_and_search(

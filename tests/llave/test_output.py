@@ -20,15 +20,16 @@ import pytest
 for needed in ("sentence_transformers", "datasets", "torchvision"):
     pytest.importorskip(needed)
 
-from llave import evaluation, files, modeling, shards  # noqa: E402
+from llave import evaluation, modeling, shards  # noqa: E402
 from llave.cli import main  # noqa: E402
 from llave.evaluation import Result  # noqa: E402
 from llave.sealing import checksum  # noqa: E402
 from llave.shards import Range, Shard, enter_manifest, put, read_manifest  # noqa: E402
+from llave_kernels import atomic_files  # noqa: E402
 from tests import drills  # noqa: E402
 from tests.drills import embed, evaluate  # noqa: E402
-from tests.llave.test_files import THINGS, tree  # noqa: E402
-from tests.llave.test_files import put as plant  # noqa: E402
+from tests.test_atomic_files import THINGS, tree  # noqa: E402
+from tests.test_atomic_files import put as plant  # noqa: E402
 
 EMBED = ["embed", "model", "photos", "--out"]
 EVALUATE = ["evaluate", "model", "--tasks", "colours", "--data", "data", "--images", "photos"]
@@ -195,7 +196,7 @@ def test_a_command_goes_on_once_there_is_room(
     arguments, out = made.arguments(place), place / "out"
     kept: dict[str, bytes] = {}
     for room in (0, 2, 3):
-        monkeypatch.setattr(files, "sync", Full(room))
+        monkeypatch.setattr(atomic_files, "sync", Full(room))
         assert main(arguments(out)) == 2
         last = capsys.readouterr().err.splitlines()[-1]
         assert re.search(rf"error: {out}/\S+ cannot be written \(No space left on device\)", last)

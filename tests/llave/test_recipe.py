@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,19 @@ import pytest
 for needed in ("sentence_transformers", "datasets", "accelerate", "yaml", "torchvision"):
     pytest.importorskip(needed)
 
-from llave import trainer_settings  # noqa: E402
+import hypothesis  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from llave import runs, trainer_settings, yaml12  # noqa: E402
 from llave.mmeb import TASKS  # noqa: E402
 from llave.recipe import SECTIONS, read_recipe  # noqa: E402
 from llave.trainer_settings import INEFFECTIVE  # noqa: E402
 from llave.training import trainer_arguments  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted(p.stem for p in (ROOT / "llave" / "recipes").glob("*.yaml"))
+SHARED = "llave"  # what the paper's recipes extend, which lacks a backbone
+RECIPES = sorted({p.stem for p in (ROOT / "llave" / "recipes").glob("*.yaml")} - {SHARED})
+WHOLE = "model: {backbone: x}\ndata: {train: x}\nloss: {alpha: 4}\ntrainer: {output_dir: x}\n"
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -33,6 +39,112 @@ def test_our_recipes_are_whole(name: str) -> None:
         assert recipe["data"]["subsets"] == [
             name for name, task in zip(known, TASKS.values(), strict=True) if task.in_distribution
         ]
+
+
+def test_the_shared_recipe_lacks_a_backbone() -> None:
+    with pytest.raises(ValueError, match="needs one of backbone and scratch; it has neither"):
+        read_recipe(SHARED)
+    recipe = read_recipe(SHARED, ["--model.backbone", "x", "--trainer.output_dir", "x"])
+    assert recipe["data"] == read_recipe("llave-0.5b")["data"]
+
+
+def write(folder: Path, **recipes: str) -> Path:
+    """Files of these names and texts; the last one's path."""
+    for name, text in recipes.items():
+        path = folder / f"{name}.yaml"
+        path.write_text(text)
+    return path
+
+
+def test_a_recipe_extends_another(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    write(tmp_path, first=WHOLE.replace("backbone: x", "backbone: x, frozen: vision"))
+    write(tmp_path / "below", second="base: ../first.yaml\nloss: {scale: 20}\nmodel:\n")
+    third = write(
+        tmp_path, third="base: below/second.yaml\nmodel: {frozen: null}\nloss: {alpha: 5}"
+    )
+    recipe = read_recipe(str(third), ["--trainer.seed", "3"])
+    assert recipe["loss"] == SECTIONS["loss"] | {"scale": 20.0, "alpha": 5.0}
+    assert recipe["model"] == SECTIONS["model"] | {"backbone": "x"}
+    assert recipe["trainer"] == {"output_dir": "x", "seed": 3}
+    of_ours = write(tmp_path, ours="base: llave-7b\ndata: {subsets: [MSCOCO]}")
+    ours = read_recipe("llave-7b")
+    assert read_recipe(str(of_ours)) == ours | {"data": ours["data"] | {"subsets": ["MSCOCO"]}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: 5", r"base=5 of .*mine\.yaml is no text; expected the name of one of our recipes"),
+        ("base:", r"base=None of .*mine\.yaml is no text"),
+        ("base: [llave]", r"base=\['llave'\] of .*mine\.yaml is no text"),
+        ("base: huge", r"base='huge' of .*mine\.yaml: no recipe 'huge'; there are llave, llave-0"),
+        ("base: no.yaml", r"base='no\.yaml' of .*mine\.yaml: no file '.*no\.yaml'"),
+        ("base: folder.yaml", r"folder\.yaml is no file"),
+        (
+            "base: mine.yaml",
+            r"base='mine\.yaml' of .* leads back: .*mine\.yaml -> mine\.yaml; take",
+        ),
+        ("base: there.yaml", r"base='./mine\.yaml' of .*there\.yaml leads back: .*mine\.yaml -> "),
+        ("base: wrong.yaml", r"loss\.alhpa of .*wrong\.yaml is no setting"),
+        ("base: typed.yaml", r"loss\.alpha='nine' of .*typed\.yaml is refused"),
+        ("base: list.yaml", r"section loss of .*list\.yaml is \[\]; expected settings"),
+        ("base: tiny\nbase: llave", "base stands twice"),
+    ],
+)
+def test_a_base_that_cannot_be_used_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "folder.yaml").mkdir()
+    others = {
+        "there": "base: ./mine.yaml",
+        "wrong": "loss: {alhpa: 5}",
+        "typed": "loss: {alpha: nine}",
+        "list": "loss: []",
+    }
+    mine = write(tmp_path, **others, mine=text)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read_recipe(str(mine))
+
+
+def test_a_run_keeps_the_settings_of_a_base(tmp_path: Path) -> None:
+    mine = write(tmp_path, first=WHOLE, mine="base: first.yaml\nloss: {scale: 20}")
+    run = tmp_path / "run"
+    runs.record(run, read_recipe(str(mine)), rows={"x": 8})
+    (run / "checkpoint-1").mkdir()
+    (run / "checkpoint-1" / "trainer_state.json").write_text('{"global_step": 1}')
+    said = json.loads((run / "run.json").read_text())
+    assert (said["loss.alpha"], said["loss.scale"]) == (4.0, 20.0)
+    assert "base" not in said
+    write(tmp_path, first=WHOLE.replace("alpha: 4", "alpha: 5"))
+    with pytest.raises(ValueError, match=r"loss\.alpha is 4\.0 there and 5\.0 here"):
+        runs.check(run, read_recipe(str(mine)))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_is_printed_reads_back(name: str, tmp_path: Path) -> None:
+    recipe = read_recipe(name, ["--loss.alpha", "5"])
+    printed = write(tmp_path, printed=yaml12.dump(recipe))
+    assert read_recipe(str(printed)) == recipe
+    assert yaml12.load(printed.read_text(), name).keys() == SECTIONS.keys()
+
+
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+LOOKALIKES = st.sampled_from(
+    ["2e-5", "no", "1:30", "010", "1_0", "null", "~", ".inf", "<<", "2020-01-01"]
+)
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(
+    st.recursive(
+        PLAIN | LOOKALIKES,
+        lambda inner: st.lists(inner) | st.dictionaries(st.text() | LOOKALIKES, inner),
+        max_leaves=8,
+    )
+)
+def test_every_value_is_written_as_it_is_read(value: Any) -> None:
+    found = yaml12.load(yaml12.dump(value), "it")
+    assert found == value
+    assert type(found) is type(value)
 
 
 def test_overrides_are_read_as_yaml() -> None:
@@ -56,7 +168,7 @@ def test_overrides_are_read_as_yaml() -> None:
 def test_what_a_recipe_may_not_say(overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_recipe("tiny", overrides)
-    with pytest.raises(FileNotFoundError, match=r"no recipe 'huge'; there are llave-0\.5b"):
+    with pytest.raises(FileNotFoundError, match=r"no recipe 'huge'; there are llave, llave-0\.5b"):
         read_recipe("huge")
 
 
@@ -101,6 +213,7 @@ def test_settings_have_their_types(
         found = recipe[section][name]
         assert found == value
         assert type(found) is type(value)
+        assert read_recipe(str(write(tmp_path, printed=yaml12.dump(recipe)))) == recipe
 
 
 @pytest.mark.parametrize(

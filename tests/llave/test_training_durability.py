@@ -23,6 +23,7 @@ from hypothesis import strategies as st  # noqa: E402
 from llave import runs, sealing  # noqa: E402
 from llave.stopping import Stopped  # noqa: E402
 from llave.trainer import EmbeddingTrainer  # noqa: E402
+from llave_kernels.atomic_files import leftovers  # noqa: E402
 from tests.llave import train_worker  # noqa: E402
 from tests.llave.test_training import ROOT, contents, logged, words  # noqa: E402
 
@@ -88,12 +89,12 @@ def test_a_model_or_checkpoint_that_another_changed_is_kept(whole: Path, tmp_pat
 def test_what_a_killed_run_left_is_removed_by_its_next_start(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     killed(out, "seal", 2)
-    left = list(sealing.left(out, sealing.facts(out / "checkpoint-4")["run"]))
+    left = leftovers(runs.workplace(out, sealing.facts(out / "checkpoint-4")["run"]))
     assert any((path / "checkpoint-8").exists() for path in left)
-    anothers = sealing.begin(out, "another")
+    (anothers := out / f".another.{'0' * 32}.tmp").mkdir()
     train_worker.train(str(out))
     assert not any(path.exists() for path in left)
-    sealing.remove(anothers)  # which was there
+    anothers.rmdir()  # which was there
     assert sorted(contents(out)) == sorted(contents(whole))
     assert logged(out) == logged(whole)
 

@@ -12,8 +12,9 @@ import pytest
 for needed in ("sentence_transformers", "datasets", "torchvision", "accelerate"):
     pytest.importorskip(needed)
 
-from llave import runs, sealing  # noqa: E402
+from llave import runs  # noqa: E402
 from llave.training import read_recipe, train  # noqa: E402
+from llave_kernels import atomic_files  # noqa: E402
 from tests.llave import tiny, train_worker  # noqa: E402
 from tests.llave.test_training import contents  # noqa: E402
 
@@ -100,15 +101,16 @@ def test_a_link_at_a_temporary_name_is_not_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "precious").mkdir()
-    (tmp_path / f".{'0' * 32}.tmp").symlink_to("precious")
+    (tmp_path / f".run.{'0' * 32}.tmp").symlink_to("precious")
 
     class Known:
         hex = "0" * 32
 
-    monkeypatch.setattr(sealing, "uuid4", Known)
+    monkeypatch.setattr(atomic_files, "uuid4", Known)
+    place = runs.workplace(tmp_path, "run")
     with pytest.raises(FileExistsError):
-        sealing.begin(tmp_path, "run")
-    assert not list(sealing.left(tmp_path, "run"))
+        atomic_files.new_folder(place)
+    assert [path.is_symlink() for path in atomic_files.leftovers(place)] == [True]
     assert not contents(tmp_path / "precious")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -32,7 +33,7 @@ POINTS: dict[str, tuple[Any, ...]] = {
     "seal": (sealing, "seal", False),  # before the marker of a checkpoint or the model
     "rename": (sealing, "seal", True),  # between the marker and the rename
     "tidy": (EmbeddingTrainer, "tidy", False),
-    "discard": (sealing, "remove", False),
+    "discard": (shutil, "rmtree", False),  # of what was made beside, or is to go
     "model": (EmbeddingTrainer, "save_whole", False),  # between the last checkpoint and the model
     "replaced": (Path, "rename", True, "model.old"),  # between the renames of two models
     "saved": (EmbeddingTrainer, "save_whole", True),
