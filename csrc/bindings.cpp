@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <iterator>
 #include <limits>
 #include <string>
 
@@ -51,11 +52,11 @@ Type parse_type(const std::string& name) {
   refuse("type = '" + name + "'; expected float32, bfloat16 or float16");
 }
 
-const HardnessMode& parse_hardness(const std::string& name) {
+Hardness parse_hardness(const std::string& name) {
   std::string expected;
-  for (const HardnessMode& mode : kHardnessModes) {
-    if (name == mode.name) return mode;
-    expected += (expected.empty() ? "" : ", ") + std::string(mode.name);
+  for (int number = 0; number < static_cast<int>(std::size(kHardnessModes)); ++number) {
+    if (name == kHardnessModes[number]) return static_cast<Hardness>(number);
+    expected += (number == 0 ? "" : ", ") + std::string(kHardnessModes[number]);
   }
   refuse("hardness = '" + name + "'; expected one of " + expected);
 }
@@ -109,7 +110,6 @@ class Keywords {
 };
 
 Rules take_rules(Keywords& arguments) {
-  const HardnessMode& hardness = parse_hardness(arguments.take<std::string>("hardness"));
   Rules rules = {};
   rules.labels = arguments.take_pointer<int64_t>("labels");
   rules.owners = arguments.take_pointer<int64_t>("owners");
@@ -119,8 +119,7 @@ Rules take_rules(Keywords& arguments) {
   rules.column_limit = arguments.take_pointer<float>("column_limit");
   rules.alpha = arguments.take<float>("alpha");
   rules.target_alpha = arguments.take<float>("target_alpha");
-  rules.weights_own = hardness.own;
-  rules.weights_others = hardness.others;
+  rules.hardness = parse_hardness(arguments.take<std::string>("hardness"));
   rules.symmetric = arguments.take<bool>("symmetric");
   if ((rules.query_ids == nullptr) != (rules.target_ids == nullptr)) {
     refuse("query_ids and target_ids go together");
@@ -186,7 +185,7 @@ auto dispatch(int architecture, Type type, Launch launch) {
 
 py::tuple hardness_modes() {
   py::list names;
-  for (const HardnessMode& mode : kHardnessModes) names.append(mode.name);
+  for (const char* name : kHardnessModes) names.append(name);
   return py::tuple(names);
 }
 

@@ -81,7 +81,8 @@ CUTE_HOST_DEVICE Logits logits(const Problem& p, float scale, float similarity, 
                                const Column& column) {
   const Rules& rules = p.rules;
   const bool own = column.owner == row.label;
-  const bool weighted = own ? rules.weights_own : rules.weights_others;
+  const bool weighted =
+      rules.hardness == Hardness::all || own == (rules.hardness == Hardness::hard_negatives);
   const bool duplicate = rules.query_ids != nullptr && row.id == column.id;
   const bool counts = negative(p, row, column.index) && !duplicate;
   return {{similarity * (weighted ? scale + rules.alpha : scale),
@@ -102,7 +103,7 @@ CUTE_HOST_DEVICE bool uniform_logits(const Rules& rules) {
 
 // What a similarity is multiplied by where that is so: no row has negatives of its own.
 CUTE_HOST_DEVICE float uniform_scale(const Rules& rules, float scale) {
-  return rules.weights_others ? scale + rules.alpha : scale;
+  return rules.hardness == Hardness::hard_negatives ? scale : scale + rules.alpha;
 }
 
 }  // namespace llave

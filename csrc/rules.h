@@ -5,14 +5,16 @@
 
 namespace llave {
 
-// Which negatives carry the weight: the row's own, those that other rows own.
-struct HardnessMode {
-  const char* name;
-  bool own, others;
-};
+// Which negatives carry the weight: those that other rows own, the row's own mined ones, both.
+#define LLAVE_HARDNESS_MODES(mode) mode(in_batch) mode(hard_negatives) mode(all)
 
-constexpr HardnessMode kHardnessModes[] = {
-    {"in_batch", false, true}, {"hard_negatives", true, false}, {"all", true, true}};
+#define LLAVE_NUMBER(mode) mode,
+enum class Hardness : int { LLAVE_HARDNESS_MODES(LLAVE_NUMBER) };
+#undef LLAVE_NUMBER
+
+#define LLAVE_NAME(mode) #mode,
+constexpr const char* kHardnessModes[] = {LLAVE_HARDNESS_MODES(LLAVE_NAME)};
+#undef LLAVE_NAME
 
 struct Rules {
   const int64_t* labels;      // (n,) the column of each row's positive, null: row i's is column i
@@ -22,9 +24,9 @@ struct Rules {
   const float* row_limit;     // (n,) similarity above which a negative is left out, or null
   const float* column_limit;  // (m,) the same in the target direction, or null
   float alpha, target_alpha;
-  bool weights_own, weights_others;  // of the hardness mode
-  bool symmetric;                    // whether the target direction is computed
-  int first_row;                     // where row 0 lies in the whole batch
+  Hardness hardness;
+  bool symmetric;  // whether the target direction is computed
+  int first_row;   // where row 0 lies in the whole batch
 
   // The rules of the rows from `start` on.
   Rules rows(int start) const {
