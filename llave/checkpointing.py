@@ -125,15 +125,20 @@ class CheckpointingTrainer(SentenceTransformerTrainer):
             raise _unsaved(target, error) from error
 
     def _publish(self, place: Path, target: Path) -> None:
-        made = place / target.name
+        made, old = place / target.name, place / f"{target.name}.old"
         runs.seal(self.folder, made, self.state.global_step)
         if os.path.lexists(target):
             if not runs.wrote(self.folder, target) or sealing.problem(target) is not None:
                 beside = target.with_name(f"{target.name}-{uuid4().hex[:8]}")
                 made.rename(beside)
                 raise FileExistsError(f"it is not as this run left it, so {beside} was made")
-            target.rename(place / f"{target.name}.old")
-        made.rename(target)
+            target.rename(old)
+        try:
+            made.rename(target)
+        except OSError:
+            if os.path.lexists(old):
+                old.rename(target)
+            raise
         sync(target.parent)
 
     def _tidy(self, at_end: bool) -> None:
