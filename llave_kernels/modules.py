@@ -9,12 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from typing_extensions import Unpack
 
 from llave_kernels import checks, dispatch
 from llave_kernels.agreement import group_of
 from llave_kernels.distributed import distributed_contrastive_loss
 from llave_kernels.functional import hardness_weighted_contrastive_loss
-from llave_kernels.rules import HARDNESS_MODES
+from llave_kernels.rules import RuleSettings, RuleTensors
 
 
 class HardnessWeightedContrastiveLoss(nn.Module):
@@ -58,13 +59,11 @@ class HardnessWeightedContrastiveLoss(nn.Module):
     ) -> None:
         super().__init__()
         logit_scale = checks.positive("logit_scale", logit_scale)
-        alpha = checks.strength("alpha", alpha)
-        if target_alpha is not None:
-            target_alpha = checks.strength("target_alpha", target_alpha)
-        checks.one_of("hardness", hardness, HARDNESS_MODES)
+        settings = checks.rule_settings(
+            alpha=alpha, hardness=hardness, symmetric=symmetric, target_alpha=target_alpha,
+            false_negative_margin=false_negative_margin,
+        )  # fmt: skip
         checks.one_of("reduction", reduction, checks.REDUCTIONS)
-        false_negative_margin = checks.margin(false_negative_margin)
-        symmetric = checks.flag("symmetric", symmetric)
         learnable = checks.flag("learnable", learnable)
         max_logit_scale = checks.positive("max_logit_scale", max_logit_scale)
         if isinstance(gather_group, str):
@@ -77,11 +76,8 @@ class HardnessWeightedContrastiveLoss(nn.Module):
             )
         self.initial_logit_scale = logit_scale
         self.max_logit_scale = max_logit_scale
-        self.alpha = alpha
-        self.hardness = hardness
-        self.symmetric = symmetric
-        self.target_alpha = target_alpha
-        self.false_negative_margin = false_negative_margin
+        for name, value in settings.items():  # attributes, so that a training may change them
+            setattr(self, name, value)
         self.reduction = reduction
         self.backend = dispatch.known(backend)
         self.gather_group = gather_group
@@ -101,13 +97,12 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         self,
         query: Tensor,
         target: Tensor,
-        *,
-        labels: Tensor | None = None,
-        owners: Tensor | None = None,
-        query_ids: Tensor | None = None,
-        target_ids: Tensor | None = None,
+        **tensors: Unpack[RuleTensors],
     ) -> Tensor:
-        """Loss of queries (N, D) and targets (M, D); 0-d, or (N,) with ``reduction="none"``."""
+        """Loss of queries (N, D) and targets (M, D); 0-d, or (N,) with ``reduction="none"``.
+
+        ``tensors``: ``labels``, ``owners``, ``query_ids`` and ``target_ids``, see ``RuleTensors``.
+        """
         if self.log_logit_scale is not None:
             with torch.no_grad():
                 self.log_logit_scale.clamp_(max=math.log(self.max_logit_scale))
@@ -119,29 +114,21 @@ class HardnessWeightedContrastiveLoss(nn.Module):
             query,
             target,
             logit_scale=self.logit_scale,
-            alpha=self.alpha,
-            hardness=self.hardness,
-            symmetric=self.symmetric,
-            target_alpha=self.target_alpha,
-            labels=labels,
-            owners=owners,
-            query_ids=query_ids,
-            target_ids=target_ids,
-            false_negative_margin=self.false_negative_margin,
+            **self._settings(),
+            **tensors,
             reduction=self.reduction,
             backend=self.backend,
         )
+
+    def _settings(self) -> RuleSettings:
+        return {name: getattr(self, name) for name in RuleSettings.__annotations__}  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         """The settings that shape the loss."""
         learnable = self.log_logit_scale is not None
         scale = float(torch.as_tensor(self.logit_scale).detach())
-        shown = [
-            f"logit_scale={scale:g}{' (learnable)' if learnable else ''}",
-            f"alpha={self.alpha:g}",
-            f"hardness={self.hardness!r}",
-            f"symmetric={self.symmetric}",
-        ]
-        optional = ("target_alpha", "false_negative_margin")
-        shown += [f"{k}={v:g}" for k in optional if (v := getattr(self, k)) is not None]
+        shown = [f"logit_scale={scale:g}{' (learnable)' if learnable else ''}"]
+        for name, value in self._settings().items():
+            if value is not None:
+                shown.append(f"{name}={value:g}" if type(value) is float else f"{name}={value!r}")
         return ", ".join([*shown, f"reduction={self.reduction!r}", f"backend={self.backend!r}"])
