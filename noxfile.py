@@ -17,15 +17,8 @@ SETS = {
     "middle": ("3.12", ["torch==2.11.0", "triton==3.6.0", "numpy<2.4"]),
     "newest": ("3.12", ["--constraint", "constraints.txt"]),
 }
-# The build does not depend on torch, and the rest needs the hosts of `hosts` below.
-KERNELS = [
-    f"tests/test_{name}.py"
-    for name in (
-        "atomic_files", "backends", "devices", "dispatch", "distributed", "errors", "modules",
-        "numerics", "operands", "operators", "range", "scores", "ties", "tiles", "transforms",
-        "triton_compile",
-    )
-]  # fmt: skip
+HOSTS = "tests/llave_kernels/integrations"  # they come with `hosts` below
+KERNELS = ["tests/llave_kernels", f"--ignore={HOSTS}"]
 RUNNER = ["pytest", "hypothesis"]
 SIMULATOR = ["pybind11>=2.13", "nvidia-cutlass>=4.2,<4.3"]
 LOWEST = [
@@ -51,5 +44,5 @@ def kernels(session: nox.Session, versions: list[str]) -> None:
 def hosts(session: nox.Session) -> None:
     """Trainers and the model package with the lowest versions of what they stand on."""
     install(session, ".[test]", *SETS["oldest"][1], *LOWEST)
-    paths = ["tests/integrations", "tests/llave", "tests/test_docs.py"]
+    paths = [HOSTS, "tests/llave", "tests/test_docs.py"]
     session.run("python", "-m", "pytest", *paths, *session.posargs)

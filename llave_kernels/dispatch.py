@@ -8,13 +8,13 @@ from typing import cast
 from torch import Tensor
 
 from llave_kernels import checks
-from llave_kernels.backends import cuda, torch_strips, triton_backend
+from llave_kernels.backends import cuda, torch_backend, triton_backend
 from llave_kernels.backends.protocol import Backend, OneDirection
 from llave_kernels.rules import Rules
 
 # In order of preference. The last supports every call. Of the two for GPUs, Triton's comes first
 # until benchmarks/results say which is faster.
-BACKENDS: list[Backend] = [triton_backend, cuda, torch_strips]
+BACKENDS: list[Backend] = [triton_backend, cuda, torch_backend]
 OVERRIDE = "LLAVE_BACKEND"
 
 

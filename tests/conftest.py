@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests import simulator
+from tests.csrc import simulator
 
 # Without a GPU the Triton kernels run in its interpreter, which triton asks for at its first
 # import, and those of the CUDA extension in the simulation.

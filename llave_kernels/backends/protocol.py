@@ -1,6 +1,6 @@
 """What a backend is: a module, or any object, with the members of ``Backend``.
 
-``dispatch.BACKENDS`` lists them. ``torch_strips`` is the one to read first.
+``dispatch.BACKENDS`` lists them. ``torch_backend`` is the one to read first.
 """
 
 from __future__ import annotations

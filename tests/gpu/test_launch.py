@@ -1,5 +1,7 @@
-"""What a kernel owes to the launch: large shapes, streams, graphs, memory. tests/test_numerics.py
-runs the numerical contract on the GPU where there is one."""
+"""What a kernel owes to the launch: large shapes, streams, graphs, memory.
+
+tests/llave_kernels/test_numerics.py runs the numerical contract on the GPU where there is one.
+"""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ from llave.shards import Range, Shard, enter_manifest, put, read_manifest  # noq
 from llave_kernels import atomic_files  # noqa: E402
 from tests import drills  # noqa: E402
 from tests.drills import embed, evaluate  # noqa: E402
-from tests.test_atomic_files import THINGS, tree  # noqa: E402
-from tests.test_atomic_files import put as plant  # noqa: E402
+from tests.llave_kernels.test_atomic_files import THINGS, tree  # noqa: E402
+from tests.llave_kernels.test_atomic_files import put as plant  # noqa: E402
 
 EMBED = ["embed", "model", "photos", "--out"]
 EVALUATE = ["evaluate", "model", "--tasks", "colours", "--data", "data", "--images", "photos"]

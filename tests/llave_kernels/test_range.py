@@ -21,7 +21,7 @@ from tests.helpers import (
     reference,
     relative_error,
 )
-from tests.test_numerics import DTYPES
+from tests.llave_kernels.test_numerics import DTYPES
 
 HALF = (torch.float16, torch.bfloat16)
 

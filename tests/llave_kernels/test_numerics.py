@@ -14,7 +14,7 @@ from llave_kernels import (
     contrastive_logsumexp,
     hardness_weighted_contrastive_loss,
 )
-from llave_kernels.backends import products, strip_gemm, torch_strips
+from llave_kernels.backends import products, strip_gemm, torch_backend
 from llave_kernels.reference import reference_logsumexp
 from tests.conftest import BACKENDS
 from tests.helpers import (
@@ -41,8 +41,8 @@ DTYPES = {
 def strip_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "many strips":  # a few rows at a time, and nothing kept
         monkeypatch.setattr(strip_gemm, "WORKSPACE", 1 << 15)
-        monkeypatch.setattr(torch_strips, "STRIP_BUDGET", 256)
-        monkeypatch.setattr(torch_strips, "KEEP_BUDGET", 0)
+        monkeypatch.setattr(torch_backend, "STRIP_BUDGET", 256)
+        monkeypatch.setattr(torch_backend, "KEEP_BUDGET", 0)
         monkeypatch.setattr(products, "ONEDNN_WORK", 0)
         monkeypatch.setattr(products, "SUM_COLUMNS", 3)
 

@@ -19,7 +19,7 @@ from benchmarks import data, loss_bench, peers, report, truth, workers
 from llave_kernels.reference import reference_loss
 from tests.helpers import relative_error
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMITTED = sorted(ROOT.glob("benchmarks/results/**/*.csv"))
 
 

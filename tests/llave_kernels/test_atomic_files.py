@@ -160,7 +160,7 @@ def test_only_folders_of_the_dead_are_removed(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     linked = tmp_path / f"made.{'1' * 32}.tmp"
     linked.symlink_to(tmp_path / others[0])
-    subprocess.run([sys.executable, "-c", program, str(made)], cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", program, str(made)], cwd=Path(__file__).parents[2])
     assert len(list(tmp_path.iterdir())) == 5
     with folder_beside(made) as first:
         with folder_beside(made) as second:

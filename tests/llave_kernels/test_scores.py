@@ -16,7 +16,7 @@ from llave_kernels.reference import reference_loss
 from llave_kernels.rules import RuleArguments
 from llave_kernels.scores import CrossEntropyLoss, scores_loss
 from tests.helpers import draw_rules, embeddings, loss_and_gradients, relative_error
-from tests.integrations.hosts import BiEncoder
+from tests.llave_kernels.integrations.hosts import BiEncoder
 
 
 def of_embeddings(query: Tensor, target: Tensor, **rules: Any) -> Tensor:

@@ -23,7 +23,7 @@ from llave_kernels.backends.protocol import LogSumExps
 from llave_kernels.rules import HARDNESS_MODES, Rules
 from tests.helpers import embeddings
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")  # another Python's build may lie beside
 BUILT = next(Path(llave_kernels.__file__).parent.glob(f"_cuda{SUFFIX}"), None)
 needs_build = pytest.mark.skipif(BUILT is None, reason="the CUDA extension is not built")

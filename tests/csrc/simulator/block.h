@@ -1,7 +1,7 @@
 // A block of threads, simulated: each is a fiber that runs until it waits for others.
 //
 // `SimulatedWarp` stands in for `Warp` of csrc/warp.h, so it cannot see what that one compiles to on
-// an architecture: tests/test_extension.py reads the machine code. Beyond results it checks what a
+// an architecture: tests/csrc/test_extension.py reads the machine code. Beyond results it checks what a
 // GPU would not say: that all lanes of a warp meet in the same operation, and that no thread waits
 // for ever.
 #pragma once

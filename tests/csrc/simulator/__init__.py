@@ -17,7 +17,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HERE = Path(__file__).parent
 RUNTIME = "include/cuda_runtime_api.h"
 

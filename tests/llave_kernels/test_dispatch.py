@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llave_kernels import available_backends, dispatch, hardness_weighted_contrastive_loss
-from llave_kernels.backends import cuda, torch_strips, triton_backend
+from llave_kernels.backends import cuda, torch_backend, triton_backend
 from llave_kernels.rules import Rules
 from tests.helpers import embeddings
 
@@ -68,7 +68,7 @@ def test_auto_takes_the_first_gpu_backend_that_fits(monkeypatch: pytest.MonkeyPa
     assert chosen() == "cuda"
     refusals["cuda"] = "no"
     assert chosen() == "torch"
-    monkeypatch.setattr(dispatch, "BACKENDS", [cuda, triton_backend, torch_strips])
+    monkeypatch.setattr(dispatch, "BACKENDS", [cuda, triton_backend, torch_backend])
     refusals |= {"triton": None, "cuda": None}
     assert chosen() == "cuda"
 

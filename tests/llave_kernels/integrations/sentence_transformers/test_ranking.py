@@ -19,7 +19,7 @@ from sentence_transformers.sentence_transformer import losses as host
 from llave_kernels.integrations import sentence_transformers as ours
 from llave_kernels.reference import reference_logsumexp, reference_loss
 from tests.helpers import relative_error
-from tests.integrations.sentence_transformers.twins import (
+from tests.llave_kernels.integrations.sentence_transformers.twins import (
     TWINS,
     assert_equal,
     batch,

@@ -15,7 +15,7 @@ from sentence_transformers.sentence_transformer import losses as host
 
 from llave_kernels.integrations import sentence_transformers as ours
 from llave_kernels.integrations.sentence_transformers.minibatches import sliceable
-from tests.integrations.sentence_transformers.twins import (
+from tests.llave_kernels.integrations.sentence_transformers.twins import (
     TWINS,
     WIDTH,
     WORDS,

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llave_kernels import similarity_statistics
-from llave_kernels.backends import products, torch_strips
+from llave_kernels.backends import products, torch_backend
 from llave_kernels.backends.protocol import LogSumExps
 from llave_kernels.rules import Rules
 from tests.helpers import assert_contract, draw_rules, embeddings, relative_error
@@ -61,13 +61,15 @@ def rules_of(n: int, m: int, *, symmetric: bool, **given: Any) -> Rules:
 def step(query: Tensor, target: Tensor, rules: Rules) -> None:
     """Everything the ``torch`` backend runs for one call."""
     scale = torch.full((), 50.0, device=query.device)
-    shape = torch_strips.kept_shape(query, target, rules)
+    shape = torch_backend.kept_shape(query, target, rules)
     kept = query.new_empty(shape, dtype=torch.float32)
-    outputs = torch_strips.forward(query, target, scale, rules, kept)
+    outputs = torch_backend.forward(query, target, scale, rules, kept)
     upstream = LogSumExps(*(torch.ones_like(x) for x in outputs))
-    torch_strips.backward(upstream, query, target, scale, outputs, kept, rules, scale_gradient=True)
-    if not torch_strips.rounds_gradients(query):
-        torch_strips.one_direction(query, target, scale, rules)
+    torch_backend.backward(
+        upstream, query, target, scale, outputs, kept, rules, scale_gradient=True
+    )
+    if not torch_backend.rounds_gradients(query):
+        torch_backend.one_direction(query, target, scale, rules)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
@@ -116,7 +118,7 @@ def half_products(monkeypatch: pytest.MonkeyPatch) -> None:
         return mm(a, b) if out_dtype is None else a.to(out_dtype) @ b.to(out_dtype)
 
     monkeypatch.setattr(torch, "mm", stand_in)
-    for module in (products, torch_strips):
+    for module in (products, torch_backend):
         monkeypatch.setattr(module, "multiplies_halves", lambda device_type: True)
 
 

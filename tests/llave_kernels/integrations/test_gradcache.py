@@ -23,7 +23,7 @@ from llave_kernels.integrations.vlm2vec import SimpleContrastiveLoss
 from llave_kernels.reference import reference_loss
 from llave_kernels.scores import CrossEntropyLoss
 from tests.helpers import embeddings, relative_error
-from tests.integrations import hosts
+from tests.llave_kernels.integrations import hosts
 from tests.processes import run
 
 WORLD = 2

@@ -19,7 +19,7 @@ import pytest
 pq = pytest.importorskip("pyarrow.parquet")
 Image = pytest.importorskip("PIL.Image")
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "emoji" / "build.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "emoji" / "build.py"
 VENDORS = ("google", "twitter", "facebook")
 TASKS = ("text_to_image", "image_to_text", "image_to_image", "category")
 HELD_OUT = ("text_to_image_held_out", "image_to_image_held_out")

@@ -17,7 +17,7 @@ import pytest
 
 from llave_kernels.backends import tiles
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 FUSION = "TRITON_DEFAULT_FP_FUSION"
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may use
 
@@ -50,7 +50,13 @@ def machine_code(
 
 def keys(**environment: str) -> dict[str, list[str]]:
     """What the kernels of ``count_compilations`` are compiled for, and no warning."""
-    command = [sys.executable, "-W", "error::UserWarning", "-m", "tests.count_compilations"]
+    command = [
+        sys.executable,
+        "-W",
+        "error::UserWarning",
+        "-m",
+        "tests.llave_kernels.backends.count_compilations",
+    ]
     known = {k: v for k, v in os.environ.items() if k != FUSION}
     known |= {"TRITON_INTERPRET": "0"} | environment
     run = subprocess.run(command, env=known, capture_output=True, text=True, check=False, cwd=ROOT)

@@ -1,4 +1,7 @@
-"""OpenCLIP's loss class and ours in one process. tests/test_distributed.py covers several."""
+"""OpenCLIP's loss class and ours in one process.
+
+tests/llave_kernels/test_distributed.py covers several.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from llave_kernels.integrations.llave_trainer import WeightedClipLoss  # noqa: E
 from llave_kernels.integrations.open_clip import ClipLoss  # noqa: E402
 from llave_kernels.reference import reference_loss  # noqa: E402
 from tests.helpers import embeddings, relative_error  # noqa: E402
-from tests.integrations.hosts import CLIPTask  # noqa: E402
+from tests.llave_kernels.integrations.hosts import CLIPTask  # noqa: E402
 
 
 def tiny_clip(**settings: Any) -> nn.Module:
