@@ -82,7 +82,7 @@ def forward(
     """The log-sum-exps, in float32."""
     call = _Forward(query, target, logit_scale, rules)
     lses = call.run(call.tile())
-    return LogSumExps(call.positive() * logit_scale, *lses)
+    return LogSumExps(call.positive_similarity() * logit_scale, *lses)
 
 
 def backward(
@@ -197,7 +197,7 @@ class _Call:
 class _Forward(_Call):
     kernel = "forward"
 
-    def positive(self) -> Tensor:
+    def positive_similarity(self) -> Tensor:
         """(N,) similarities of the positives."""
         n, m, d, *strides = self.sizes
         out = self.query.new_empty(n, dtype=torch.float32)
