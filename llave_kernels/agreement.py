@@ -1,7 +1,7 @@
-"""What the processes of a group tell each other before a loss's first exchange of data.
+"""Agreement between the processes of a group before a loss exchanges data.
 
-A few integers a process, gathered on the host: a GPU's queue of kernels never drains for it, and
-nothing is unpickled.
+Each process sends a few integers. They are gathered on the host, so no process waits for its GPU.
+Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ T = TypeVar("T")
 
 
 class Peer(NamedTuple):
-    """What a process adds to the global batch. Processes may differ in it.
+    """A process's part of the global batch. It may differ between processes.
 
     Attributes:
         rows, columns: numbers of queries and targets.
-        owners: whether not every column is its own owner.
+        owners: whether the process has owners. Without them, every column is its own owner.
     """
 
     rows: int
@@ -40,10 +40,9 @@ class Terms(NamedTuple):
     """What a process tells the others about a call.
 
     Attributes:
-        part: its part of the batch.
-        settings: by their names in messages, what must be the same everywhere: the loss depends on
-            it, or what is exchanged.
-        scale: the logit scale, which must be the same too.
+        part: the process's part of the batch.
+        settings: what must be the same on every process, keyed by the name used in messages.
+        scale: the logit scale. It must be the same too.
     """
 
     part: Peer
@@ -52,7 +51,7 @@ class Terms(NamedTuple):
 
 
 def group_of(name: str, value: Any) -> Group:
-    """A process group, or None for all processes; TypeError for others."""
+    """A process group, or None for all processes. TypeError for anything else."""
     if value is not None and not isinstance(value, dist.ProcessGroup):
         raise TypeError(
             f"{name} must be a process group or None, got {checks.typed(value)}; of a DeviceMesh "
@@ -63,15 +62,15 @@ def group_of(name: str, value: Any) -> Group:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def agree(prepare: Callable[[], tuple[T, Terms]], group: Group) -> tuple[T, list[Peer]]:
-    """What ``prepare`` makes, and every process's part; an error on all where they disagree.
+    """Return what ``prepare`` makes and every process's part. If they disagree, all raise.
 
     Args:
-        prepare: checks this process's arguments. What it raises is raised when the others, who
-            would wait, have been told.
+        prepare: checks this process's arguments. Its exception is raised after the other processes
+            have been told. Otherwise they would wait.
 
     Raises:
         RuntimeError: another process refused its arguments; torch.distributed is not initialised.
-        ValueError: a setting differs, or did the scale of an earlier call on a device.
+        ValueError: a setting differs, or the scale on a device differed in an earlier call.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(
@@ -90,7 +89,8 @@ def agree(prepare: Callable[[], tuple[T, Terms]], group: Group) -> tuple[T, list
     digest = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
     scale = late.bits() if late is not None else None
     words = [refusal is None, *part, len(text), digest, scale is not None, scale or 0]
-    with transforms.outside():  # where tensors have data; the others are told of the refusal
+    # Inside a transform tensors have no data, yet the other processes must learn of the refusal.
+    with transforms.outside():
         gathered = _gather(torch.tensor(words, dtype=torch.int64), given)
         everyone = [each.tolist() for each in gathered]
     if refusal is not None:
@@ -141,23 +141,23 @@ def _text(terms: Terms) -> bytes:
 def _precision() -> str:
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # set through torch.backends instead, which torch refuses to sum up
+    except RuntimeError:  # torch.backends was used instead, with a setting for each device
         places: Any = torch.backends
         return f"{places.cuda.matmul.fp32_precision}, {places.mkldnn.matmul.fp32_precision}"
 
 
 def _unread(scale: Tensor) -> bool:
-    """Whether the scale is on a device, which the host would have to wait for."""
+    """Whether the scale is on a device. The host would have to wait for it."""
     return scale.device.type != "cpu"
 
 
 def _capturing() -> bool:
-    """Whether a CUDA graph is being captured, during which nothing may be asked of the GPU."""
+    """Whether a CUDA graph is being captured. The host may not query the GPU meanwhile."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class _Late:
-    """A scale on its way from a device: the processes compare it in a later call."""
+    """A scale that is being copied from a device. The processes compare it in a later call."""
 
     def __init__(self, scale: Tensor) -> None:
         self.copy = scale.detach().to("cpu", torch.float64, non_blocking=True)
@@ -165,7 +165,7 @@ class _Late:
         self.arrival.record()
 
     def bits(self) -> int | None:
-        """None as long as it has not arrived."""
+        """The bits of the scale as an integer. None until the copy has arrived."""
         if not self.arrival.query():
             return None
         return struct.unpack("<q", struct.pack("<d", self.copy.item()))[0]
@@ -176,7 +176,7 @@ def _number(bits: int) -> str:
 
 
 def _gather(mine: Tensor, group: Group) -> list[Tensor]:
-    """Everyone's tensor on the host."""
+    """Every process's tensor, on the host."""
     if group is None or (world := dist.get_world_size(group)) == 1:
         return [mine]
     everyone = [torch.empty_like(mine) for _ in range(world)]
@@ -187,16 +187,16 @@ def _gather(mine: Tensor, group: Group) -> list[Tensor]:
     return everyone
 
 
-# All processes keep and drop these in the same calls.
+# All processes add and remove entries in the same calls.
 _LATE: WeakKeyDictionary[dist.ProcessGroup, _Late] = WeakKeyDictionary()
 _hosts: WeakKeyDictionary[dist.ProcessGroup, Any] = WeakKeyDictionary()
 
 
 def _on_host(group: dist.ProcessGroup) -> Any:
-    """The processes of a group that takes tensors on a device only, over gloo; made once.
+    """A gloo group of the same processes, for a group that only takes tensors on a device.
 
-    Through the group's own store. ``new_group`` counts the groups of a process, and members of a
-    group may have counted differently: they would wait for each other under two names.
+    It is made once, through the group's own store. ``new_group`` would name it by a count of the
+    process's groups. Processes with different counts would wait for each other forever.
     """
     if group not in _hosts:
         own = dist.distributed_c10d._get_process_group_store(group)

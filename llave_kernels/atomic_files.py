@@ -1,6 +1,6 @@
-"""Files and folders that appear whole, or not at all, and stay through a power loss.
+"""Files and folders that appear whole or not at all, and survive a power loss.
 
-Each is made beside its place, under a name that nobody can know before, and renamed.
+Each is made beside its path, under a name that nobody can guess. It is then moved into place.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ except ImportError:  # Windows
 
 
 def publish(path: Path, write: Callable[[Path], object]) -> None:
-    """Let a file appear whole, in place of one that is ours.
+    """Write a file that appears whole. It replaces an earlier one.
 
-    Several processes may publish the same file at a time. What killed ones left of it is removed.
+    Several processes may publish the same file at the same time. Temporary files that killed
+    processes left are removed.
 
     Args:
         path: the file.
-        write: is given the path of an empty file beside it, to fill.
+        write: fills the empty file beside ``path`` whose path it is given.
 
     Raises:
-        OSError: it cannot be written; what was there stays.
+        OSError: the file cannot be written. An earlier one stays.
     """
     with _file_beside(path) as temporary:
         write(temporary)
@@ -38,29 +39,29 @@ def publish(path: Path, write: Callable[[Path], object]) -> None:
             sync(temporary)
             temporary.replace(path)
         except FileNotFoundError:
-            # Another process finished the same file first and swept ours.
+            # Another process finished the same file first and removed our temporary one.
             if not path.exists():
                 raise
     sweep(path)
 
 
 def create(path: Path, write: Callable[[Path], object]) -> bool:
-    """``publish`` where nothing is: of several processes one makes the file, the others are told.
+    """``publish`` only where nothing exists. Of several processes, one makes the file.
 
     Returns:
-        False where ``path`` is something already, a broken link too, which is left as it is.
+        False where ``path`` already exists, even as a broken link. It is left as it is.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     with _file_beside(path) as temporary:
         write(temporary)
         try:
             sync(temporary)
-            os.link(temporary, path)  # unlike a rename it replaces nothing
+            os.link(temporary, path)  # unlike a rename, it replaces nothing
         except FileExistsError:
             return False
-        except OSError:  # the file system has no links, or another process swept ours
+        except OSError:  # no links on this file system, or another process removed our file
             if not _claim(temporary, path):
                 return False
     sweep(path)
@@ -68,24 +69,24 @@ def create(path: Path, write: Callable[[Path], object]) -> bool:
 
 
 def new_folder(path: Path) -> Path:
-    """An empty folder beside ``path``, which stays until it is renamed or removed.
+    """Make an empty folder beside ``path``. The caller renames or removes it.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be made.
     """
     folder = _beside(path)
-    folder.mkdir()  # which follows no link
+    folder.mkdir()  # mkdir follows no link
     return folder
 
 
 @contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
-    """``new_folder`` that is removed at the end.
+    """A ``new_folder`` that is removed at the end.
 
-    Those that killed processes left are removed at the start, those of living ones are not.
+    Folders that killed processes left are removed at the start. Those of living processes stay.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be made.
     """
     for leftover in leftovers(path):
         with _locked(leftover) as ours:
@@ -100,7 +101,7 @@ def folder_beside(path: Path) -> Iterator[Path]:
 
 
 def leftovers(path: Path) -> list[Path]:
-    """What was made beside a path and not removed; living processes may still use it."""
+    """The temporary files and folders beside a path. Living processes may still use them."""
     names = re.compile(re.escape(path.name) + r"\.[0-9a-f]{32}\.tmp")
     try:
         return [other for other in path.parent.iterdir() if names.fullmatch(other.name)]
@@ -109,7 +110,7 @@ def leftovers(path: Path) -> list[Path]:
 
 
 def sweep(path: Path) -> None:
-    """Remove the files that dead processes left of one that is done."""
+    """Remove the temporary files beside a finished file, those of living processes too."""
     for leftover in leftovers(path):
         if leftover.is_symlink() or not leftover.is_dir():
             leftover.unlink(missing_ok=True)
@@ -125,12 +126,12 @@ def sync(path: Path) -> None:
 
 
 def lock(descriptor: int, *, inherited: bool = True) -> bool:
-    """Lock what is open, until it is closed; False where another process has the lock.
+    """Lock an open file or folder until it is closed. False if another process has the lock.
 
     Args:
         descriptor: of a file or a folder.
-        inherited: whether processes that are forked meanwhile hold it too. If not, it must be of a
-            file that is open for writing, and this process cannot keep itself out.
+        inherited: whether processes forked meanwhile hold the lock too. If not, the descriptor must
+            be of a file open for writing, and the lock does not exclude this process itself.
 
     Raises:
         OSError: the system or the file system has no such locks.
@@ -153,7 +154,7 @@ def _beside(path: Path) -> Path:
 def _file_beside(path: Path) -> Iterator[Path]:
     """An empty file beside ``path``."""
     temporary = _beside(path)
-    temporary.touch(exist_ok=False)  # a link is not followed
+    temporary.touch(exist_ok=False)  # follows no link
     try:
         yield temporary
         sync(path.parent)
@@ -162,7 +163,7 @@ def _file_beside(path: Path) -> Iterator[Path]:
 
 
 def _claim(temporary: Path, path: Path) -> bool:
-    """``create`` by a name that is taken before it gets its contents."""
+    """``create`` without a link: take the name with an empty file, then replace that."""
     try:
         path.touch(exist_ok=False)
     except FileExistsError:
@@ -177,7 +178,7 @@ def _claim(temporary: Path, path: Path) -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Lock a folder until the end, the process's at the latest; False where another one has it."""
+    """Lock a folder until the block or the process ends. False if another process has the lock."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except (OSError, AttributeError):  # no folder, or Windows

@@ -18,7 +18,7 @@ from llave_kernels.rules import HARDNESS_MODES, Rules, RuleSettings
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-# The smallest and largest number that a constant may be in a sum's dtype.
+# The smallest normal and the largest number of a dtype. Constants must lie between them or be 0.
 LIMITS = {x: (torch.finfo(x).tiny, torch.finfo(x).max) for x in (torch.float32, torch.float64)}
 
 
@@ -66,11 +66,11 @@ def embeddings(query: Tensor, target: Tensor) -> None:
 def logit_scale(
     value: float | Tensor, strength: float, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """0-d tensor on ``device``; a tensor of one element keeps its graph.
+    """The scale as a 0-d tensor on ``device``. A tensor of one element keeps its graph.
 
     Args:
-        strength: the larger alpha, which a logit's factor adds to the scale.
-        dtype: of sums.
+        strength: the larger alpha. The scale plus alpha is the largest factor of a logit.
+        dtype: dtype of the sums.
     """
     if not isinstance(value, Tensor):
         found = positive("logit_scale", value, dtype)
@@ -99,10 +99,9 @@ def _finite_sum(scale: float, strength: float, dtype: torch.dtype) -> None:
 
 
 def read(x: Tensor, *reductions: Callable[[Tensor], Tensor]) -> list[Any]:
-    """What reductions make of a tensor, as numbers; none where they cost more than a look.
+    """The results of reductions of a tensor, as numbers. Empty where they cannot be read cheaply.
 
-    On a device the host would wait for them. In a graph that is traced, or under vmap, there are
-    none.
+    The host would wait for a device. A traced graph and vmap have no values.
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return []
@@ -110,7 +109,7 @@ def read(x: Tensor, *reductions: Callable[[Tensor], Tensor]) -> list[Any]:
         found = [reduction(x).item() for reduction in reductions]
     except RuntimeError:
         return []
-    return found if all(isinstance(x, (int, float)) for x in found) else []  # else symbols
+    return found if all(isinstance(x, (int, float)) for x in found) else []  # not symbols
 
 
 def positive(name: str, value: Any, dtype: torch.dtype = torch.float32) -> float:
@@ -140,7 +139,7 @@ def rule_settings(
     target_alpha: float | None = None,
     false_negative_margin: float | None = None,
 ) -> RuleSettings:
-    """The settings, for what holds them: errors come when it is made, not in its first call."""
+    """Checked settings for an object that holds them. Errors come before its first call."""
     one_of("hardness", hardness, HARDNESS_MODES)
     if target_alpha is not None:
         target_alpha = strength("target_alpha", target_alpha)
@@ -166,9 +165,9 @@ def margin(value: Any, dtype: torch.dtype = torch.float32) -> float | None:
 
 
 def number(name: str, value: Any, dtype: torch.dtype) -> float:
-    """A real number, numpy's too, or that of a tensor of one element, as a float.
+    """A real number, a numpy number or a tensor of one element, as a float.
 
-    It is what ``dtype`` makes of it: infinite beyond its range, 0 below.
+    Above the range of ``dtype`` it becomes infinite. Below the smallest normal number it becomes 0.
     """
     found = _element(name, value)
     if isinstance(found, bool) or not isinstance(found, (Real, Decimal)):
@@ -184,7 +183,7 @@ def number(name: str, value: Any, dtype: torch.dtype) -> float:
 
 
 def count(name: str, value: Any, least: int, most: int | None = None, remedy: str = "") -> int:
-    """An integer, numpy's too, or that of a tensor of one element, as an int."""
+    """An integer, a numpy integer or a tensor of one element, as an int."""
     found = _element(name, value)
     below = f" and <= {most}" if most is not None else ""
     whole = isinstance(found, Integral) and not isinstance(found, bool)
@@ -194,7 +193,7 @@ def count(name: str, value: Any, least: int, most: int | None = None, remedy: st
 
 
 def _element(name: str, value: Any) -> Any:
-    """The number in a tensor or array of one element; others as they are."""
+    """The number in a tensor or array of one element. Other values are returned as they are."""
     if isinstance(value, Tensor):
         tensor(name, value)
         if value.requires_grad:
@@ -227,7 +226,7 @@ def typed(value: object) -> str:
 
 
 def short(value: object, kind: str = "") -> str:
-    """The value in one short line, after its kind; of several numbers the shape."""
+    """The value in one short line, after ``kind``. An array of several numbers shows its shape."""
     if isinstance(value, Tensor) and value.is_nested:
         return "a nested Tensor"
     if isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) != 1:
@@ -238,7 +237,7 @@ def short(value: object, kind: str = "") -> str:
 def columns(
     name: str, value: Tensor, length: int, m: int, device: torch.device, *, unique: bool = False
 ) -> Tensor:
-    """int64 column numbers of shape (length,); range and uniqueness are checked on a CPU."""
+    """(length,) column numbers as int64. Range and uniqueness are checked on a CPU only."""
     _integers(name, value, length, device)
     if found := read(value, Tensor.min, Tensor.max):
         low, high = found
@@ -255,7 +254,7 @@ def columns(
 
 
 def rule_tensors(rules: Rules, query: Tensor, target: Tensor) -> Rules:
-    """The rules with checked tensors, labels and owners as int64."""
+    """The rules with checked tensors. Labels and owners become int64."""
     n, m, device = len(query), len(target), query.device
     labels, owners = rules.labels, rules.owners
     if labels is not None:

@@ -1,4 +1,4 @@
-"""Streamed similarity statistics: how far apart positives and negatives are (paper, Figure 1)."""
+"""Similarity statistics: how far apart positives and negatives are (paper, Figure 1)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class SimilarityStatistics(NamedTuple):
     """Histograms of the similarities of a batch.
 
     Attributes:
-        edges: (bins + 1,) bin edges from -1 to 1; similarities beyond fall into the outer bins.
+        edges: (bins + 1,) bin edges from -1 to 1. Similarities outside fall into the outer bins.
         positive: (bins,) int64 counts of the N positive pairs.
         negative: (bins,) int64 counts of the negative pairs.
         positive_mean, negative_mean: 0-d means; NaN where there is no such pair.
-        overlap: 0-d, the area shared by the two normalised histograms: 0 separated, 1 the same.
+        overlap: 0-d area that the two normalised histograms share: 0 if separate, 1 if equal.
     """
 
     edges: Tensor
@@ -44,18 +44,21 @@ def similarity_statistics(
     target_ids: Tensor | None = None,
     bins: int = 100,
 ) -> SimilarityStatistics:
-    """Histograms of ``q_i . t_j`` over positives and negatives, in strips: O(M) memory, not O(N M).
+    """Histograms of ``q_i . t_j`` over positives and negatives.
+
+    The matrix is computed in strips. That takes O(M) memory, not O(N M).
 
     Args:
-        query: (N, D), unit-length rows for cosine similarities.
+        query: (N, D). Rows of unit length give cosine similarities.
         target: (M, D), same dtype and device.
         labels: (N,) column of each row's positive. Default ``arange(N)``.
-        query_ids, target_ids: int64 content ids; negatives with the row's id are not counted.
+        query_ids, target_ids: (N,) and (M,) int64 content ids. A negative with its row's id is not
+            counted.
         bins: number of histogram bins over [-1, 1], at most 2^24.
 
     Raises:
         TypeError, ValueError: as in ``hardness_weighted_contrastive_loss``; ``bins`` out of range;
-            a similarity that is not finite, which has no bin.
+            a similarity that is not finite.
     """
     checks.tensor("query", query)
     checks.tensor("target", target)
@@ -75,7 +78,7 @@ def similarity_statistics(
     positive, negative_counts = (
         torch.zeros(bins, dtype=torch.int64, device=device) for _ in range(2)
     )
-    sums = []  # of each strip: added at the end, they need no wider type
+    sums = []  # one pair per strip, added at the end: float32 is precise enough for that
     step = max(1, STRIP_BUDGET // (m * dtype.itemsize))
     transposed = target.to(dtype).T
     for start in range(0, n, step):

@@ -1,4 +1,7 @@
-"""Which backend runs a call: ``"auto"`` never fails, a name runs or says why it cannot."""
+"""The choice of the backend that runs a call.
+
+``"auto"`` always finds one. A named backend runs the call or raises an error that says why not.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,24 @@ from llave_kernels.backends import cuda, torch_backend, triton_backend
 from llave_kernels.backends.protocol import Backend, OneDirection
 from llave_kernels.rules import Rules
 
-# In order of preference. The last supports every call. Of the two for GPUs, Triton's comes first
-# until benchmarks/results say which is faster.
+# In order of preference. The last one supports every call. triton comes before cuda until
+# benchmarks/results say which is faster.
 BACKENDS: list[Backend] = [triton_backend, cuda, torch_backend]
 OVERRIDE = "LLAVE_BACKEND"
 
 
 def names() -> list[str]:
-    """What ``backend=`` takes beside ``"auto"``."""
+    """The names that ``backend=`` takes besides ``"auto"``."""
     return [backend.NAME for backend in BACKENDS]
 
 
 def available_backends() -> dict[str, str | None]:
-    """Each backend's name with None, or with the reason it cannot run on this machine."""
+    """Each backend's name, with None or the reason why it cannot run on this machine."""
     return {backend.NAME: backend.unavailable() for backend in BACKENDS}
 
 
 def known(name: str, source: str = "backend") -> str:
-    """The name of a backend, or ``"auto"``; ValueError for others."""
+    """The name of a backend, or ``"auto"``. ValueError for any other value."""
     if not isinstance(name, str) or name not in ("auto", *names()):
         choices = ", ".join(["auto", *names()])
         raise ValueError(f"{source}={checks.short(name)} is not a backend; choose one of {choices}")
@@ -40,7 +43,7 @@ def named(name: str, source: str = "backend") -> Backend:
     """The backend of that name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such backend.
         RuntimeError: it cannot run on this machine.
     """
     checks.one_of(source, name, names())
@@ -53,7 +56,7 @@ def named(name: str, source: str = "backend") -> Backend:
 def supporting(
     name: str, query: Tensor, target: Tensor, rules: Rules, source: str = "backend"
 ) -> Backend:
-    """``named``, with a ValueError where the backend does not support the call."""
+    """``named``, with a ValueError if the backend does not support the call."""
     backend = named(name, source)
     if (reason := backend.supports(query, target, rules)) is not None:
         raise ValueError(f"{source}={name!r} does not support this call: {reason}")
@@ -63,9 +66,9 @@ def supporting(
 def choose(name: str, query: Tensor, target: Tensor, rules: Rules) -> str:
     """The name of the backend that runs this call.
 
-    ``"auto"`` takes ``LLAVE_BACKEND`` where that is set and not empty (and then as strictly as an
-    argument). Otherwise it takes the first in the order of ``BACKENDS`` that supports the call. On
-    a CPU it takes the last: the others run there for tests, and must be asked for by name.
+    ``"auto"`` takes the backend that ``LLAVE_BACKEND`` names, if that is set and not empty. It then
+    raises the errors of a named backend. Otherwise it takes the first of ``BACKENDS`` that supports
+    the call. On a CPU it takes the last. The others run there only for tests, by name.
 
     Raises:
         ValueError: unknown name, or a named backend that does not support this call.
@@ -78,14 +81,14 @@ def choose(name: str, query: Tensor, target: Tensor, rules: Rules) -> str:
         return supporting(asked, query, target, rules, source).NAME
     *preferred, everywhere = BACKENDS
     if query.device.type != "cpu":
-        for backend in preferred:  # a loop, which torch 2.8 traces
+        for backend in preferred:  # torch 2.8 can trace a loop
             if backend.unavailable() is None and backend.supports(query, target, rules) is None:
                 return backend.NAME
     return everywhere.NAME
 
 
 def one_direction(name: str, query: Tensor) -> OneDirection | None:
-    """The named backend, where it makes loss and gradients of such queries in one pass."""
+    """The named backend if it computes loss and gradients of such queries in one pass, or None."""
     backend = named(name)
     merges = getattr(backend, "merges_gradients", None)
     return cast(OneDirection, backend) if merges is not None and merges(query) else None
