@@ -1,6 +1,7 @@
 """The choice of the backend that runs a call.
 
-``"auto"`` always finds one. A named backend runs the call or raises an error that says why not.
+``"auto"`` always finds one, unless ``LLAVE_BACKEND`` names one that does not fit. A named backend
+runs the call or raises an error that says why not.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""The loss over the batch of all processes: targets gathered once, one block of rows each.
+"""The loss over the batch of all processes.
 
-Each process gathers every process's targets, with autograd, and computes its own rows of the N x M
-similarity matrix: its query direction is complete. Of the target direction it holds a part of every
-column's sum; each process receives the parts of its own columns, M floats in all. The usual way
-gathers both sides and computes two blocks: twice the products and twice the traffic.
+Each process gathers the targets of all processes, with autograd. It computes its own rows of the
+N x M similarity matrix, so its query direction is complete. In the target direction it has a part
+of every column's sum. Each process then receives the parts of its own columns. They are M floats.
+
+The usual way gathers both sides and computes two blocks. That takes twice the products and twice
+the traffic.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from llave_kernels.precision import autocast
 from llave_kernels.rules import RuleArguments, Rules, RuleSettings, at_labels, inside
 
 
-# Compiled, the call is a break in the graph: the exchanges' sizes are known only when the processes
-# have told each other, and its products are operators of our own anyway.
+# torch.compile breaks the graph here. The sizes to exchange are known only after the processes have
+# agreed, and the products are custom operators anyway.
 @functional.shows_rules
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def distributed_contrastive_loss(
@@ -39,33 +41,34 @@ def distributed_contrastive_loss(
 ) -> Tensor:
     """``hardness_weighted_contrastive_loss`` over the rows of all processes of a group.
 
-    With ``reduction="mean"`` under data parallelism that averages gradients (DDP, FSDP), every
-    parameter's gradient is that of the mean over the global batch in one process, and the average
-    of the returned values is that mean. Batches may differ in size between processes.
+    Use ``reduction="mean"`` under data parallelism that averages gradients (DDP, FSDP). The
+    gradients of all parameters then equal those of the mean over the global batch. The average of
+    the returned values is that mean. Batch sizes may differ between processes.
 
     Args:
         query: (N_local, D) this process's queries.
         target: (M_local, D) this process's targets: its rows' positives and their mined negatives.
         group: process group. Default: all processes.
-        reduction: ``"mean"``: the sum over this process's rows, times the number of processes, over
-            the global number of rows. ``"sum"``: the sum over this process's rows; averaged
-            gradients are then those of the global sum divided by the number of processes.
-            ``"none"``: (N_local,) this process's rows.
+        reduction: ``"mean"``: the sum over this process's rows, times the number of processes,
+            divided by the global number of rows. ``"sum"``: the sum over this process's rows.
+            Averaged gradients are then those of the global sum divided by the number of processes.
+            ``"none"``: (N_local,) one loss per row of this process.
         logit_scale, backend: as in ``hardness_weighted_contrastive_loss``.
-        rules: as there. ``labels`` (N_local,) and ``owners`` (M_local,) are columns of this
-            process's own ``target``. ``query_ids`` (N_local,) and ``target_ids`` (M_local,) are
-            compared across processes. All settings must be the same on every process.
+        rules: as in ``hardness_weighted_contrastive_loss``. ``labels`` (N_local,) and ``owners``
+            (M_local,) are columns of this process's own ``target``. ``query_ids`` (N_local,) and
+            ``target_ids`` (M_local,) are compared across processes. All settings must be the same
+            on every process.
 
     Returns:
-        0-d tensor or (N_local,); float32, or float64 for float64 inputs.
+        0-d tensor or (N_local,). float32, or float64 for float64 inputs.
 
     Raises:
         RuntimeError: torch.distributed is not initialised, or another process refused its
             arguments.
-        TypeError, ValueError: as in ``hardness_weighted_contrastive_loss``; ValueError on every
-            process where they disagree in width, dtype, settings or in what requires a gradient.
-            A tensor ``logit_scale`` on a GPU is compared in a later call, when it has been copied:
-            waiting for it would synchronise.
+        TypeError, ValueError: as in ``hardness_weighted_contrastive_loss``. Every process raises
+            ValueError if width, dtype, settings or the inputs that require a gradient differ
+            between processes. A tensor ``logit_scale`` on a GPU is compared in a later call, once
+            it has been copied. Waiting for it would synchronise.
     """
     given = {"logit_scale": logit_scale, "reduction": reduction, "backend": backend}
     return loss_over(group, lambda: {"query": query, "target": target, **given, **rules}, {})
@@ -85,11 +88,11 @@ class Call(NamedTuple):
 def loss_over(
     group: Group, arguments: Callable[[], Mapping[str, Any]], settings: Mapping[str, Any]
 ) -> Tensor:
-    """``distributed_contrastive_loss`` of arguments that are made and checked in one go.
+    """``distributed_contrastive_loss`` of arguments that a function makes.
 
     Args:
-        arguments: makes them, by name. The other processes are told what it raises.
-        settings: what else must be the same on every process, by its name in messages.
+        arguments: returns the arguments by name. If it raises, the other processes raise too.
+        settings: what else must be the same on every process, keyed by the name used in messages.
     """
     call, peers = agree(lambda: checked(**arguments(), settings=settings), group)
     query, target, scale, own, reduction, name = call
@@ -118,7 +121,7 @@ def checked(
     backend: str = "auto",
     **given: Unpack[RuleArguments],
 ) -> tuple[Call, Terms]:
-    """Arguments of ``distributed_contrastive_loss``, and what the other processes are told."""
+    """Checked arguments of ``distributed_contrastive_loss``, and what other processes are told."""
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
     query, target = autocast(query, target)
     scale, rules = functional.resolve(query, target, logit_scale, **given)
@@ -137,7 +140,7 @@ def checked(
     held = RuleSettings.__annotations__
     told |= {name: value for name, value in rules.arguments().items() if name in held}
     known = scale
-    if not isinstance(logit_scale, Tensor):  # though the loss takes it from a device
+    if not isinstance(logit_scale, Tensor):  # the host knows it, though the loss reads the device
         number = checks.positive("logit_scale", logit_scale, scale.dtype)
         known = torch.tensor(number, dtype=scale.dtype)
     part = Peer(len(query), len(target), rules.owners is not None)
@@ -154,11 +157,11 @@ def _global_rules(
     rank: int,
     group: Group,
 ) -> Rules:
-    """This process's rules with columns counted over all processes."""
+    """This process's rules, with columns numbered over the targets of all processes."""
     columns = [peer.columns for peer in peers]
     offset = sum(columns[:rank])
 
-    def counted_over_all(own: Tensor) -> Tensor:  # what names no column here names none there
+    def counted_over_all(own: Tensor) -> Tensor:  # a number outside stays outside
         return torch.where(inside(own, len(target))[0], own + offset, -1)
 
     owners = column_limit = None
@@ -180,7 +183,7 @@ def _global_rules(
 
 
 def gather_rows(x: Tensor, sizes: list[int], group: Group) -> Tensor:
-    """Concatenation of the processes' tensors of ``sizes`` rows each, padded on the way."""
+    """Concatenate the processes' tensors, which have ``sizes`` rows. Padding is sent with them."""
     longest = max(sizes)
     if len(x) == longest:
         padded = x.contiguous()
@@ -196,7 +199,7 @@ def gather_rows(x: Tensor, sizes: list[int], group: Group) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    """``gather_rows``; in the backward each process receives the sum of its rows' gradients."""
+    """``gather_rows`` with a backward. Each process receives the summed gradients of its rows."""
 
     jvp = staticmethod(transforms.refuse_forward_mode)
 
@@ -219,8 +222,11 @@ class _GatherRows(torch.autograd.Function):
 
 
 class _OwnColumns(torch.autograd.Function):
-    """From the log-sum-exps of all columns over this process's rows (M,) to those of its own
-    columns over all rows (M_local,)."""
+    """Combine the column log-sum-exps of all processes.
+
+    The input (M,) covers all columns over this process's rows. The output (M_local,) covers this
+    process's columns over all rows.
+    """
 
     jvp = staticmethod(transforms.refuse_forward_mode)
 
@@ -231,7 +237,7 @@ class _OwnColumns(torch.autograd.Function):
         dist.all_to_all_single(parts, partial.contiguous(), [own] * world, sizes, group)
         parts = parts.view(world, own)
         lse = torch.logsumexp(parts, 0)
-        # Of a column without a negative nothing is passed on.
+        # A column without a negative gets no gradient.
         share = torch.exp(parts - lse.masked_fill(lse == -math.inf, 0.0))
         ctx.save_for_backward(share)
         ctx.sizes, ctx.group = sizes, group

@@ -1,4 +1,4 @@
-"""The symmetric loss of paired rows over all processes, gathered in one of OpenCLIP's four ways."""
+"""The symmetric loss of paired rows over all processes, in OpenCLIP's four gathering modes."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from llave_kernels.precision import autocast
 
 
 class Gather(NamedTuple):
-    """OpenCLIP's settings, and what they make of a process's loss and gradients.
+    """OpenCLIP's gathering settings. They decide each process's loss value and gradients.
 
     | local_loss | gather_with_grad | value | gradients, before they are averaged |
     |---|---|---|---|
     | True | True | mean over own rows | exact: their average is the global batch's |
     | False | True | global mean | exact |
-    | False | False | global mean | of own rows only: their average is exact / world_size |
-    | True | False | mean over own rows | of own rows against constants: not exact |
+    | False | False | global mean | from own rows only: their average is exact / world_size |
+    | True | False | mean over own rows | from own rows against constants: not exact |
 
-    The processes' gradients are OpenCLIP's. With both settings True, that of ``logit_scale`` is
-    OpenCLIP's only after the average.
+    Each process's gradients equal OpenCLIP's. With both settings True, the gradient of
+    ``logit_scale`` equals OpenCLIP's only after the average.
 
     Attributes:
         local_loss, gather_with_grad: as in OpenCLIP.
-        world_size: number of processes. 1 gathers nothing.
+        world_size: number of processes. With 1, nothing is gathered.
     """
 
     local_loss: bool
@@ -49,7 +49,7 @@ def gathered_clip_loss(
     """Symmetric loss of paired rows, with OpenCLIP's value and gradients in each process.
 
     Args:
-        query, target: (N_local, D), row i's positive in row i.
+        query, target: (N_local, D). The positive of query row i is target row i.
         logit_scale: float or tensor of one element.
         alpha: hardness strength in both directions.
         gather: must be the same on every process.
@@ -69,7 +69,7 @@ def gathered_clip_loss(
 
 
 def _check_pairs(query: Tensor, target: Tensor) -> None:
-    """ValueError unless they have as many rows."""
+    """Raise ValueError unless both have the same number of rows."""
     checks.embeddings(*autocast(query, target))
     if len(query) != len(target):
         raise ValueError(
@@ -82,7 +82,7 @@ def _over_processes(
     query: Tensor, target: Tensor, settings: dict[str, Any], gather: Gather
 ) -> Tensor:
     world = dist.get_world_size()
-    # Each process's loss may be the global mean. The exact gradients are then what all add up to.
+    # With both settings False, the exact gradient is the sum over the processes, not the average.
     share = 1.0 if gather.local_loss or gather.gather_with_grad else 1.0 / world
 
     def arguments() -> dict[str, Any]:
@@ -110,7 +110,7 @@ def _over_processes(
 
 
 def _against_constants(call: Call, rows: list[int]) -> Tensor:
-    """Each side's own rows against all rows of the other side, which receive no gradient.
+    """The loss of each side's own rows against all rows of the other side, taken as constants.
 
     Args:
         rows: number of rows of each process.

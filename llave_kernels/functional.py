@@ -18,13 +18,13 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class ContrastiveLogits(NamedTuple):
-    """What every loss is composed from; float32, or float64 for float64 inputs.
+    """The values that every loss is composed from. float32, or float64 for float64 inputs.
 
     Attributes:
         positive: (N,) logit of each row's positive, ``kappa s_{i,l_i}``.
-        query: (N,) log-sum-exp of each row over its valid negatives, -inf where it has none.
-        target: (M,) log-sum-exp of each column over the rows whose positive it is not; None when
-            not symmetric. The loss reads it at ``labels`` only.
+        query: (N,) log-sum-exp of each row over its valid negatives, -inf without any.
+        target: (M,) log-sum-exp of each column over its valid negatives, the rows whose positive it
+            is not. None when not symmetric. The loss reads it at ``labels`` only.
     """
 
     positive: Tensor
@@ -47,7 +47,7 @@ def resolve(
     target_ids: Tensor | None = None,
     false_negative_margin: float | None = None,
 ) -> tuple[Tensor, Rules]:
-    """Checked arguments as (0-d scale tensor on the device, rules)."""
+    """Check the arguments. Return the scale as a 0-d tensor on the device, and the rules."""
     checks.embeddings(query, target)
     n, m, device = len(query), len(target), query.device
     dtype = accumulation_dtype(query.dtype)
@@ -89,9 +89,8 @@ def contrastive_logsumexp(
 ) -> ContrastiveLogits:
     """Positive logits and both directions' log-sum-exps over the hardness-weighted negatives.
 
-    The differentiable primitive: gradients reach ``query``, ``target`` and ``logit_scale``. The
-    arguments are those of ``hardness_weighted_contrastive_loss``, which states them and what they
-    raise.
+    This is the differentiable primitive. Gradients reach ``query``, ``target`` and ``logit_scale``.
+    Arguments and errors are as in ``hardness_weighted_contrastive_loss``.
     """
     query, target = autocast(query, target)
     scale, resolved = resolve(query, target, logit_scale, **rules)
@@ -111,40 +110,44 @@ def hardness_weighted_contrastive_loss(
 ) -> Tensor:
     """Hardness-weighted contrastive loss of LLaVE (arXiv 2503.04812, eq. 4-6), fused.
 
-    With ``s_ij = q_i . t_j``, each valid negative has the logit ``kappa s_ij + alpha h_ij
-    sg(s_ij)``, the positive ``p_i = kappa s_{i,l_i}``, and ``L_i = softplus(logsumexp of the
-    negatives - p_i)``. The symmetric loss averages that with the same over each positive's column.
-    The N x M matrix is never stored. Rows are not normalised: pass unit-length rows for cosine
+    The similarity of query i and target j is ``s_ij = q_i . t_j``. A valid negative has the logit
+    ``kappa s_ij + alpha h_ij sg(s_ij)``. ``h_ij`` is 1 if the negative carries the hardness weight,
+    else 0. ``sg`` stops the gradient. The positive has the logit ``p_i = kappa s_{i,l_i}``. The
+    loss of a row is ``L_i = softplus(logsumexp of the negatives - p_i)``. The symmetric loss
+    averages it with the same loss over the positive's column.
+
+    The N x M matrix is never stored. Rows are not normalised. Pass rows of unit length for cosine
     similarity.
 
     Args:
         query: (N, D) float32, bfloat16, float16 or float64 (``torch`` backend), any strides.
-        target: (M, D) with M >= N, same dtype and device. By default N positives, then blocks of N
-            mined negatives, row i's in rows ``i + k N``.
+        target: (M, D), same dtype and device. By default the first N rows are the positives, and
+            blocks of N mined negatives follow. Row i's are then in rows ``i + k N``. Without
+            ``labels``, M must be at least N.
         logit_scale: kappa = 1 / temperature, a positive number or a tensor of one element, which
-            may require grad. It and the strengths must fit the dtype of the loss.
+            may require grad. Its sum with a strength must be finite in the dtype of the loss.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (a loss per row).
         backend: ``"auto"`` or a name from ``available_backends()``.
-        rules: which pairs count, and how they weigh: ``alpha``, ``hardness``, ``symmetric``,
+        rules: which pairs count and how they are weighted: ``alpha``, ``hardness``, ``symmetric``,
             ``target_alpha``, ``false_negative_margin``, ``labels``, ``owners``, ``query_ids``,
-            ``target_ids``. ``RuleArguments`` states them.
+            ``target_ids``. See ``RuleSettings`` and ``RuleTensors``.
 
     Returns:
         0-d tensor, or (N,) with ``reduction="none"``. float32, or float64 for float64 inputs. A row
         without a valid negative has loss 0 and gradient 0.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
+        TypeError: an argument has the wrong type or dtype.
         ValueError: wrong shape, device or value, or a named backend that does not support the
-            call. On a GPU values of index tensors and of a tensor ``logit_scale`` are not checked:
-            that would synchronise.
-        RuntimeError: a named backend that cannot run on this machine; a second derivative;
+            call. On a GPU, the values of index tensors and of a tensor ``logit_scale`` are not
+            checked, because that would synchronise.
+        RuntimeError: a named backend cannot run on this machine; a second derivative;
             forward-mode differentiation (``torch.func.jvp``, dual numbers). ``torch.func.grad``,
             ``vjp``, ``jacrev``, ``vmap`` and ``functional_call`` work.
 
     Note:
-        A similarity, a logit or a sum of losses beyond the range of float32 (float64 for float64
-        inputs) makes the loss infinite or NaN. Only what is known on the host is an error.
+        A similarity, a logit or a sum of losses may exceed the range of float32 (float64 for
+        float64 inputs). The loss is then infinite or NaN, and no error is raised.
     """
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
     query, target = autocast(query, target)
@@ -164,7 +167,7 @@ def hardness_weighted_contrastive_loss(
 def _takes_one_direction(
     name: str, query: Tensor, target: Tensor, scale: Tensor, rules: Rules, reduction: str
 ) -> bool:
-    """Whether gradients are worth making along with the loss: the upstream one is a scalar."""
+    """Whether to compute gradients along with the loss. Their upstream gradient is a scalar."""
     if rules.symmetric or reduction == "none" or transforms.active():
         return False
     learns = any(x.requires_grad for x in (query, target, scale))
@@ -175,6 +178,6 @@ def _takes_one_direction(
 def logsumexp(
     query: Tensor, target: Tensor, scale: Tensor, rules: Rules, backend: str
 ) -> ContrastiveLogits:
-    """``contrastive_logsumexp`` of what ``resolve`` returned, on the named backend."""
+    """``contrastive_logsumexp`` of resolved arguments, on the named backend."""
     positive, rows, columns, _ = ops.contrastive_logsumexp(query, target, scale, backend, *rules)
     return ContrastiveLogits(positive, rows, columns if rules.symmetric else None)

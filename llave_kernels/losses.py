@@ -9,20 +9,20 @@ from torch.nn.functional import logsigmoid
 def direction_loss(positive: Tensor, lse: Tensor) -> Tensor:
     """``softplus(lse - positive)``, elementwise: the loss of one direction.
 
-    The positive stays out of the log-sum-exp. Within it, its logit would cancel, and a loss below
-    1e-7 would be 0 in float32.
+    The positive stays out of the log-sum-exp. Inside it, its logit would cancel. A loss below 1e-7
+    would then be 0 in float32.
     """
     return -logsigmoid(positive - lse)
 
 
 def loss_of_rows(positive: Tensor, query_lse: Tensor, target_lse: Tensor | None) -> Tensor:
-    """(N,) losses. ``target_lse`` (N,) is that of each row's positive, None in one direction."""
+    """(N,) losses. ``target_lse`` (N,) is of the positives' columns, None in one direction."""
     loss = direction_loss(positive, query_lse)
     return loss if target_lse is None else (loss + direction_loss(positive, target_lse)) / 2
 
 
 def reduce(loss: Tensor, reduction: str) -> Tensor:
-    """Losses (N,) as they are, or their mean or sum ()."""
+    """The losses (N,) themselves, or their mean or sum ()."""
     if reduction == "none":
         return loss
     return loss.mean() if reduction == "mean" else loss.sum()

@@ -1,4 +1,4 @@
-"""The loss as an ``nn.Module`` for training loops that hold their loss."""
+"""The loss as an ``nn.Module``, for training loops that hold a loss object."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from llave_kernels.rules import RuleSettings, RuleTensors
 
 
 class HardnessWeightedContrastiveLoss(nn.Module):
-    """``hardness_weighted_contrastive_loss`` with its settings held.
+    """``hardness_weighted_contrastive_loss`` as a module that holds its settings.
 
     Args:
         logit_scale: kappa = 1 / temperature, positive.
         alpha, hardness, symmetric, target_alpha, false_negative_margin, reduction, backend: as in
             ``hardness_weighted_contrastive_loss``.
-        learnable: train the scale. The parameter is ``log_logit_scale``, a 0-d float32 logarithm
-            as in CLIP, which keeps the scale positive.
-        max_logit_scale: upper bound of a learnable scale (CLIP: 100). A step that leads over it is
-            taken back in the next call, so that a later one leads below it again.
-        gather_group: a process group, or ``"world"`` for all processes: the loss is
-            ``llave_kernels.distributed.distributed_contrastive_loss``, for gradients that are
+        learnable: train the scale. The parameter ``log_logit_scale`` is its logarithm (0-d,
+            float32), as in CLIP. That keeps the scale positive.
+        max_logit_scale: upper bound of a learnable scale (CLIP: 100). The next call clamps a
+            parameter that a step took above the bound. Later steps can lower it again.
+        gather_group: a process group, or ``"world"`` for all processes. The loss is then
+            ``llave_kernels.distributed.distributed_contrastive_loss``. It expects gradients to be
             averaged over the processes (DDP, FSDP). Default: this process alone.
 
     Example:
@@ -76,7 +76,7 @@ class HardnessWeightedContrastiveLoss(nn.Module):
             )
         self.initial_logit_scale = logit_scale
         self.max_logit_scale = max_logit_scale
-        for name, value in settings.items():  # attributes, so that a training may change them
+        for name, value in settings.items():  # attributes, which a training loop may change
             setattr(self, name, value)
         self.reduction = reduction
         self.backend = dispatch.known(backend)
@@ -86,11 +86,11 @@ class HardnessWeightedContrastiveLoss(nn.Module):
 
     @property
     def logit_scale(self) -> float | Tensor:
-        """kappa as the loss uses it: the float, or the bounded exponential of the parameter."""
+        """kappa as the loss uses it. If learnable, the parameter's exponential with its bound."""
         if self.log_logit_scale is None:
             return self.initial_logit_scale
         excess = (self.log_logit_scale - math.log(self.max_logit_scale)).clamp(min=0)
-        # Subtracted as a constant: the gradient of a clamp over its bound is 0, for ever.
+        # The excess is a constant. A clamp would have gradient 0 above the bound and never leave.
         return (self.log_logit_scale - excess.detach()).exp()
 
     def forward(
@@ -99,9 +99,10 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         target: Tensor,
         **tensors: Unpack[RuleTensors],
     ) -> Tensor:
-        """Loss of queries (N, D) and targets (M, D); 0-d, or (N,) with ``reduction="none"``.
+        """Loss of queries (N, D) and targets (M, D). 0-d, or (N,) with ``reduction="none"``.
 
-        ``tensors``: ``labels``, ``owners``, ``query_ids`` and ``target_ids``, see ``RuleTensors``.
+        ``tensors`` are ``labels``, ``owners``, ``query_ids`` and ``target_ids``. See
+        ``RuleTensors``.
         """
         if self.log_logit_scale is not None:
             with torch.no_grad():
