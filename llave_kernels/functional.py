@@ -125,7 +125,7 @@ def hardness_weighted_contrastive_loss(
             blocks of N mined negatives follow. Row i's are then in rows ``i + k N``. Without
             ``labels``, M must be at least N.
         logit_scale: kappa = 1 / temperature, a positive number or a tensor of one element, which
-            may require grad. Its sum with a strength must be finite in the dtype of the loss.
+            may require grad. kappa, alpha and their sum must be finite in the dtype of the loss.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (a loss per row).
         backend: ``"auto"`` or a name from ``available_backends()``.
         rules: which pairs count and how they are weighted: ``alpha``, ``hardness``, ``symmetric``,

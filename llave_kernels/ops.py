@@ -1,7 +1,7 @@
-"""The ``torch.library`` operators: what autograd, ``torch.compile`` and fake tensors see.
+"""The ``torch.library`` operators, which autograd, ``torch.compile`` and fake tensors see.
 
 ``llave::contrastive_logsumexp`` is the differentiable primitive. ``llave::one_direction_loss``
-makes the gradients along with the loss, where the upstream gradient can only be a scalar.
+computes the gradients along with the loss. Its upstream gradient is a scalar.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from llave_kernels.backends.protocol import Gradients, LogSumExps
 from llave_kernels.precision import accumulation_dtype
 from llave_kernels.rules import HARDNESS_MODES, SCHEMA, TENSORS, Rules
 
-# An operator's schema holds only tensors and scalars. So the rules come flat, in the order of their
-# fields.
+# An operator's schema takes only tensors and scalars. So the rules are passed flat, field by field.
 INPUTS = "Tensor query, Tensor target, Tensor logit_scale"
 CALL = f"{INPUTS}, str backend, {SCHEMA}"
 OUTPUTS = "Tensor positive, Tensor query_lse, Tensor target_lse"
@@ -35,7 +34,7 @@ GRADIENTS = "Tensor d_query, Tensor d_target, Tensor d_logit_scale"
 def contrastive_logsumexp(
     query: Tensor, target: Tensor, logit_scale: Tensor, backend: str, *given: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The backend's ``LogSumExps``, and what its backward reads again."""
+    """The backend's ``LogSumExps``, and the tensor that it keeps for its backward."""
     rules = _checked(query, target, logit_scale, given)
     module = dispatch.supporting(backend, query, target, rules)
     shape = module.kept_shape(query, target, rules)
@@ -73,7 +72,7 @@ def contrastive_logsumexp_backward(
     backend: str,
     *given: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backend's ``Gradients``. That of the scale may be NaN unless ``scale_gradient``."""
+    """The backend's ``Gradients``. The scale's may be NaN unless ``scale_gradient``."""
     rules = _checked(query, target, logit_scale, given)
     module = dispatch.named(backend)
     upstream = _like_outputs(rules, query, target, "d_", d_positive, d_query_lse, d_target_lse)
@@ -98,10 +97,10 @@ def _(*arguments: Any) -> Any:
 def one_direction_loss(
     query: Tensor, target: Tensor, logit_scale: Tensor, backend: str, *given: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sum over the rows of the query direction's loss (), and its ``Gradients``.
+    """The query direction's loss summed over the rows (), and the ``Gradients`` of that sum.
 
-    All are in the accumulation dtype, which holds them whatever the upstream gradient makes of
-    them.
+    All are in the accumulation dtype. The upstream gradient is not applied yet, and without it the
+    gradients may not fit the inputs' dtype.
     """
     rules = _checked(query, target, logit_scale, given)
     module = dispatch.one_direction(backend, query)
@@ -127,9 +126,9 @@ def _gradients_like(query: Tensor, target: Tensor, dtype: torch.dtype) -> Gradie
 
 
 def _checked(query: Tensor, target: Tensor, logit_scale: Tensor, given: tuple[Any, ...]) -> Rules:
-    """The rules of a call whose arguments may be anyone's, with labels and owners as int64.
+    """Check the arguments. Return the rules, with labels and owners as int64.
 
-    Backends read what is passed as what ``Rules`` says it is.
+    Anyone may call an operator directly. Backends do not check what ``Rules`` promises.
     """
     rules = Rules(*given)
     checks.embeddings(query, target)
@@ -143,7 +142,7 @@ def _checked(query: Tensor, target: Tensor, logit_scale: Tensor, given: tuple[An
 def _like_outputs(
     rules: Rules, query: Tensor, target: Tensor, prefix: str, *values: Tensor
 ) -> LogSumExps:
-    """Values of the shapes of the forward's first outputs, checked, without gaps."""
+    """Check values against the shapes of the forward's ``LogSumExps``. Return them contiguous."""
     sizes = len(query), len(query), len(target) if rules.symmetric else 0
     for name, value, size in zip(LogSumExps._fields, values, sizes, strict=True):
         _expect(prefix + name, value, (size,), query)
@@ -151,7 +150,7 @@ def _like_outputs(
 
 
 def _expect(name: str, value: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
-    """A tensor of this shape beside ``query``, in the dtype of its sums."""
+    """Check that a tensor has this shape, the device of ``query`` and its accumulation dtype."""
     dtype = accumulation_dtype(query.dtype)
     if (value.shape, value.dtype, value.device) != (shape, dtype, query.device):
         raise ValueError(
@@ -162,7 +161,7 @@ def _expect(name: str, value: Tensor, shape: tuple[int, ...], query: Tensor) -> 
 
 @contextmanager
 def _on(query: Tensor, *others: Tensor) -> Iterator[None]:
-    """On the inputs' device, without autocast: it has had its say on the inputs."""
+    """Run on the inputs' device with autocast off. The public functions have applied it already."""
     transforms.refuse_tangents(query, *others)
     kind = query.device.type
     device = torch.cuda.device_of(query)  # type: ignore[no-untyped-call]
@@ -180,7 +179,7 @@ def _setup_logsumexp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     ctx.save_for_backward(*output, query, target, logit_scale, *rules[:TENSORS])
     ctx.settings = rules[TENSORS:]
     ctx.mark_non_differentiable(output[3])
-    ctx.set_materialize_grads(False)  # zeros as large as what was kept
+    ctx.set_materialize_grads(False)  # saves zeros as large as ``kept``
 
 
 def _backward_logsumexp(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -205,7 +204,7 @@ def _setup_one_direction(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     ctx.save_for_backward(*output[1:])
     ctx.dtypes = [x.dtype for x in inputs[:3]]
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # zeros as large as the gradients
+    ctx.set_materialize_grads(False)  # saves zeros as large as the gradients
 
 
 def _backward_one_direction(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -219,5 +218,6 @@ def _backward_one_direction(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[
 
 
 one_direction_loss.register_autograd(_backward_one_direction, setup_context=_setup_one_direction)
-# Its backward would be that of a second derivative: a transform keeps the graph of the first.
+# A transform runs the backward with create_graph=True. This backward takes that for a second
+# derivative.
 transforms.refuse(one_direction_loss, "take torch.ops.llave.contrastive_logsumexp")

@@ -1,4 +1,4 @@
-"""Which dtype a batch is multiplied in, and which its sums are taken in."""
+"""The dtype in which a batch is multiplied, and the dtype of its sums."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 from llave_kernels import checks
 
-# torch.backends names precisions otherwise than torch.set_float32_matmul_precision.
+# torch.backends and torch.set_float32_matmul_precision use different names for a precision.
 _PRECISIONS = {"ieee": "highest", "none": "highest", "tf32": "high", "bf16": "medium"}
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays; everything else is computed in float32."""
+    """float64 for float64, float32 for every other dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def autocast(query: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Under autocast float32 embeddings take its dtype, as in a matrix product."""
+    """Cast embeddings to the autocast dtype if autocast is on. float64 stays as it is."""
     checks.tensor("query", query)
     checks.tensor("target", target)
     device = query.device.type
@@ -33,14 +33,14 @@ def autocast(query: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _can_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)  # torch below 2.12 cannot trace it
+    return torch.amp.is_autocast_available(device)  # torch below 2.12 cannot trace this
 
 
 def float32_matmul(device_type: str) -> str:
-    """What torch multiplies float32 as on such a device: "highest", "high" or "medium"."""
+    """The float32 matmul precision on such a device: "highest", "high" or "medium"."""
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # it is set through torch.backends, for each device apart
+    except RuntimeError:  # torch.backends was used instead, with a setting for each device
         backends: Any = torch.backends
         place = backends.cuda if device_type == "cuda" else backends.mkldnn
         return _PRECISIONS[place.matmul.fp32_precision]

@@ -1,8 +1,7 @@
 """The loss written densely, to be read beside the paper (arXiv 2503.04812).
 
-The truth of every test.
-It materialises the N x M matrix, is differentiable by autograd and works in any float dtype; run
-it in float64. It is not a backend.
+The tests compare with it. It stores the N x M matrix, and autograd differentiates it. It works in
+any float dtype. Run it in float64. It is not a backend.
 """
 
 from __future__ import annotations
@@ -16,18 +15,22 @@ INF = float("inf")
 def reference_logsumexp(
     query: Tensor, target: Tensor, **rules: object
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """p (N,), n (N,) and n' (M,), which is None if not symmetric; ``rules`` as below."""
+    """The logits of positives (N,), and the log-sum-exps of rows (N,) and of columns (M,).
+
+    The last is None if not symmetric. ``rules`` are as in ``similarity_logsumexp``.
+    """
     allowance = tie_allowance(query, target, rules.get("labels"))  # type: ignore[arg-type]
     return similarity_logsumexp(query @ target.T, allowance=allowance, **rules)  # type: ignore[arg-type]
 
 
 def tie_allowance(query: Tensor, target: Tensor, labels: Tensor | None = None) -> Tensor:
-    """(N,) how far rounding may put a similarity that equals the positive's from it.
+    """(N,) bound on the difference that rounding makes between two equal similarities.
 
-    Of the positive pair's terms ``q_k t_k`` let ``a`` be the sum of sizes; ``r`` their norm and
-    ``c`` the largest of the partial sums after each eighth of them, both over ``a``:
-    ``eps a (2 sqrt(D (r^2 + c^2)) + D c^2 / 4)``, for errors that average out, and errors that add
-    up where the partial sums grow steadily.
+    It depends on the positive pair's terms ``q_k t_k``. ``a`` is the sum of their absolute values.
+    ``r`` is their norm over ``a``. ``c`` is the largest absolute partial sum over ``a``, taken
+    after each eighth of the terms. The allowance is
+    ``eps a (2 sqrt(D (r^2 + c^2)) + D c^2 / 4)``. The first part is for errors that average out.
+    The second is for errors that add up, where the partial sums grow steadily.
     """
     terms = (query * target[: len(query)] if labels is None else query * target[labels]).detach()
     d, numbers = terms.shape[1], torch.finfo(terms.dtype)
@@ -53,7 +56,7 @@ def similarity_logsumexp(
     false_negative_margin: float | None = None,
     allowance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same of similarities (N, M). ``allowance``: (N,), see ``tie_allowance``."""
+    """``reference_logsumexp`` of similarities (N, M). ``allowance`` (N,): see ``tie_allowance``."""
     n, m = s.shape
     labels = torch.arange(n, device=s.device) if labels is None else labels
     owners = torch.arange(m, device=s.device) % n if owners is None else owners
@@ -69,7 +72,7 @@ def similarity_logsumexp(
     if false_negative_margin is not None:
         margin = torch.full_like(positive, false_negative_margin)
         allowance = torch.zeros_like(positive) if allowance is None else allowance
-        # No nearer to 0 than rounding: ties with the positive are judged alike.
+        # The margin is at least the allowance away from 0. So all ties are treated alike.
         margin = torch.where(margin < 0, margin.clamp(max=-allowance), margin.clamp(min=allowance))
         rows_limit = positive.detach() + margin
         columns_limit = s.new_full((m,), INF).index_put((labels,), rows_limit)
@@ -78,7 +81,7 @@ def similarity_logsumexp(
 
     def logsumexp(alpha: float, valid: Tensor, dim: int) -> Tensor:
         z = logit_scale * s + alpha * weighted * s.detach()
-        empty = ~valid.any(dim, keepdim=True)  # a finite stand-in keeps autograd free of NaN
+        empty = ~valid.any(dim, keepdim=True)  # stays finite, or autograd would return NaN
         z = z.masked_fill(~valid & ~empty, -INF)
         return torch.where(empty.squeeze(dim), -INF, z.logsumexp(dim))
 
@@ -89,13 +92,13 @@ def similarity_logsumexp(
 
 
 def reference_loss(query: Tensor, target: Tensor, **rules: object) -> Tensor:
-    """The hardness-weighted contrastive loss; ``rules`` as in ``similarity_loss``."""
+    """The hardness-weighted contrastive loss. ``rules`` are as in ``similarity_loss``."""
     allowance = tie_allowance(query, target, rules.get("labels"))  # type: ignore[arg-type]
     return similarity_loss(query @ target.T, allowance=allowance, **rules)  # type: ignore[arg-type]
 
 
 def similarity_loss(s: Tensor, *, reduction: str = "mean", **rules: object) -> Tensor:
-    """The same of similarities (N, M); ``rules`` as in ``similarity_logsumexp``."""
+    """``reference_loss`` of similarities (N, M). ``rules`` are as in ``similarity_logsumexp``."""
     positive, rows, columns = similarity_logsumexp(s, **rules)  # type: ignore[arg-type]
     loss = -torch.nn.functional.logsigmoid(positive - rows)
     if columns is not None:

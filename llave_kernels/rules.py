@@ -1,6 +1,6 @@
 """Which pairs count, and which of them carry the hardness weight.
 
-A new pair rule starts here: as an argument in ``RuleArguments``, as a field of ``Rules``.
+A new pair rule starts here, as an argument in ``RuleArguments`` and a field of ``Rules``.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ class RuleSettings(TypedDict, total=False):
     """The pair rules that hold for a whole training.
 
     Attributes:
-        alpha: hardness strength, >= 0. 0 is InfoNCE. Default 9, the paper's.
-        hardness: which negatives carry the weight. ``"in_batch"``, the default: columns owned by
-            other rows (paper). ``"hard_negatives"``: the row's own mined negatives (EmbeddingGemma,
-            alpha 5). ``"all"``: both.
-        symmetric: also compute the target -> query direction, and average. Default True.
+        alpha: hardness strength, >= 0. 0 gives InfoNCE. Default: 9, as in the paper.
+        hardness: which negatives carry the weight. ``"in_batch"`` (default): columns owned by other
+            rows, as in the paper. ``"hard_negatives"``: the row's own mined negatives
+            (EmbeddingGemma, alpha 5). ``"all"``: both.
+        symmetric: also compute the target -> query direction, and average both. Default: True.
         target_alpha: hardness strength of the target -> query direction. Default: ``alpha``.
-        false_negative_margin: leave out negatives owned by other rows whose similarity exceeds
-            that of the positive by more than this (Qwen3-Embedding: 0.1). In the target direction
-            the positive is the column's own. A row's own mined negatives are never left out by it.
-            What equals the positive is kept, to an allowance for rounding (docs/numerics.md).
-            Default: none.
+        false_negative_margin: leave out a negative owned by another row if its similarity exceeds
+            the positive's by more than this (Qwen3-Embedding: 0.1). In the target direction, the
+            positive is the column's own. A row's own mined negatives are never left out by it. A
+            margin of 0 keeps ties with the positive. There is an allowance for rounding
+            (docs/numerics.md). Default: none.
     """
 
     alpha: float
@@ -43,9 +43,9 @@ class RuleTensors(TypedDict, total=False):
     """The pair rules of one batch of queries (N, D) and targets (M, D), on their device.
 
     Attributes:
-        labels: (N,) integer, column of each row's positive. Default ``arange(N)``.
-        owners: (M,) integer, for each column the column of the positive it goes with (itself, for a
-            positive). Default ``arange(M) % N``.
+        labels: (N,) integer, column of each row's positive. Default: ``arange(N)``.
+        owners: (M,) integer, the column of the positive that each column belongs to. A positive
+            belongs to itself. Default: ``arange(M) % N``.
         query_ids: (N,) int64 content ids. A negative with its row's id duplicates the positive and
             is left out. Needs ``target_ids``. Default: none.
         target_ids: (M,) int64 content ids. Needs ``query_ids``.
@@ -68,15 +68,15 @@ class Rules(NamedTuple):
     ``j == labels[i]``. Every other column is a negative unless an id or the margin leaves it out.
 
     Attributes:
-        labels: (N,) int64, the column of each row's positive, or None where row i's is column i,
-            which backends can treat faster.
-        owners: (M,) int64, the column of the positive each column goes with, or None where every
-            column is its own owner (no mined negatives), which backends can treat faster.
+        labels: (N,) int64, the column of each row's positive. None: row i's is column i. Backends
+            can be faster then.
+        owners: (M,) int64, the column of the positive that each column belongs to. None: every
+            column is its own owner (no mined negatives). Backends can be faster then.
         query_ids: (N,) int64 content ids, or None. Given together with ``target_ids``.
         target_ids: (M,) int64 content ids, or None.
-        column_limit: (M,) the ``margin_limit`` of each column's positive pair, infinite where it
-            has none, where rows elsewhere hold some of these pairs; None: the rows at hand tell.
-            Read with a margin only.
+        column_limit: (M,) the ``margin_limit`` of each column's positive pair, infinite for a
+            column without one. It is given if rows of other processes hold some of these pairs.
+            None: it follows from this process's rows. Backends read it only with a margin.
         alpha: hardness strength of the query -> target direction.
         target_alpha: hardness strength of the target -> query direction.
         hardness: one of ``HARDNESS_MODES``.
@@ -97,7 +97,7 @@ class Rules(NamedTuple):
 
     @property
     def shared_logits(self) -> bool:
-        """Whether a pair has the same logit in both directions: one exponential serves both."""
+        """Whether a pair has the same logit in both directions, and one exponential is enough."""
         return self.margin is None and self.alpha == self.target_alpha
 
     def arguments(self) -> RuleArguments:
@@ -108,14 +108,16 @@ class Rules(NamedTuple):
         return cast(RuleArguments, given)
 
     def labels_of(self, query: Tensor) -> Tensor:
-        """(N,) the labels, also where they are None."""
+        """(N,) labels. Where they are None, row i's is i."""
         if self.labels is not None:
             return self.labels
         return torch.arange(len(query), device=query.device)
 
     def column_limits(self, rows: Tensor, m: int) -> Tensor:
-        """(M,) the limits of the rows (N,) whose positives the columns are; infinite where a column
-        is nobody's."""
+        """(M,) limits of the columns, from the limits of the rows (N,).
+
+        A column takes the limit of the row whose positive it is. Without such a row it is infinite.
+        """
         if self.column_limit is not None:
             return self.column_limit
         limits = rows.new_full((m + 1,), math.inf)
@@ -123,11 +125,11 @@ class Rules(NamedTuple):
             limits[: len(rows)] = rows
         else:
             known, safe = inside(self.labels, m)
-            limits.scatter_(0, torch.where(known, safe, m), rows)  # outside: where nobody looks
+            limits.scatter_(0, torch.where(known, safe, m), rows)  # labels outside go to entry m
         return limits[:m]
 
 
-# The fields in the language of operator schemas. Tensors come first.
+# The fields of ``Rules`` as an operator schema. Tensors come first.
 _KINDS = {
     Tensor | None: "Tensor?", float: "float", float | None: "float?", str: "str", bool: "bool",
 }  # fmt: skip
@@ -137,15 +139,17 @@ TENSORS = sum(kind.startswith("Tensor") for kind in _FIELDS.values())
 
 
 def inside(labels: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """Whether labels (N,) name one of the ``m`` columns, and what to read: any column for those
-    outside. On a device their values are not checked, and no backend may read beyond its tensors.
+    """Whether labels (N,) name one of the ``m`` columns, and labels that are safe to read.
+
+    A label outside becomes 0. On a device the values of labels are not checked, and no backend may
+    read beyond its tensors.
     """
-    known = (labels >= 0) & (labels < m)  # Inductor's C++ of torch 2.15 fails for a clamp
+    known = (labels >= 0) & (labels < m)  # a clamp fails in Inductor's C++ of torch 2.15
     return known, torch.where(known, labels, 0)
 
 
 def at_labels(columns: Tensor, labels: Tensor | None, n: int) -> Tensor:
-    """(N,) the columns' values (M,) at the rows' labels, NaN for a label outside."""
+    """(N,) values of the columns (M,) at the rows' labels. NaN for a label outside."""
     if labels is None:
         return columns[:n]
     known, safe = inside(labels, len(columns))
@@ -153,14 +157,14 @@ def at_labels(columns: Tensor, labels: Tensor | None, n: int) -> Tensor:
 
 
 def default_owners(n: int, m: int, device: torch.device) -> Tensor | None:
-    """``j mod N``: N positives first, then blocks of N mined negatives. None when M == N."""
+    """``j mod N`` for N positives followed by blocks of N mined negatives. None when M == N."""
     return None if m == n else torch.arange(m, device=device) % n
 
 
 def block_owners(labels: Tensor, m: int) -> Tensor:
-    """(M,) owners of M columns in N blocks of M / N, one for each row, wherever its positive is.
+    """(M,) owners of columns that form N blocks of M / N. A block belongs to the positive in it.
 
-    Where N does not divide M there are no blocks, and every column is its own.
+    If N does not divide M, there are no blocks, and every column is its own owner.
 
     Args:
         labels: (N,) int64, the column of each row's positive.
@@ -170,5 +174,5 @@ def block_owners(labels: Tensor, m: int) -> Tensor:
         return columns
     width = m // n
     owners = columns[::width].index_put((labels // width,), labels)
-    # A second positive in a block is its own.
+    # A second positive in a block is its own owner.
     return owners.repeat_interleave(width).index_put((labels,), labels)

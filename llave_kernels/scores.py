@@ -1,4 +1,4 @@
-"""The loss of an (N, M) matrix of similarities, for trainers that hand over nothing else."""
+"""The loss from an (N, M) similarity matrix, for trainers that pass nothing else."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def scores_loss(
 ) -> Tensor:
     """``hardness_weighted_contrastive_loss`` of similarities that are already computed.
 
-    This is dense PyTorch and makes several matrices of the scores' size. Where the embeddings are
-    at hand, call ``hardness_weighted_contrastive_loss``. Small losses keep their precision, as
-    there.
+    This is dense PyTorch and makes several matrices of the scores' size. If you have the
+    embeddings, call ``hardness_weighted_contrastive_loss``. Small losses keep their precision in
+    both.
 
     Args:
-        scores: (N, M) similarities *before* the scale, ``s_ij``: cosines for unit-length
+        scores: (N, M) similarities ``s_ij`` *before* the scale. They are cosines for unit-length
             embeddings. The hardness weight and the margin act on similarities, so divide a
             trainer's logits by its scale first. float32, bfloat16, float16 or float64. Half
             precision is computed in float32.
-        logit_scale: kappa = 1 / temperature, a positive float or a tensor of one element. There is
-            no default: it depends on what the trainer has done.
+        logit_scale: kappa = 1 / temperature, a positive float or a tensor of one element. It has no
+            default, because it depends on the trainer.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (a loss per row).
-        rules: as in ``hardness_weighted_contrastive_loss``, where the columns of ``scores`` are the
-            targets. By default row i's positive is column i.
+        rules: as in ``hardness_weighted_contrastive_loss``. The targets are the columns of
+            ``scores``. By default row i's positive is column i.
 
     Returns:
         0-d tensor, or (N,) with ``reduction="none"``. float32, or float64 for float64 scores.
@@ -58,14 +58,15 @@ def scores_loss(
 
 
 class CrossEntropyLoss(nn.Module):
-    """Takes the place of the ``torch.nn.CrossEntropyLoss()`` that a model applies to its logits.
+    """Replaces the ``torch.nn.CrossEntropyLoss()`` that a model applies to its logits.
 
-    The models of tevatron, VLM2Vec and FlagEmbedding hold one as ``cross_entropy``. At ``alpha=0``
-    value and gradient are its. Otherwise this is ``scores_loss`` in the query -> target direction.
-    The targets are a query's positive and then its mined negatives, query after query.
+    The models of tevatron, VLM2Vec and FlagEmbedding hold it as ``cross_entropy``. At ``alpha=0``,
+    value and gradient equal those of cross-entropy. Otherwise this is ``scores_loss`` in the query
+    -> target direction. The targets come query after query. Each query has its positive, then its
+    mined negatives.
 
     Args:
-        temperature: what the trainer has divided its similarities by.
+        temperature: the number by which the trainer has divided its similarities.
         alpha: hardness strength (LLaVE: 9). Default 0: cross-entropy.
         hardness, false_negative_margin: as in ``hardness_weighted_contrastive_loss``.
 
@@ -92,16 +93,17 @@ class CrossEntropyLoss(nn.Module):
         self.false_negative_margin = checks.margin(false_negative_margin)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Mean loss of (N, M) logits, given each row's positive column (N,); 0-d.
+        """Mean loss (0-d) of logits (N, M), given each row's positive column (N,).
 
-        Columns are in N blocks of M / N. A query's own columns are the block of its positive. Where
-        N does not divide M, every column but the positive is in-batch. Rows that all have the same
-        positive column hold candidates of their own, each with mined negatives only.
+        The columns form N blocks of M / N. A query owns the block that holds its positive. If N
+        does not divide M, every column but the positive is an in-batch negative. If all rows have
+        the same positive column, each row has candidates of its own. All its negatives are then
+        mined.
         """
         _check_matrix("logits", logits)
         n, m = logits.shape
         labels = checks.columns("target", target, n, m, logits.device)
-        # torch.where and not an if: the host would wait for a GPU to read the values.
+        # torch.where, because an if would make the host wait for the GPU.
         alike = (labels == labels[0]).all()
         owners = torch.where(alike, labels[0], block_owners(labels, m))
         return scores_loss(

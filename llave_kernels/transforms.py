@@ -1,6 +1,7 @@
-"""What ``torch.func`` transforms and forward-mode differentiation do with our operators.
+"""Our operators under ``torch.func`` transforms and forward-mode differentiation.
 
-``torch.library`` leaves both out: a transform finds no derivative, and a tangent is dropped.
+``torch.library`` supports neither. A transform would find no derivative. A tangent would be
+dropped.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def active() -> bool:
 def support(
     operator: Any, setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> None:
-    """Register an operator's derivative, for transforms too, and how ``vmap`` maps over it.
+    """Register an operator's derivative and its ``vmap`` rule, for transforms too.
 
     Args:
         operator: made by ``torch.library.custom_op``.
@@ -54,12 +55,12 @@ def support(
         "Transformed", (torch.autograd.Function,), {k: staticmethod(f) for k, f in rules.items()}
     )
     operator.register_autograd(backward, setup_context=setup_context)
-    # Where a transform would take the operator apart; torch does that for an autograd.Function.
+    # Inside a transform, run the operator as an autograd.Function, which torch can transform.
     _library.impl(operator._name, kind.apply, "FuncTorchDynamicLayerFrontMode")
 
 
 def refuse(operator: Any, instead: str) -> None:
-    """Make an operator's call inside a transform an error."""
+    """Make an operator raise when it is called inside a transform."""
 
     def refusal(*_: Any) -> NoReturn:
         raise RuntimeError(f"{operator._qualname} cannot be transformed by torch.func: {instead}")
@@ -68,12 +69,12 @@ def refuse(operator: Any, instead: str) -> None:
 
 
 def outside() -> Any:
-    """A context that no ``torch.func`` transform reaches into."""
+    """A context in which no ``torch.func`` transform is active."""
     return torch._C._DisableFuncTorch()
 
 
 def refuse_all() -> None:
-    """An error inside any transform, for a loss that exchanges data with other processes."""
+    """Raise inside any transform, for a loss that exchanges data between processes."""
     if active():
         raise RuntimeError(
             "a loss over several processes cannot be transformed by torch.func: call backward() or "
@@ -94,14 +95,14 @@ def refuse_forward_mode(ctx: Any = None, *tangents: Any) -> Any:
 
 
 def refuse_tangents(*tensors: Tensor) -> None:
-    """An error where a tensor carries a tangent, which the operators would drop."""
+    """Raise if a tensor carries a tangent. The operators would drop it."""
     unpack_dual: Any = forward_ad.unpack_dual
     if forward_ad._current_level < 0:
         return
-    with forward_ad._set_fwd_grad_enabled(True):  # off below autograd
+    with forward_ad._set_fwd_grad_enabled(True):  # it is off below autograd
         try:
             tangents = [unpack_dual(x).tangent for x in tensors]
-        except RuntimeError:  # cannot be looked at while torch.func.linearize traces
+        except RuntimeError:  # torch.func.linearize is tracing, and a tangent cannot be read
             refuse_forward_mode()
     if any(tangent is not None for tangent in tangents):
         refuse_forward_mode()
