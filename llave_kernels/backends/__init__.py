@@ -1,1 +1,1 @@
-"""One module per backend; ``llave_kernels.dispatch`` chooses among them."""
+"""One module per backend. ``llave_kernels.dispatch`` chooses among them."""

@@ -1,8 +1,8 @@
 """The ``cuda`` backend: the compiled kernels of ``csrc/``.
 
-Built by ``pip install`` where nvcc is found. float32 is multiplied as TF32, so it is refused while
-``torch.get_float32_matmul_precision()`` is "highest". ``LLAVE_CUDA_ARCH=80`` makes a GPU of sm_90
-run the kernels of sm_80.
+``pip install`` builds them if it finds nvcc. float32 is multiplied as TF32. So it is refused while
+``torch.get_float32_matmul_precision()`` is "highest". ``LLAVE_CUDA_ARCH=80`` makes an sm_90 GPU run
+the sm_80 kernels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llave_kernels.rules import Rules
 NAME = "cuda"
 ARCHITECTURE = "LLAVE_CUDA_ARCH"
 BUILD_NOTE = Path(__file__).parents[1] / "cuda_build.txt"  # written by setup.py
-ROW_BYTES = 16  # what the loads want rows to start at and to be a multiple of
+ROW_BYTES = 16  # the loads need rows whose address and size are multiples of this
 
 
 def _not_built(error: ImportError) -> str:
@@ -59,7 +59,7 @@ def unavailable() -> str | None:
 
 
 def supports(query: Tensor, target: Tensor, rules: Rules) -> str | None:
-    """Why these inputs cannot run here, or None. Strided and unaligned ones are copied."""
+    """Why these inputs cannot run here, or None. Strided and unaligned inputs are copied."""
     if _missing is not None:
         return _missing
     if query.is_cuda and torch.version.cuda is None:
@@ -84,7 +84,7 @@ def supports(query: Tensor, target: Tensor, rules: Rules) -> str | None:
 
 
 def _architecture(device: torch.device) -> int:
-    """80 or 90: whose kernels run on this device; 0 where none do."""
+    """The architecture whose kernels run on this device, 80 or 90. 0 if none do."""
     if os.environ.get(ARCHITECTURE):
         return int(os.environ[ARCHITECTURE])
     major = 9 if device.type == "cpu" else torch.cuda.get_device_capability(device)[0]
@@ -94,14 +94,16 @@ def _architecture(device: torch.device) -> int:
 
 
 def margin_limit(query: Tensor, target: Tensor, labels: Tensor | None, margin: float) -> Tensor:
-    """``positives.margin_limit`` of this backend's products: TMA rounds float32 to the nearest
-    TF32, and so does our own code before sm_90."""
+    """``positives.margin_limit`` for this backend's products.
+
+    They round float32 to the nearest TF32. TMA does that on sm_90, our own code elsewhere.
+    """
     nearest = positives.nearest_tf32 if query.dtype == torch.float32 else None
     return positives.margin_limit(query, target, labels, margin, nearest)
 
 
 def kept_shape(query: Tensor, target: Tensor, rules: Rules) -> tuple[int, ...]:
-    """(0,): the backward computes all it needs anew."""
+    """(0,): nothing is kept. The backward computes the similarities again."""
     return (0,)
 
 
@@ -141,7 +143,7 @@ def backward(
     *,
     scale_gradient: bool,
 ) -> Gradients:
-    """The gradients; that of logit_scale is NaN unless asked for."""
+    """The gradients. That of logit_scale is NaN unless ``scale_gradient``."""
     call = _Call(query, target, logit_scale, rules)
     gain = products.gain(logit_scale, *upstream) if query.dtype == torch.float16 else None
 
@@ -166,7 +168,7 @@ def backward(
 
 
 class _Call:
-    """What the launches of one call share. Holds the tensors whose addresses it passes on."""
+    """The arguments that the launches of one call share. It keeps their tensors alive."""
 
     def __init__(self, query: Tensor, target: Tensor, scale: Tensor, rules: Rules) -> None:
         if query.device.type != _cuda.device:
@@ -216,7 +218,7 @@ def _address(x: Tensor | None) -> int:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """``x``, or a copy padded with zeros whose rows are multiples of 16 bytes."""
+    """``x``, or a copy whose rows are padded with zeros to a multiple of 16 bytes."""
     n, d = x.shape
     step = ROW_BYTES // x.itemsize
     width = -(-d // step) * step

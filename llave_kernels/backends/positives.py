@@ -1,8 +1,8 @@
-"""The positives' similarities, and where a margin leaves negatives out.
+"""The similarities of positives, and the limits above which a margin leaves negatives out.
 
-A margin compares each similarity with its positive's. A matrix product rounds otherwise than the
-sum of one pair's terms, and two equal columns of it may differ in the last bit: without an
-allowance, duplicates of the positive would be left out at random.
+A margin compares each similarity with the positive's. A matrix product rounds differently from the
+sum of one pair's terms. Even two equal columns may differ in the last bit. Without an allowance,
+duplicates of the positive would be left out at random.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 from llave_kernels.precision import accumulation_dtype
 from llave_kernels.rules import inside
 
-AT_A_TIME = 1 << 21  # numbers of each side: 8 MiB of float32
-PARTS = 8  # of a sum, after each of which its size is looked at
-TF32_BITS = 13  # of a float32's mantissa that TF32 lacks
+AT_A_TIME = 1 << 21  # numbers of each side at a time: 8 MiB of float32
+PARTS = 8  # a sum's terms are split into this many parts
+TF32_BITS = 13  # mantissa bits of float32 that TF32 lacks
 
 
 def positive_similarity(query: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
-    """(N,) ``s_{i, l_i}``, float32 or float64, without a gradient; NaN where a label is outside."""
+    """(N,) ``s_{i, l_i}``, float32 or float64, without a gradient. NaN for a label outside."""
     return _of_pairs(torch.linalg.vecdot, query, target, labels)
 
 
@@ -35,17 +35,20 @@ def margin_limit(
     multiplicands: Callable[[Tensor], Tensor] | None = None,
     rounding: float = 0.0,
 ) -> Tensor:
-    """(N,) the similarity above which the margin leaves a negative out; NaN for a label outside.
+    """(N,) the similarity above which the margin leaves a negative out. NaN for a label outside.
 
-    ``s_{i, l_i} + margin``, the margin at least as far from 0 as an allowance for the rounding of
-    sums in float32, or float64. Of a pair's terms ``q_k t_k`` let ``a`` be the sum of sizes;
-    ``r`` their norm and ``c`` the largest of the partial sums after each eighth of them, both over
-    ``a``. The allowance is ``eps a (2 sqrt(D (r^2 + c^2)) + D c^2 / 4)``: errors that average out,
-    and errors that add up where the partial sums grow steadily.
+    It is ``s_{i, l_i} + margin``. The margin is kept at least an allowance away from 0. The
+    allowance covers the rounding of sums in float32, or float64 for float64 inputs.
+
+    It depends on the positive pair's terms ``q_k t_k``. ``a`` is the sum of their absolute values.
+    ``r`` is their norm over ``a``. ``c`` is the largest absolute partial sum over ``a``, taken
+    after each eighth of the terms. The allowance is
+    ``eps a (2 sqrt(D (r^2 + c^2)) + D c^2 / 4)``. The first part is for errors that average out.
+    The second is for errors that add up, where the partial sums grow steadily.
 
     Args:
-        multiplicands: what the products make of float32 before they multiply.
-        rounding: relative error of a term where that is not known.
+        multiplicands: how the products round float32 before they multiply.
+        rounding: relative error of a term, if that rounding is not known.
     """
     d = query.shape[1]
     numbers = torch.finfo(accumulation_dtype(query.dtype))
@@ -65,7 +68,7 @@ def margin_limit(
 
 
 def nearest_tf32(x: Tensor) -> Tensor:
-    """float32 rounded to TF32, to even where two are as near."""
+    """float32 rounded to the nearest TF32, ties to even."""
     bits = x.view(torch.int32)
     half = (1 << TF32_BITS - 1) - 1 + (bits >> TF32_BITS & 1)
     return torch.where(x.isfinite(), truncated_tf32((bits + half).view(torch.float32)), x)
@@ -83,8 +86,10 @@ def _of_pairs(
     target: Tensor,
     labels: Tensor | None,
 ) -> Tensor:
-    """(N,) a function of rows and their positives, which get some rows of both at a time, in the
-    accumulation dtype. NaN where a label is outside."""
+    """(N,) values of a function of rows and their positives. NaN for a label outside.
+
+    The function gets some rows of both at a time, in the accumulation dtype.
+    """
     dtype = accumulation_dtype(query.dtype)
     query, target = query.detach(), target.detach()
     known, safe = (None, None) if labels is None else inside(labels, len(target))

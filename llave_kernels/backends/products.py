@@ -1,11 +1,11 @@
 """Matrix products of half precision or wider, with results in float32 or float64.
 
-Half precision is multiplied as it is where the device adds such products in float32: GPUs of every
-age do, on tensor cores. Elsewhere it is widened: a product that returns half precision loses three
-digits of the logits.
+Half precision is multiplied as it is if the device sums such products in float32. GPUs of every age
+do, on tensor cores. Elsewhere it is widened to float32. A product that returns half precision would
+lose three digits of the logits.
 
-On a CPU float32 products of some size go to oneDNN: MKL, which torch would take, leaves AVX-512
-unused on AMD (512 x 8,192 from D = 1,024 on two cores: 481 against 226 GFLOP/s).
+On a CPU, large float32 products go to oneDNN. torch would take MKL, which leaves AVX-512 unused on
+AMD. For 512 x 8,192 from D = 1,024 on two cores, oneDNN reaches 481 GFLOP/s and MKL 226.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from torch import Tensor
 
 from llave_kernels.precision import float32_matmul
 
-ONEDNN_WORK = 1 << 24  # multiplications from which a product repays oneDNN's set-up
-CPU_TRIAL = 256  # rows and columns of a product that is large enough for it
+ONEDNN_WORK = 1 << 24  # multiplications from which oneDNN's set-up pays off
+CPU_TRIAL = 256  # side of a square product that is large enough for oneDNN
 TF32_EPS = 2.0**-10
-SUM_COLUMNS = 1024  # rows of a sum at a time where the library cannot add in place
+SUM_COLUMNS = 1024  # rows added at a time where the library cannot add in place
 WIDENED = 1 << 21  # numbers widened at a time: 8 MiB of float32
-# float16 ends at 65504; twice this still fits.
+# The largest float16 is 65504, almost twice this.
 LARGEST = 15.0  # log2 of the largest |dS| after the gain
-SMALLEST = -100.0  # log2 of the bound below which gradients are zero in every type
+SMALLEST = -100.0  # log2 of the smallest |dS| that the gain brings up to the largest
 
 
 @lru_cache
 def multiplies_halves(device_type: str) -> bool:
-    """Whether the device multiplies half precision into float32."""
+    """Whether the device multiplies half precision with float32 results."""
     key = device_type.upper()
     return torch._C._dispatch_has_kernel_for_dispatch_key("aten::mm.dtype", key)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in float32, or in float64 of float64. Either may be of half precision."""
+    """``a @ b`` in float32, or in float64 for float64. Either factor may be in half precision."""
     if _halves(a, b):
         return torch.mm(a, b, out_dtype=torch.float32)
     if a.dtype.itemsize == 2 or b.dtype.itemsize == 2:
@@ -64,30 +64,32 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def rounding(x: Tensor) -> float:
-    """Relative error that a product of ``x`` may make of a term before the sum, 0 where it makes
-    none: torch may multiply float32 in a smaller type, and how it rounds to that is not said."""
+    """Relative error that a product of ``x`` may make in a term, or 0.
+
+    torch may multiply float32 in a smaller type. It does not say how it rounds to that type.
+    """
     precision = float32_matmul(x.device.type)
     on_cpu = x.device.type == "cpu"
     if precision == "highest" or (on_cpu and not _cpu_rounds(precision)):
         return 0.0
     smaller = torch.finfo(torch.bfloat16).eps if on_cpu and precision == "medium" else TF32_EPS
-    # Both factors of a term lose up to this, or half of it where they are rounded to the nearest.
+    # Both factors of a term lose up to this, or half of it if they are rounded to the nearest.
     return 0.0 if x.dtype == torch.float64 or torch.finfo(x.dtype).eps >= smaller else 2 * smaller
 
 
 @lru_cache
 def _cpu_rounds(precision: str) -> bool:
-    """Whether the CPU at hand has instructions for it."""
+    """Whether this CPU multiplies float32 in a smaller type under the precision that is set."""
     ones = torch.ones(CPU_TRIAL, CPU_TRIAL)
     return bool((product(ones + TF32_EPS / 4, ones) == CPU_TRIAL).any())
 
 
 def gain(scale: Tensor, *upstream: Tensor) -> Tensor:
-    """The power of two that brings the largest possible |dS| under 2^15, 0-d, found on the device.
+    """The power of two (0-d) that brings the largest possible |dS| to 2^15 or just below.
 
-    dS is multiplied by it and the gradients divided, so that upstream gradients of any size stay
-    within the range of dS's type: float16 ends at 6e-8. Upstream gradients that are not finite have
-    no say: they leave the others' rows as they are.
+    It is found on the device. dS is multiplied by it, and the gradients are divided by it. So dS
+    stays within the range of its type for upstream gradients of any size. The smallest float16 is
+    6e-8. Upstream gradients that are not finite are ignored, so that other rows are not affected.
     """
     largest = [d.abs().nan_to_num(nan=0.0, posinf=0.0).amax() for d in upstream if d.numel()]
     bound = (scale * torch.stack(largest).sum()).clamp(2.0**SMALLEST, 2.0**-SMALLEST)

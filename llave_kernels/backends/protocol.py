@@ -1,6 +1,6 @@
-"""What a backend is: a module, or any object, with the members of ``Backend``.
+"""The interface of a backend, which is a module or any object with the members of ``Backend``.
 
-``dispatch.BACKENDS`` lists them. ``torch_backend`` is the one to read first.
+``dispatch.BACKENDS`` lists the backends. ``torch_backend`` is the one to read first.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from llave_kernels.rules import Rules
 class LogSumExps(NamedTuple):
     """The outputs of a forward, or the gradients with respect to them.
 
-    In the accumulation dtype: float32, or float64 for float64 inputs.
+    They are in the accumulation dtype: float32, or float64 for float64 inputs.
 
     Attributes:
         positive: (N,) logit of each row's positive.
-        query_lse: (N,) log-sum-exp of each row over its valid negatives, -inf where it has none.
-        target_lse: (M,) the same of each column, (0,) in one direction.
+        query_lse: (N,) log-sum-exp of each row over its valid negatives, -inf without any.
+        target_lse: (M,) the same for each column, or (0,) in one direction.
     """
 
     positive: Tensor
@@ -39,9 +39,9 @@ class Gradients(NamedTuple):
 class Backend(Protocol):
     """Computes the log-sum-exps of a batch, and their gradients.
 
-    Inputs come checked: ``query`` (N, D) and ``target`` (M, D) of one dtype and device, with any
-    strides; ``logit_scale`` () in the accumulation dtype on that device. Labels that name no
-    column are possible on a GPU: their rows' outputs are NaN.
+    Inputs are checked. ``query`` (N, D) and ``target`` (M, D) have one dtype and device, and any
+    strides. ``logit_scale`` () is in the accumulation dtype on that device. On a GPU a label may
+    name no column. The outputs of its row are then NaN.
     """
 
     NAME: str
@@ -57,19 +57,19 @@ class Backend(Protocol):
     ) -> Tensor:
         """(N,) the similarity above which the margin leaves a negative out.
 
-        ``positives.margin_limit`` with what this backend's products make of their inputs.
+        It is ``positives.margin_limit`` with the rounding of this backend's products.
         """
 
     def kept_shape(self, query: Tensor, target: Tensor, rules: Rules) -> tuple[int, ...]:
-        """Shape of what a backward reads again, in the accumulation dtype; (0,) for nothing.
+        """Shape of the tensor that a forward keeps for its backward. (0,) for nothing.
 
-        Sizes may be symbols.
+        The tensor is in the accumulation dtype. Sizes may be symbolic.
         """
 
     def forward(
         self, query: Tensor, target: Tensor, logit_scale: Tensor, rules: Rules, kept: Tensor
     ) -> LogSumExps:
-        """The log-sum-exps. ``kept`` comes uninitialised, to be filled."""
+        """The log-sum-exps. ``kept`` is uninitialised, and the forward fills it."""
 
     def backward(
         self,
@@ -83,17 +83,17 @@ class Backend(Protocol):
         *,
         scale_gradient: bool,
     ) -> Gradients:
-        """The gradients, those of query and target in their dtype.
+        """The gradients. Those of query and target have the inputs' dtype.
 
-        ``upstream`` and ``outputs`` are without gaps. Without ``scale_gradient`` that of the scale
-        may be left out: NaN.
+        ``upstream`` and ``outputs`` are contiguous. Without ``scale_gradient``, the gradient of the
+        scale may be NaN.
         """
 
 
 class OneDirection(Protocol):
-    """What a backend may have beyond ``Backend``: loss and gradients in one pass.
+    """What a backend may add to ``Backend``: loss and gradients in one pass.
 
-    Possible in one direction only, where a row's log-sum-exp is complete before the next row's.
+    This works in one direction only. There, a row's log-sum-exp does not depend on later rows.
     """
 
     def merges_gradients(self, query: Tensor) -> bool:
@@ -104,6 +104,6 @@ class OneDirection(Protocol):
     ) -> tuple[Tensor, Gradients]:
         """Per-row loss (N,) of the query direction, and the gradients of its sum.
 
-        All in the accumulation dtype: the upstream gradient is still to come, and the gradients of
-        a sum over many rows may not fit the inputs' dtype.
+        All are in the accumulation dtype. The upstream gradient is not applied yet, and the
+        gradients of a sum over many rows may not fit the inputs' dtype.
         """

@@ -1,9 +1,8 @@
-"""The gradient GEMMs of the GPU backends: strips of dS through a bounded workspace and the
-library's GEMM.
+"""The gradient GEMMs of the GPU backends.
 
-Embeddings are wide (896 to 3,584): a float32 output tile of such a gradient does not fit in
-registers, so one fused kernel would spend its time on atomics. Two GEMMs per strip run at the
-library's rate instead.
+Strips of dS go through a bounded workspace to the library's GEMM. Embeddings are wide (896 to
+3,584). A float32 output tile of such a gradient does not fit in registers. One fused kernel would
+spend its time on atomics. Two GEMMs per strip run at the library's rate.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from llave_kernels.backends.products import product
 from llave_kernels.backends.protocol import Gradients
 
 WORKSPACE = 256 << 20  # bytes of dS at a time
-ALIGNMENT = 16  # elements of a row: tensor-core GEMMs want 16 bytes, Triton's stores this many
+ALIGNMENT = 16  # elements: tensor-core GEMMs need 16 bytes, Triton's stores 16 elements
 
 
 def strip_rows(n: int, m: int, itemsize: int) -> int:
-    """Rows of dS that fit the workspace, a multiple of 128 where more than one strip is needed."""
+    """Rows of dS per strip. With several strips, a multiple of 128 if that many fit."""
     rows = max(1, WORKSPACE // (_pitch(m) * itemsize))
     return n if rows >= n else max(1, rows // 128 * 128 or rows)
 
@@ -36,10 +35,11 @@ def gradients(
     *,
     scale_gradient: bool,
 ) -> Gradients:
-    """The gradients; that of logit_scale is NaN unless asked for.
+    """The gradients. That of logit_scale is NaN unless ``scale_gradient``.
 
-    ``fill(ds, start, stop)`` writes ``gain * dS`` of those rows into the first M columns of ``ds``
-    (rows, a multiple of 16), which is contiguous. ``gain`` is a 0-d power of two, None for 1.
+    ``fill(ds, start, stop)`` writes ``gain * dS`` of those rows into the first M columns of ``ds``.
+    ``ds`` is contiguous, and its width is a multiple of 16. ``gain`` is a 0-d power of two, or None
+    for 1.
     """
     n, m = len(query), len(target)
     workspace = strip_workspace(query, target)
@@ -56,7 +56,7 @@ def gradients(
             strip /= gain
         d_query[start:stop] = strip
         d_target += product(ds.T, queries)
-        if scale_gradient:  # before dQ is rounded: the terms cancel
+        if scale_gradient:  # from dQ before it is rounded, because the terms cancel
             d_scale += torch.linalg.vecdot(queries.float(), strip).sum() / logit_scale
     if gain is not None:
         d_target /= gain
@@ -64,7 +64,7 @@ def gradients(
 
 
 def strip_workspace(query: Tensor, target: Tensor) -> Tensor:
-    """(rows, a multiple of 16 not below M) of the inputs' dtype, uninitialised."""
+    """(rows, M rounded up to a multiple of 16) of the inputs' dtype, uninitialised."""
     n, m = len(query), len(target)
     return query.new_empty((strip_rows(n, m, query.dtype.itemsize), _pitch(m)))
 

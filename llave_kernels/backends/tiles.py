@@ -1,8 +1,8 @@
-"""Tile shapes of the Triton kernels: a table, or on request timed once and remembered.
+"""Tile shapes of the Triton kernels, from a table or from timings.
 
-With ``LLAVE_AUTOTUNE=1`` the first call of each class (kernel, device, dtype, rules, D, and N and M
-to the next power of two) times the candidates and stores the best under ``LLAVE_CACHE_DIR``
-(default ``~/.cache/llave``); later processes read it there.
+With ``LLAVE_AUTOTUNE=1``, the first call of each class times the candidates. A class is kernel,
+device, dtype, rules, D, and N and M rounded up to powers of two. The fastest tile is stored under
+``LLAVE_CACHE_DIR`` (default ``~/.cache/llave``). Later processes read it there.
 """
 
 from __future__ import annotations
@@ -47,24 +47,33 @@ def _triton() -> tuple[int, ...]:
 
 
 class Kind(NamedTuple):
-    """What a table entry holds for: compute capability 8 or, with those after it, 9; bytes of an
-    input's number."""
+    """The key of a table entry.
+
+    Attributes:
+        major: compute capability: 8, or 9 for 9 and later.
+        itemsize: bytes of an element of the inputs.
+    """
 
     major: int
     itemsize: int
 
 
 class Choices(NamedTuple):
-    """Tiles by kind of call: one without, and one with ids or a margin, and one of a small batch,
-    which takes small tiles to fill the chip."""
+    """Tiles by kind of call.
+
+    Attributes:
+        plain: without ids and margin.
+        masked: with ids or a margin.
+        small: for a small batch. It needs small tiles to fill the GPU.
+    """
 
     plain: Tile
     masked: Tile
     small: Tile
 
 
-# Chosen from the code that triton 3.4, 3.6 and 3.9 compile, which spills no registers; not timed on
-# a GPU. In 3.4 exact float32 spills twice with a third stage.
+# The code that triton 3.4, 3.6 and 3.9 compile for these spills no registers. They are not timed on
+# a GPU. In 3.4, exact float32 spills twice with a third stage.
 STAGES_9_4 = 3 if _triton() >= (3, 6) else 2
 TABLE = {
     Kind(9, 2): Choices(
@@ -82,7 +91,7 @@ TABLE = {
         plain=Tile(128, 64, 32, 8, 3), masked=Tile(64, 64, 32, 8, 3), small=Tile(64, 64, 32, 8, 3)
     ),
 }
-# Timed beside those of the table. In triton before 3.7 the widest spills 42 to 138 times.
+# Timed in addition to the table's tiles. Before triton 3.7 this tile spills 42 to 138 times.
 TIMED = {Kind(9, 2): (Tile(128, 256, 64, 8, 3),)} if _triton() >= (3, 7) else {}
 CANDIDATES = {
     kind: tuple(dict.fromkeys((*choices, *TIMED.get(kind, ())))) for kind, choices in TABLE.items()
@@ -97,7 +106,8 @@ def kind(major: int, dtype: torch.dtype) -> Kind:
 def table(major: int, dtype: torch.dtype, d: int, n: int, *, masked: bool = False) -> Tile:
     """The tile for a compute capability, input dtype, width and number of rows, without timing.
 
-    ``masked``: ids or a margin keep more masks alive, which spills in the largest tile.
+    ``masked``: the call has ids or a margin. They keep more masks alive, and the largest tile would
+    spill registers.
     """
     choices = TABLE[kind(major, dtype)]
     tile = choices.small if n <= SMALL_BATCH else choices.masked if masked else choices.plain
@@ -109,12 +119,12 @@ def autotuning() -> bool:
 
 
 def size_class(n: int) -> int:
-    """The power of two that a number of rows is timed as."""
+    """The number of rows rounded up to a power of two. It stands for a class of sizes."""
     return 1 << max(0, n - 1).bit_length()
 
 
 def known(key: str) -> Tile | None:
-    """The tile remembered for a class of calls."""
+    """The tile remembered for a class of calls, or None."""
     return _remembered().get(key)
 
 
@@ -133,7 +143,7 @@ def _cache_file() -> Path:
 
 @lru_cache(maxsize=1)
 def _remembered() -> dict[str, Tile]:
-    """Of this process; it starts with what is on disk."""
+    """The tiles that this process remembers. They start with those on disk."""
     return _read_cache()
 
 
