@@ -85,7 +85,7 @@ def _cpu_rounds(precision: str) -> bool:
 
 
 def gain(scale: Tensor, *upstream: Tensor) -> Tensor:
-    """The power of two (0-d) that brings the largest possible |dS| to 2^15 or just below.
+    """The power of two (0-d) that brings the largest possible |dS| to at most 2^15.
 
     It is found on the device. dS is multiplied by it, and the gradients are divided by it. So dS
     stays within the range of its type for upstream gradients of any size. The smallest float16 is

@@ -1,18 +1,18 @@
-"""The ``torch`` backend: strips of the similarity matrix through torch's GEMM, reduced in place.
+"""The ``torch`` backend, for any device and float dtype. It is the fast path on a CPU.
 
-Any device, any float dtype; the fast path of the CPU.
+torch's GEMM computes strips of the similarity matrix. They are reduced in place.
 
     forward        2NMD  one GEMM per strip, reduced over its rows and columns before the next strip
     backward       6NMD  the strip again, then dQ_strip = dS T and dT += dS^T Q_strip
                          (4NMD for the strips the forward kept, as many as fit ``KEEP_BUDGET``)
-    one_direction  6NMD  loss and gradients together: a row's log-sum-exp is complete within its
-                         strip, so the gradient GEMMs run while the strip is at hand
+    one_direction  6NMD  loss and gradients together. A row's log-sum-exp is complete within its
+                         strip, so the gradient GEMMs run on the strip right away
 
-A strip lies transposed, (M, rows): the libraries fill it, and sum dT from it, faster that way.
+A strip is stored transposed, (M, rows). The libraries fill it, and sum dT from it, faster that way.
 
-On a CPU half precision is widened to float32 at once: float16 GEMMs are hundreds of times slower
-than float32 there, and bfloat16 ones with float32 results are no faster (18 against 17 ms for 512 x
-8,192 from D = 1,024).
+On a CPU, half precision is first widened to float32. There, float16 GEMMs are hundreds of times
+slower than float32 ones. bfloat16 GEMMs with float32 results are no faster. They take 18 ms, and
+float32 ones 17 ms, for 512 x 8,192 from D = 1,024.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from llave_kernels.rules import Rules, inside
 
 NAME = "torch"
 STRIP_BUDGET = 8 << 20  # bytes of one strip; up to two are alive
-# Bytes of the gradients, a strip and the similarities that the forward keeps for the backward: as
-# many of these are kept as leave the sum within it.
+# Bytes for the gradients, one strip and the similarities that the forward keeps for the backward.
+# It keeps as many similarities as fit.
 KEEP_BUDGET = 96 << 20
 WEIGHT_COLUMNS = 1024  # columns of dS weighted at a time, while they are in the cache
 INF = math.inf
 LOG2E = 1 / math.log(2)
-# Largest |z| for which exponentials, and sums of 2^30 of them, stay normal float32 numbers.
+# Up to this |z|, exponentials and sums of 2^30 of them are normal float32 numbers.
 SAFE_EXPONENT = 66.0
 
 
@@ -56,28 +56,28 @@ def unavailable() -> str | None:
 
 
 def supports(query: Tensor, target: Tensor, rules: Rules) -> str | None:
-    """None: every device and dtype."""
+    """None: every device and dtype is supported."""
     return None
 
 
 def rounds_gradients(query: Tensor) -> bool:
-    """Whether dS takes the inputs' half precision, in which its products run on tensor cores."""
+    """Whether dS is rounded to the inputs' half precision. Its products then use tensor cores."""
     return query.dtype.itemsize == 2 and multiplies_halves(query.device.type)
 
 
 def margin_limit(query: Tensor, target: Tensor, labels: Tensor | None, margin: float) -> Tensor:
-    """``positives.margin_limit`` of this backend's products."""
+    """``positives.margin_limit`` for this backend's products."""
     return positives.margin_limit(query, target, labels, margin, rounding=rounding(query))
 
 
 def strip_rows(n: int, m: int, dtype: torch.dtype) -> int:
-    """Rows of a strip of float32 (float64 for float64 inputs) similarities."""
+    """Rows of a strip. Similarities are float32, or float64 for float64 inputs."""
     fit = STRIP_BUDGET // (m * accumulation_dtype(dtype).itemsize)
     return _clamp(fit, 1, n)
 
 
 def kept_shape(query: Tensor, target: Tensor, rules: Rules) -> tuple[int, ...]:
-    """(M, K) of the similarities the forward keeps: those of the first strips' K rows.
+    """(M, K). The forward keeps the similarities of the first K rows, which are whole strips.
 
     In one direction it keeps none.
     """
@@ -90,7 +90,7 @@ def kept_shape(query: Tensor, target: Tensor, rules: Rules) -> tuple[int, ...]:
 
 
 def _clamp(x: int, low: int, high: int) -> int:
-    """Also of symbols, the sizes of fake tensors: one compiled graph then serves every size."""
+    """Also clamps the symbolic sizes of fake tensors. One compiled graph then serves every size."""
     return torch.sym_min(high, torch.sym_max(low, x))  # type: ignore[return-value]
 
 
@@ -107,14 +107,14 @@ class _Strips:
         self.scale, self.rules, self.kept = scale.to(self.dtype), rules, kept
         self.rows = strip_rows(len(query), len(target), query.dtype)
         if rules.labels is not None:
-            # A label outside names no column: its row's outputs are NaN.
+            # A label outside names no column. The outputs of its row are NaN.
             self.inside, self.columns = inside(rules.labels, len(target))
         self.bounded = self._bounded()
         self.row_limit = self.column_limit = None
         if rules.margin is not None:
             self.row_limit = margin_limit(query, target, rules.labels, rules.margin)
             self.column_limit = rules.column_limits(self.row_limit, len(target))
-        # One exponential serves both directions: dS = exp(z) (row factor + column factor).
+        # One exponential then serves both directions: dS = exp(z) (row factor + column factor).
         self.together = self.bounded and rules.shared_logits
 
     def __iter__(self) -> Iterator[slice]:
@@ -126,11 +126,11 @@ class _Strips:
 
     @cached_property
     def positive(self) -> Tensor:
-        """(N,) similarities of the positives, which a backward has no use for."""
+        """(N,) similarities of the positives. Computed on demand, as a backward needs none."""
         return positives.positive_similarity(self.query, self.target, self.rules.labels)
 
     def put_positives(self, strip: slice, matrix: Tensor, values: Tensor | float) -> None:
-        """Overwrite the positives' places in (M, rows) by ``values`` (rows,) or a number."""
+        """Overwrite the positives in ``matrix`` (M, rows) by values (rows,) or a number."""
         if self.rules.labels is None:
             diagonal = matrix.diagonal(-strip.start)
             diagonal.copy_(values) if isinstance(values, Tensor) else diagonal.fill_(values)
@@ -140,13 +140,14 @@ class _Strips:
         matrix.scatter_(0, columns, values)
 
     def nan_outside(self, rows: Tensor) -> Tensor:
-        """Values of the rows (N,), NaN where a label is outside."""
+        """Values of the rows (N,), with NaN for a label outside."""
         return rows if self.rules.labels is None else rows.masked_fill_(~self.inside, math.nan)
 
     def _bounded(self) -> bool:
-        """Whether no logit can leave the range in which exponentials need no maximum subtracted.
+        """Whether all logits are small enough for exponentials without the maximum subtracted.
 
-        By Cauchy-Schwarz from the row norms. Only asked on a CPU, where looking at a value is free.
+        The row norms bound them (Cauchy-Schwarz). This is tested only on a CPU, where the host can
+        read a value without waiting.
         """
         if self.query.device.type != "cpu":
             return False
@@ -157,10 +158,10 @@ class _Strips:
         return bool(strength * norms[0].max() * norms[1].max() <= SAFE_EXPONENT)
 
     def similarity(self, strip: slice, *, fresh: bool = False) -> Tensor:
-        """(M, rows) similarities of the strip, the caller's to overwrite.
+        """(M, rows) similarities of the strip. The caller may overwrite them.
 
-        From ``kept`` where they lie there, unless ``fresh``, which computes them and keeps them
-        where there is room.
+        They are copied from ``kept`` if the strip is there. With ``fresh`` they are computed, and
+        stored in ``kept`` if there is room.
         """
         keeps = strip.stop <= self.kept.shape[1]
         if keeps and not fresh:
@@ -173,14 +174,14 @@ class _Strips:
     def row_logits(self, strip: slice, similarity: Tensor) -> Tensor:
         """(M, rows) logits of the query direction, -inf where a pair is not a valid negative.
 
-        Overwrites ``similarity`` unless the other direction needs it for logits of its own.
+        Overwrites ``similarity``, unless the target direction needs it for its own logits.
         """
         limit = None if self.row_limit is None else self.row_limit[strip]
         out = None if self.rules.symmetric and not self.together else similarity
         return self._logits(strip, similarity, self.rules.alpha, limit, out)
 
     def column_logits(self, strip: slice, similarity: Tensor) -> Tensor:
-        """The same of the target direction. Overwrites ``similarity``."""
+        """The same for the target direction. Overwrites ``similarity``."""
         limit = None if self.column_limit is None else self.column_limit[:, None]
         return self._logits(strip, similarity, self.rules.target_alpha, limit, similarity)
 
@@ -219,12 +220,12 @@ def _finite(shift: Tensor) -> Tensor:
 
 
 def _exp_(x: Tensor) -> Tensor:
-    """In place; three times faster than ``exp_`` on a CPU (9.5 against 3.1 G elements/s)."""
+    """``exp`` in place. Three times faster than ``exp_`` on a CPU (9.5 and 3.1 G elements/s)."""
     return x.mul_(LOG2E).exp2_()
 
 
 def _row_exponentials(strips: _Strips, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In place ``e = exp(z - shift)``, its sums over each row (rows,), and the shift."""
+    """``e = exp(z - shift)`` in place, its sum over each row (rows,), and the shift."""
     shift = z.new_zeros(()) if strips.bounded else _finite(z.amax(0))
     e = _exp_(z if strips.bounded else z.sub_(shift))
     return e, e.sum(0), shift
@@ -238,7 +239,7 @@ class _ColumnSums:
     sum: Tensor
 
     def add(self, z: Tensor, *, bounded: bool) -> None:
-        """Take in a strip's logits (M, rows), which are overwritten."""
+        """Add the logits of a strip (M, rows). They are overwritten."""
         if bounded:
             self.sum += _exp_(z).sum(1)
             return
@@ -255,13 +256,13 @@ class _ColumnSums:
 def forward(
     query: Tensor, target: Tensor, logit_scale: Tensor, rules: Rules, kept: Tensor
 ) -> LogSumExps:
-    """As ``Backend.forward``. ``kept`` (M, K) takes similarities of the first K rows."""
+    """As ``Backend.forward``. ``kept`` (M, K) receives the similarities of the first K rows."""
     dtype, m = accumulation_dtype(query.dtype), len(target)
     strips = _Strips(query, target, logit_scale, rules, kept)
     rows = query.new_empty(len(query), dtype=dtype)
     columns = _ColumnSums(rows.new_full((m,), 0.0 if strips.bounded else -INF), rows.new_zeros(m))
 
-    def reduce(strip: slice) -> None:  # a function: its strip is free before the next is made
+    def reduce(strip: slice) -> None:  # a function, to free a strip before the next is made
         similarity = strips.similarity(strip, fresh=True)
         e, total, shift = _row_exponentials(strips, strips.row_logits(strip, similarity))
         rows[strip] = shift + total.log()
@@ -287,9 +288,9 @@ def backward(
     *,
     scale_gradient: bool,
 ) -> Gradients:
-    """As ``Backend.backward``. The scale's gradient costs next to nothing and is always made."""
+    """As ``Backend.backward``. The scale's gradient is cheap and is always computed."""
     strips = _Strips(query, target, logit_scale, rules, kept)
-    # Also where dS is float32: exp(z) and the factors below lie far apart.
+    # Used for float32 dS too, because exp(z) and the factors below have very different sizes.
     factor = gain(strips.scale, *upstream)
     gradients = _Gradients(strips, query.dtype, factor)
     scale = strips.scale * factor
@@ -321,7 +322,7 @@ def backward(
 
 
 def merges_gradients(query: Tensor) -> bool:
-    """Where gradients are not rounded before the upstream gradient is known."""
+    """Whether gradients stay unrounded until the upstream gradient is known."""
     return not rounds_gradients(query)
 
 
@@ -348,7 +349,7 @@ def one_direction(
 
 
 class _Gradients:
-    """dQ and dT in ``dtype`` and d logit_scale, accumulated from strips of ``factor`` dS."""
+    """dQ, dT (both in ``dtype``) and d logit_scale, summed over strips of ``factor * dS``."""
 
     def __init__(self, strips: _Strips, dtype: torch.dtype, factor: Tensor | None) -> None:
         self.strips, self.factor = strips, factor
@@ -364,7 +365,8 @@ class _Gradients:
             ds = ds.to(queries.dtype)
         d_query = product(ds.T, strips.target)
         add_product(self.d_target, ds, queries)
-        # Every gradient of s passes through kappa s. Taken before dQ is rounded: the terms cancel.
+        # d logit_scale follows from dQ, because s has a gradient only through kappa s. It takes dQ
+        # before that is rounded, because the terms cancel.
         self.d_scales.append(torch.linalg.vecdot(queries.to(strips.dtype), d_query).sum())
         self.d_query[strip] = d_query if self.factor is None else d_query.div_(self.factor)
 

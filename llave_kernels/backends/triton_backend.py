@@ -1,8 +1,8 @@
 """The ``triton`` backend: launches of the kernels in ``triton_kernels``.
 
-float32 inputs follow ``torch.set_float32_matmul_precision``: "highest" is IEEE, the others TF32.
-On CPU tensors the kernels run in Triton's interpreter when ``TRITON_INTERPRET=1`` was set before
-the import.
+float32 inputs follow ``torch.set_float32_matmul_precision``. "highest" gives IEEE products, the
+other settings TF32. On CPU tensors the kernels run in Triton's interpreter, if
+``TRITON_INTERPRET=1`` was set before the import.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if INSTALLED:
 
     from llave_kernels.backends import triton_kernels as kernels
 
-SUPER_TILE = 16  # tiles along each side of what one program owns, where that still fills the GPU
+SUPER_TILE = 16  # most tiles per program along each side; fewer if the GPU would not be full
 PROGRAMS_PER_SM = 4
 COMBINE_BLOCK = 128
-# Given by name: TRITON_DEFAULT_FP_FUSION in the environment would change the numbers.
+# Set here, because TRITON_DEFAULT_FP_FUSION in the environment would change the results.
 COMPILE = {"enable_fp_fusion": True}
 
 
@@ -64,15 +64,17 @@ def supports(query: Tensor, target: Tensor, rules: Rules) -> str | None:
 
 
 def margin_limit(query: Tensor, target: Tensor, labels: Tensor | None, margin: float) -> Tensor:
-    """``positives.margin_limit`` of this backend's products: the tensor cores read of float32 the
-    bits that TF32 has."""
+    """``positives.margin_limit`` for this backend's products.
+
+    With TF32, the tensor cores cut off the low bits of float32.
+    """
     truncates = query.dtype == torch.float32 and _precision(query) == "tf32"
     truncated = positives.truncated_tf32 if truncates else None
     return positives.margin_limit(query, target, labels, margin, truncated)
 
 
 def kept_shape(query: Tensor, target: Tensor, rules: Rules) -> tuple[int, ...]:
-    """(0,): the backward computes all it needs anew."""
+    """(0,): nothing is kept. The backward computes the similarities again."""
     return (0,)
 
 
@@ -96,7 +98,7 @@ def backward(
     *,
     scale_gradient: bool,
 ) -> Gradients:
-    """The gradients; that of logit_scale is NaN unless asked for."""
+    """The gradients. That of logit_scale is NaN unless ``scale_gradient``."""
     factor = gain(logit_scale, *upstream) if query.dtype == torch.float16 else None
     call = _Backward(query, target, logit_scale, rules, outputs, upstream, factor)
     tile = call.tile()
@@ -108,7 +110,7 @@ def backward(
 
 
 def pairs(query: Tensor, target: Tensor, rules: Rules) -> kernels.Pairs:
-    """The rules as the kernels take them, None for those that this call does without."""
+    """The rules as the kernels take them. Rules that this call does not use are None."""
     row_limit = column_limit = None
     if rules.margin is not None:
         row_limit = margin_limit(query, target, rules.labels, rules.margin)
@@ -132,7 +134,7 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def _precision(query: Tensor) -> str:
-    """What float32 is multiplied as. The interpreter has no TF32."""
+    """The precision of float32 products. The interpreter has no TF32."""
     exact = INTERPRETED or float32_matmul(query.device.type) == "highest"
     return "ieee" if exact else "tf32"
 
@@ -150,7 +152,7 @@ class _Call:
         self.inputs = (query, target, scale, *self.pairs)
 
     def options(self, tile: tiles.Tile) -> dict[str, Any]:
-        """The kernel's constants and what it is compiled with."""
+        """The kernel's constants and its launch and compile options."""
         constants = {"HARDNESS": self.rules.hardness, "PRECISION": _precision(self.query)}
         launch = {"num_warps": tile.warps, "num_stages": tile.stages}
         return constants | {"TILE": tile} | launch | COMPILE
@@ -165,12 +167,12 @@ class _Call:
         if not tiles.autotuning():
             return untimed
         key = self._key()
-        if torch.cuda.is_current_stream_capturing():  # what is timed would join the graph
+        if torch.cuda.is_current_stream_capturing():  # timed launches would join the graph
             return tiles.known(key) or untimed
         return tiles.tuned(key, tiles.CANDIDATES[tiles.kind(major, query.dtype)], self._time)
 
     def _key(self) -> str:
-        """What a timing holds for."""
+        """The class of calls that a timing holds for."""
         n, m, d, *_ = self.sizes
         device = self.query.device
         major, minor = torch.cuda.get_device_capability(device)
@@ -183,7 +185,7 @@ class _Call:
         return f"{self.kernel} {where} {dtype} {sizes} {rules}"
 
     def _time(self, tile: tiles.Tile) -> float:
-        """Milliseconds; infinite where the GPU has too little shared memory."""
+        """Milliseconds. Infinite if the GPU has too little shared memory."""
         try:
             return float(triton.testing.do_bench(lambda: self.trial(tile), return_mode="median"))
         except triton.runtime.errors.OutOfResources:
@@ -225,8 +227,10 @@ class _Forward(_Call):
         return _combine(*by_row), target_lse if by_column is None else _combine(*by_column)
 
     def _partial(self, parts: int, length: int) -> tuple[Tensor, Tensor]:
-        """(parts, length) maxima and sums, uninitialised. Halves of one tensor would not both start
-        at a multiple of 16 bytes."""
+        """Maxima and sums, (parts, length) each and uninitialised.
+
+        Halves of one tensor would not both start at a multiple of 16 bytes.
+        """
         maximum, total = (
             self.query.new_empty((parts, length), dtype=torch.float32) for _ in range(2)
         )
@@ -268,8 +272,7 @@ class _Backward(_Call):
 
 
 def _super_tile(n_m: int, n_n: int, device: torch.device) -> tuple[int, int]:
-    """Tiles per program along rows and columns: as many as leave enough programs to fill the
-    GPU."""
+    """Tiles per program along rows and columns. They leave enough programs to fill the GPU."""
     cuda = device.type == "cuda"
     sms = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 1
     rows, columns = min(SUPER_TILE, n_m), min(SUPER_TILE, n_n)

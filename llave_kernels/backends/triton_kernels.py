@@ -1,21 +1,22 @@
-"""The Triton kernels. Names: ``p_`` pointer, ``b_`` block of values, ``o_`` offsets, ``m_`` mask,
-``i_`` index.
+"""The Triton kernels.
 
-``forward_kernel``   one tiled pass over S = Q T^T; each tile is masked, weighted and reduced, in
-                     registers, to a running (max, sum) per row and per column
-``combine_kernel``   partial (max, sum) pairs to log-sum-exps
-``strip_kernel``     the tile again, and its gradient dS into a workspace for the gradient GEMMs
-``positive_kernel``  s_{i, l_i}
+Names: ``p_`` pointer, ``b_`` block of values, ``o_`` offsets, ``m_`` mask, ``i_`` index.
 
-An argument may be None where its rule, its direction or its factor is not asked for: such a kernel
-is compiled without it.
+``forward_kernel``   makes one tiled pass over S = Q T^T. Each tile is masked, weighted and reduced
+                     in registers to a running (max, sum) per row and per column
+``combine_kernel``   turns partial (max, sum) pairs into log-sum-exps
+``strip_kernel``     computes a tile again and writes its gradient dS to a workspace, for the
+                     gradient GEMMs
+``positive_kernel``  computes the positives' similarities s_{i, l_i}
 
-Logits stay in natural units until the maximum is subtracted: changing base first would round large
-ones.
+An argument is None if the call does not use its rule, direction or factor. The kernel is then
+compiled without it.
 
-Numbers of rows, columns and parts are ``do_not_specialize``: a batch of another size must not
-compile anew because it is, or is not, a multiple of 16. Widths and strides decide how wide a load
-is, and stay.
+Logits keep base e until the maximum is subtracted. Changing the base first would round large ones.
+
+The numbers of rows, columns and parts are ``do_not_specialize``. Otherwise a batch of another size
+could compile again, because it is or is not a multiple of 16. Widths and strides are specialised,
+because they decide how wide a load is.
 """
 
 from __future__ import annotations
@@ -27,26 +28,26 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
-GROUP = tl.constexpr(8)  # row blocks that share the target blocks they read through the L2 cache
-# What stands for a label and for an owner that is no column: equal to no column nor to each other.
+GROUP = tl.constexpr(8)  # row blocks that run together and share target blocks in the L2 cache
+# These replace a label and an owner that are no column. They equal no column and not each other.
 NOWHERE = tl.constexpr(-1)
 NOBODY = tl.constexpr(-2)
 
 
 class Pairs(NamedTuple):
-    """Which pairs count and how they weigh: pointers and numbers that follow from ``Rules``.
+    """Which pairs count and how they are weighted, as pointers and numbers made from ``Rules``.
 
-    A kernel's arguments are flat, in this order; its helpers get them as one.
+    A kernel takes them as flat arguments in this order. Its helpers take this tuple.
     """
 
-    label: Any  # (N,) None: row i's positive is column i
-    owner: Any  # (M,) None: every column is its own owner
+    label: Any  # (N,), or None: row i's positive is column i
+    owner: Any  # (M,), or None: every column is its own owner
     query_id: Any  # (N,)
     target_id: Any  # (M,)
     row_limit: Any  # (N,) the similarity above which a negative of the row is left out
     column_limit: Any  # (M,) the same in the target -> query direction
     alpha: Any
-    target_alpha: Any  # None: alpha
+    target_alpha: Any  # None: the same as alpha
 
 
 @triton.jit
@@ -62,7 +63,7 @@ def _finite(x):
 
 @triton.jit
 def _columns(p, o, m, M, OUTSIDE: tl.constexpr):
-    """The int64 columns at ``p + o``, as int32; ``OUTSIDE`` where there is no such column."""
+    """The int64 columns at ``p + o``, as int32. ``OUTSIDE`` replaces those that do not exist."""
     b = tl.load(p + o, mask=m, other=-1)
     return tl.where((b >= 0) & (b < M), b, OUTSIDE).to(tl.int32)
 
@@ -72,14 +73,14 @@ def _similarity(
     p_q, p_t, o_m, o_n, N, M, D, s_qn, s_qd, s_tm, s_td,
     TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(BM, BN) float32 similarities of rows ``o_m`` and columns ``o_n``; any beyond the edges."""
+    """(BM, BN) float32 similarities of rows ``o_m`` and columns ``o_n``; any past the edges."""
     b_s = tl.zeros((TILE.bm, TILE.bn), tl.float32)
-    # Rows and columns beyond the edges reread the last one: masks on these loads would hold
+    # Rows and columns beyond the edges read the last one again. Masks on these loads would take
     # registers through the whole epilogue.
     p_rows = p_q + tl.minimum(o_m, N - 1).to(tl.int64)[:, None] * s_qn
     p_columns = p_t + tl.minimum(o_n, M - 1).to(tl.int64)[None, :] * s_tm
     for k in range(0, D, TILE.bk):
-        o_k = (k + tl.arange(0, TILE.bk)).to(tl.int64)  # times a transposed input's stride
+        o_k = (k + tl.arange(0, TILE.bk)).to(tl.int64)  # a transposed input has large strides
         b_q = tl.load(p_rows + o_k[None, :] * s_qd, mask=(o_k < D)[None, :], other=0.0)
         b_t = tl.load(p_columns + o_k[:, None] * s_td, mask=(o_k < D)[:, None], other=0.0)
         b_s = tl.dot(b_q, b_t, b_s, input_precision=PRECISION)
@@ -88,7 +89,7 @@ def _similarity(
 
 @triton.jit
 def _labels(p_label, o_m, N, M):
-    """The columns of the rows' positives; ``NOWHERE`` beyond the edge and for a label outside."""
+    """The columns of the rows' positives. ``NOWHERE`` beyond the edge and for a label outside."""
     if p_label is None:
         b_label = tl.where((o_m < N) & (o_m < M), o_m, NOWHERE)
     else:
@@ -170,8 +171,9 @@ def forward_kernel(
 ):  # fmt: skip
     """One program owns ROWS x COLUMNS tiles.
 
-    Row statistics live in registers along a line of tiles. Column statistics live in the program's
-    own line of the partial buffer, which it rereads for its next line of tiles.
+    The (max, sum) of a row stays in registers along a line of tiles. The (max, sum) of a column
+    goes to the program's own line of the partial buffer. The program reads it again for its next
+    line of tiles.
     """
     pairs = Pairs(
         p_label, p_owner, p_query_id, p_target_id, p_row_limit, p_column_limit, alpha, target_alpha
@@ -239,8 +241,8 @@ def strip_kernel(
 ):  # fmt: skip
     """dS of rows START to STOP, times a gain (a power of two that keeps float16 in range).
 
-    Written to the end of the workspace's rows, whose width ``s_ds`` is a multiple of 16: such
-    stores are wide whatever M is.
+    Stores go to the end of the workspace's rows. Their width ``s_ds`` is a multiple of 16, so the
+    stores are wide for every M.
     """
     pairs = Pairs(
         p_label, p_owner, p_query_id, p_target_id, p_row_limit, p_column_limit, alpha, target_alpha
