@@ -1,4 +1,4 @@
-"""Tests with the oldest versions that pyproject.toml claims, some in between, and the newest.
+"""Tests with the oldest versions that pyproject.toml allows, some in between, and the newest.
 
     make matrix                              all of them
     make matrix ARGS="-s 'kernels(oldest)'"  one; pytest's arguments follow --
@@ -11,7 +11,7 @@ import nox
 nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_missing_interpreters = True
 
-# Below triton 3.7.1 its interpreter, which only tests use, breaks on numpy 2.4.
+# Triton's interpreter breaks on numpy 2.4 in versions below 3.7.1. Only tests use it.
 SETS = {
     "oldest": ("3.10", ["torch==2.8.0", "triton==3.4.0", "numpy<2.4"]),
     "middle": ("3.12", ["torch==2.11.0", "triton==3.6.0", "numpy<2.4"]),
@@ -42,7 +42,7 @@ def kernels(session: nox.Session, versions: list[str]) -> None:
 
 @nox.session(python=SETS["oldest"][0])
 def hosts(session: nox.Session) -> None:
-    """Trainers and the model package with the lowest versions of what they stand on."""
+    """Trainers and the model package with the lowest versions of their dependencies."""
     install(session, ".[test]", *SETS["oldest"][1], *LOWEST)
     paths = [HOSTS, "tests/llave", "tests/test_docs.py"]
     session.run("python", "-m", "pytest", *paths, *session.posargs)

@@ -1,10 +1,10 @@
-"""Builds ``llave_kernels._cuda`` with CMake where nvcc is found; all metadata is in pyproject.toml.
+"""Builds ``llave_kernels._cuda`` with CMake if nvcc is found. All metadata is in pyproject.toml.
 
 Environment:
-    LLAVE_CUDA        1 builds or fails, 0 leaves the extension out; unset builds if nvcc is found
-    LLAVE_CUDA_ARCHS  targets, default "80;90a" less what this nvcc cannot compile
-    CUDA_HOME         where nvcc is looked for before PATH
-    MAX_JOBS          files compiled at a time, default the number of cores
+    LLAVE_CUDA        1: build or fail. 0: leave the extension out. Unset: build if nvcc is found
+    LLAVE_CUDA_ARCHS  targets. Default: those of "80;90a" that this nvcc can compile
+    CUDA_HOME         a folder whose bin/ is searched for nvcc before PATH
+    MAX_JOBS          files compiled at a time. Default: the number of cores
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 PACKAGE = "llave_kernels"
-NOTE = "cuda_build.txt"  # why there is no extension, or what it was built with; available_backends
-# The nvcc that first compiled each target with what our kernels use.
+NOTE = "cuda_build.txt"  # how the extension was built, or why not; available_backends shows it
+# The first nvcc that compiles our kernels for each target.
 NVCC_FOR = {
     "80": (11, 8),
     "86": (11, 8),
@@ -81,11 +81,11 @@ def dotted(version: tuple[int, int]) -> str:
 
 
 def plan() -> tuple[Path, list[str], str]:
-    """nvcc, the targets, and one line that says so.
+    """nvcc, the targets, and a line that describes the build.
 
     Raises:
-        Skip: nothing is to be built.
-        CompileError: what the environment asks for cannot be.
+        Skip: there is nothing to build.
+        CompileError: the environment asks for something that cannot be built.
     """
     asked = os.environ.get("LLAVE_CUDA", "")
     if asked not in ("", "0", "1"):
@@ -111,7 +111,7 @@ class CudaExtension(Extension):
 
 
 class BuildExtension(build_ext):
-    """Configures and builds with CMake, showing and keeping the compiler's output."""
+    """Configures and builds with CMake. The output is shown, and kept in build.log."""
 
     def build_extension(self, ext: CudaExtension) -> None:
         import cutlass_library
@@ -154,7 +154,7 @@ def run(command: list[str], log: TextIO) -> None:
 
 
 class BuildPackage(build_py):
-    """Writes down what became of the extension, and removes one that is not wanted any more."""
+    """Writes a note about the extension's build. Removes an old extension if none is built."""
 
     note = ""
 

@@ -1,4 +1,4 @@
-// From a tile of similarities, still in registers, to its part of dS, in the inputs' type.
+// Turns a tile of similarities, still in registers, into its part of dS in the inputs' type.
 #pragma once
 
 #include "cutlass/numeric_conversion.h"
@@ -49,7 +49,8 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
     const bool uniform = !Tile::kEveryRule || uniform_logits(p.rules);
     const float factor = uniform_scale(p.rules, scale);
     const ColumnReader columns(p, j0 + place.column(0));
-    // Eight of the thread's columns at a time: two of each of four blocks of eight.
+    // Eight of the thread's columns at a time. They are two columns from each of four blocks of
+    // eight.
     CUTE_UNROLL
     for (int c = 0; c < size<1>(s); c += 8) {
       float ds[R][8];
@@ -87,18 +88,18 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
   }
 
  private:
-  // Four pairs of neighbouring columns of a row, the row's tile at `p`, `room` columns before its
-  // end.
+  // Stores four pairs of neighbouring columns of a row. The tile's part of the row starts at `p`.
+  // The row ends `room` columns later.
   CUTE_DEVICE static void store(const float (&ds)[8], Element* p, bool inside, int c,
                                 Place_ const& place, int room) {
     using namespace cute;
-    if constexpr (sizeof(Element) == 4) {  // a quad's pairs are 32 contiguous bytes as they are
+    if constexpr (sizeof(Element) == 4) {  // a quad's pairs are already 32 contiguous bytes
       CUTE_UNROLL
       for (int k = 0; k < 8; k += 2) {
         const int j = place.column(c + k);
         if (inside && j < room) *reinterpret_cast<float2*>(p + j) = {ds[k], ds[k + 1]};
       }
-    } else {  // each lane collects eight columns from its quad: 16 bytes
+    } else {  // each lane collects eight columns (16 bytes) from its quad
       cutlass::NumericArrayConverter<Element, float, 2> convert;
       uint32_t words[4];
       CUTE_UNROLL

@@ -1,6 +1,6 @@
-// The Python module `llave_kernels._cuda`: checks of what is passed in, then launches.
+// The Python module `llave_kernels._cuda`. It checks its arguments, then launches kernels.
 //
-// Tensors come as addresses, so that one build serves every version of torch.
+// Tensors are passed as addresses, so that one build serves every version of torch.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -62,7 +62,7 @@ Hardness parse_hardness(const std::string& name) {
 }
 
 int parse_size(const char* name, int64_t size) {
-  // Room for the last tile's edge.
+  // Leaves room for the edge of the last tile.
   if (size < 1 || size > std::numeric_limits<int>::max() - 2 * kLargeRows) {
     refuse(std::string(name) + " = " + std::to_string(size) + "; expected 1 to 2^31 - 257");
   }
@@ -77,7 +77,7 @@ void require_rows(const char* name, const void* place, int64_t stride, const Pro
   }
 }
 
-// The keyword arguments of a call. Each is taken once, and none is left over.
+// The keyword arguments of a call. Each must be taken once, and none may be left over.
 class Keywords {
  public:
   explicit Keywords(const py::kwargs& given) : left_(given) {}
@@ -200,8 +200,8 @@ py::tuple architectures() {
   return py::tuple(built);
 }
 
-// The workspace of a forward pass over strips of `rows` rows: the columns' sums so far, then the
-// parts of a strip's columns and rows.
+// Bytes of workspace of a forward pass over strips of `rows` rows. The workspace holds the columns'
+// sums so far, then the column parts and the row parts of one strip.
 int64_t forward_workspace(const Problem& p, int rows) {
   require_strip(p, 0, rows);
   const int64_t columns = p.rules.symmetric ? p.m : 0;

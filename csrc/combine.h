@@ -1,4 +1,4 @@
-// From the tiles' sums of exponentials to log-sum-exps.
+// Turns the tiles' sums of exponentials into log-sum-exps.
 #pragma once
 
 #include "pairs.h"
@@ -9,16 +9,16 @@ struct Combination {
   const ShiftedSum* parts;  // (count, length)
   int count;
   int64_t length;
-  ShiftedSum* state;  // (length,) the sums of earlier strips, updated; null where there are none
+  ShiftedSum* state;  // (length,) sums of earlier strips, updated here; null for rows
   bool first;         // whether `state` is still empty
   float* lse;         // (length,)
-  // Of rows, else null. A label that is no column makes a row's outputs NaN: no tile has written
-  // its positive.
+  // Given for rows, null for columns. If a label is no column, no tile has written the row's
+  // positive. The row's outputs are then NaN.
   const int64_t* labels;
   int m;
   float* positive;
 
-  // In the order of the parts, whatever the launch.
+  // Adds the parts in their order, whatever the launch.
   CUTE_HOST_DEVICE void combine(int64_t index) const {
     ShiftedSum total = state == nullptr || first ? ShiftedSum::nothing() : state[index];
     for (int part = 0; part < count; ++part) total.add(parts[part * length + index]);

@@ -1,8 +1,8 @@
-// What CUTLASS's kernels ask of an epilogue that takes the whole accumulator tile at once.
+// What CUTLASS's kernels require of an epilogue. Ours takes the whole accumulator tile at once.
 //
-// A softmax needs the largest logit before the first exponential; the visitors of CUTLASS's own
-// epilogues see a fragment once and pass on, so ours takes the tile. The kernels of sm_80 call it
-// as it is, those of sm_90 through `Sm90TmaWarpSpecializedAdapter`.
+// A softmax needs the largest logit before the first exponential. The visitors of CUTLASS's own
+// epilogues see each fragment only once. The sm_80 kernels call our epilogue directly. The sm_90
+// kernels call it through `Sm90TmaWarpSpecializedAdapter`.
 #pragma once
 
 #include "cutlass/cutlass.h"
@@ -39,7 +39,7 @@ class EpilogueInterface {
   CUTE_HOST_DEVICE explicit EpilogueInterface(Params const& p) : params(p) {}
 
  protected:
-  Params const& params;  // where the kernel was given them: constant memory, no registers
+  Params const& params;  // they stay in the kernel's constant memory and take no registers
 };
 
 }  // namespace llave

@@ -1,5 +1,5 @@
-// From a tile of similarities, still in registers, to what it adds to each row's and each column's
-// sum of exponentials. No similarity is stored but the positives'.
+// Turns a tile of similarities, still in registers, into its part of each row's and each column's
+// sum of exponentials. Only the positives are stored, as logits.
 #pragma once
 
 #include "epilogue.h"
@@ -13,8 +13,8 @@ template <class Warp, class Element, class Tile>
 class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
   using Place_ = Place<Tile>;
   static constexpr int kRows = Tile::kRows;
-  // Of a warp's logits that lie no further apart than this, one shift serves every row and column:
-  // each sum keeps float32's relative precision, and merging sums of different tiles loses at most
+  // If a warp's logits lie no further apart than this, one shift serves all its rows and columns.
+  // Each sum keeps float32's relative precision. Merging sums of different tiles loses at most
   // exp(60 - 87) of one.
   static constexpr float kOneShift = 60.0f;
 
@@ -52,9 +52,9 @@ class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
     positives = Warp::any(positives);
     if (positives) store_positives(z, rows, place, scale, i0, j0);
 
-    Warp::synchronize(Place_::kThreads);  // the last tile's parts have been read
+    Warp::synchronize(Place_::kThreads);  // the parts of the last tile have been read
     const bool uniform = !Tile::kEveryRule || uniform_logits(p.rules);
-    // Each branch goes through to its sums: where branches met again, their logits would be copied.
+    // Each branch computes its sums. If the branches met before that, the logits would be copied.
     if (uniform && !edge && !positives) {
       const float factor = uniform_scale(p.rules, scale);
       sum_both(z, place, parts, [&](int r, int c) { return Logit{z(r, c) * factor, true}; });
@@ -107,13 +107,13 @@ class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
     }
   }
 
-  // Where a pair has the same logit in both directions: similarities to logits, in place, then the
-  // sums, by one exponential each if the logits lie close enough.
+  // For pairs with the same logit in both directions. It turns similarities into logits, in place,
+  // and sums them. If the logits lie close enough, it takes one exponential per pair.
   template <class Matrix, class Function>
   CUTE_DEVICE void sum_both(Matrix& z, Place_ const& place, SharedStorage& parts,
                             Function logit_of) {
     using namespace cute;
-    // Of all logits, those that do not count too.
+    // Over all logits, also those that do not count.
     float lowest = kInfinity, highest = -kInfinity;
     CUTE_UNROLL
     for (int c = 0; c < size<1>(z); ++c) {
@@ -135,8 +135,8 @@ class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
     }
   }
 
-  // Where the directions differ in alpha or by the margin: logits of their own for each, those of
-  // the columns in place.
+  // For directions that differ in alpha or by the margin. Each direction has its own logits. Those
+  // of the columns are written in place.
   template <class Matrix, int R>
   CUTE_DEVICE void sum_each(Matrix& z, const Row (&rows)[R], ColumnReader const& columns,
                             Place_ const& place, SharedStorage& parts, float scale) {
@@ -157,12 +157,13 @@ class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
     if (p.rules.symmetric) sum_columns(z, place, parts);
   }
 
-  // Where the warp's sums of the lane's column of every eight go, by that column's offset.
+  // Where the lane stores the warp's column sums. It stores one column of every eight. The offset
+  // of the eight is added to this.
   CUTE_DEVICE static ShiftedSum* column_parts(SharedStorage& parts, Place_ const& place) {
     return parts.columns[place.warp_down] + place.column(place.lane / 4);
   }
 
-  // One exponential for both directions.
+  // Takes one exponential for both directions.
   template <class Matrix>
   CUTE_DEVICE void sum_together(Matrix const& z, Place_ const& place, float shift,
                                 SharedStorage& parts) {

@@ -1,8 +1,8 @@
-// One thread's accumulators seen as a small matrix, and reductions over the warp along its sides.
+// One thread's accumulators as a small matrix, and warp reductions along its rows and columns.
 //
-// In the tensor-core instructions of sm_80 and sm_90 alike, the 4 lanes of a quad hold different
-// columns of the same rows, and the 8 lanes with the same place in their quad hold different rows
-// of the same columns.
+// The tensor-core instructions of sm_80 and sm_90 place accumulators alike. The 4 lanes of a quad
+// hold different columns of the same rows. The 8 lanes with the same place in their quad hold
+// different rows of the same columns.
 #pragma once
 
 #include "cute/tensor.hpp"
@@ -11,7 +11,7 @@
 
 namespace llave {
 
-// ((2 columns, 2 rows[, blocks of columns]), MMA_M, MMA_N) to (rows, columns).
+// Turns a layout ((2 columns, 2 rows[, blocks of columns]), MMA_M, MMA_N) into (rows, columns).
 template <class Layout>
 CUTE_HOST_DEVICE constexpr auto matrix_layout(Layout const& layout) {
   using namespace cute;
@@ -55,7 +55,7 @@ struct Place {
     return cute::get<1>(crd(0, c));
   }
 
-  // `column(c) - column(0)`, the same for every thread: known to the compiler.
+  // `column(c) - column(0)`. It is the same for every thread, so the compiler knows it.
   template <class Index>
   CUTE_HOST_DEVICE static int column_offset(Index c) {
     return cute::get<1>(decltype(coordinates(0)){}.layout()(0, c));
@@ -77,7 +77,7 @@ CUTE_DEVICE float quad_max(float x) {
   return fmaxf(x, Warp::shuffle_xor(x, 2));
 }
 
-// Over the 8 lanes that hold the same columns.
+// The maximum over the 8 lanes that hold the same columns.
 template <class Warp>
 CUTE_DEVICE float column_max(float x) {
   x = fmaxf(x, Warp::shuffle_xor(x, 4));
@@ -90,8 +90,8 @@ CUTE_DEVICE float warp_max(float x) {
   return column_max<Warp>(quad_max<Warp>(x));
 }
 
-// Sums 8 columns over the 8 lanes that hold them; the lane keeps the sum of column `lane / 4`.
-// Each step halves the columns a lane answers for: 7 shuffles where summing each takes 24.
+// Sums 8 columns over the 8 lanes that hold them. A lane keeps the sum of column `lane / 4`. Each
+// step halves the number of columns per lane. That takes 7 shuffles, where separate sums take 24.
 template <class Warp>
 CUTE_DEVICE float scattered_sum(const float (&x)[8], int lane) {
   float four[4], two[2];
@@ -112,7 +112,7 @@ CUTE_DEVICE float scattered_sum(const float (&x)[8], int lane) {
   return kept + Warp::shuffle_xor(upper ? two[0] : two[1], 4);
 }
 
-// Transposes 4 x 4 words over a quad: lane q's word j becomes lane j's word q.
+// Transposes 4 x 4 words over a quad. Word j of lane q becomes word q of lane j.
 template <class Warp>
 CUTE_DEVICE void transpose_quad(uint32_t (&words)[4], int lane) {
   CUTE_UNROLL

@@ -1,5 +1,5 @@
-// The two GEMM kernels of one architecture and one type. The build compiles this file for each:
-// LLAVE_ARCHITECTURE is 80 or 90, LLAVE_ELEMENT a C++ type.
+// The forward and backward GEMM kernels of one architecture and one type. The build compiles this
+// file for each combination. LLAVE_ARCHITECTURE is 80 or 90. LLAVE_ELEMENT is a C++ type.
 #include "backward_epilogue.h"
 #include "check.h"
 #include "forward_epilogue.h"

@@ -1,5 +1,5 @@
-// What the bindings call. Launches go to `stream` and return at once; Architecture is 80 or 90,
-// Element the inputs' type.
+// The functions that the bindings call. Launches go to `stream` and return at once. Architecture is
+// 80 or 90. Element is the inputs' type.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,10 +9,10 @@
 
 namespace llave {
 
-// Makes `device` the current one of this module's own CUDA runtime, as it is of torch's.
+// Makes `device` current in this module's CUDA runtime, which is not the one that torch uses.
 void select_device(int device);
 
-// Returns the rows of the tiles whose sums it writes.
+// Returns the number of rows of the tiles whose sums it writes.
 template <int Architecture, class Element>
 int launch_forward(const Problem&, const ForwardOutputs&, cudaStream_t stream);
 

@@ -1,13 +1,14 @@
-// Which pairs count, and with which weight: the rules of `llave_kernels/rules.py`, one pair at a
-// time.
+// Which pairs count and how they are weighted. These are the rules of `llave_kernels/rules.py` for
+// one pair.
 #pragma once
 
 #include "problem.h"
 
 namespace llave {
 
-// What a rule looks at. A row beyond the edge has label `kOutside`; a label or an owner that is no
-// column is `kNowhere` or `kNobody`, which equal no column and not each other.
+// What the rules read of a row and of a column. A row beyond the edge has the label `kOutside`. A
+// label that is no column becomes `kNowhere`. An owner that is no column becomes `kNobody`. They
+// equal no column and not each other.
 struct Row {
   int label;
   float limit;
@@ -34,7 +35,7 @@ struct Logits {
   Logit row, column;
 };
 
-// A column given in 64 bits, or `otherwise` where there is none of that number.
+// A 64-bit column number as an int, or `otherwise` if there is no such column.
 CUTE_HOST_DEVICE int column_or(int64_t column, int m, int otherwise) {
   return static_cast<uint64_t>(column) < static_cast<uint64_t>(m) ? static_cast<int>(column)
                                                                   : otherwise;
@@ -49,7 +50,7 @@ CUTE_HOST_DEVICE Row load_row(const Problem& p, int i) {
           rules.query_ids == nullptr ? 0 : rules.query_ids[i]};
 }
 
-// Reads columns at offsets from one of a thread's: addresses that differ by constants take no
+// Reads a thread's columns at offsets from the first. Addresses that differ by constants take no
 // registers.
 struct ColumnReader {
   const int64_t *owners, *ids;
@@ -76,7 +77,7 @@ CUTE_HOST_DEVICE bool negative(const Problem& p, const Row& row, int column) {
   return row.label != kOutside && column < p.m && column != row.label;
 }
 
-// Which directions a pair counts in, and how it weighs.
+// A pair's logits in both directions, and whether it counts there as a negative.
 CUTE_HOST_DEVICE Logits logits(const Problem& p, float scale, float similarity, const Row& row,
                                const Column& column) {
   const Rules& rules = p.rules;
@@ -96,12 +97,12 @@ CUTE_HOST_DEVICE bool shared_logits(const Rules& rules) {
   return rules.row_limit == nullptr && rules.alpha == rules.target_alpha;
 }
 
-// Whether, beyond that, every pair but a positive counts, and weighs the same.
+// Whether, in addition, every pair but a positive counts and has the same weight.
 CUTE_HOST_DEVICE bool uniform_logits(const Rules& rules) {
   return shared_logits(rules) && rules.owners == nullptr && rules.query_ids == nullptr;
 }
 
-// What a similarity is multiplied by where that is so: no row has negatives of its own.
+// The factor of every similarity under uniform logits. No row has mined negatives then.
 CUTE_HOST_DEVICE float uniform_scale(const Rules& rules, float scale) {
   return rules.hardness == Hardness::hard_negatives ? scale : scale + rules.alpha;
 }

@@ -1,5 +1,5 @@
-// What a device is asked or told once: each is a call into the driver. Launches may come from
-// several threads.
+// Remembers what a device was asked or told, because each time is a call into the driver. Launches
+// may come from several threads.
 #pragma once
 
 #include <mutex>

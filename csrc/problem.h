@@ -1,5 +1,5 @@
-// What one call computes, as plain values that a kernel takes by copy. Every pointer is to device
-// memory.
+// The inputs and outputs of one call, as plain values that a kernel takes by copy. Every pointer is
+// to device memory.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ struct Problem {
   const float* scale;  // logit scale, ()
   Rules rules;
 
-  // The problem of rows `start` to `stop` alone.
+  // The same problem for rows `start` to `stop` only.
   Problem rows(int start, int stop) const {
     Problem part = *this;
     const int64_t bytes = type == Type::float32 ? 4 : 2;
@@ -33,15 +33,15 @@ struct Problem {
 
 struct ForwardOutputs {
   ShiftedSum* row_parts;     // (tiles across, n)
-  ShiftedSum* column_parts;  // (tiles down, m), null in one direction
+  ShiftedSum* column_parts;  // (tiles down, m), unused in one direction
   float* positive;           // (n,) logits of the positives
 };
 
 struct BackwardOutputs {
   const float *query_lse, *target_lse;                   // (n,), (m,): the log-sum-exps
   const float *d_positive, *d_query_lse, *d_target_lse;  // (n,), (n,), (m,): upstream gradients
-  const float* gain;                                     // (), a power of two on dS, null for 1
-  void* ds;  // (n, pitch), the inputs' type, pitch a multiple of 8 not below m
+  const float* gain;                                     // (), a power of two for dS, null for 1
+  void* ds;  // (n, pitch) in the inputs' type; pitch is a multiple of 8 and at least m
   int64_t pitch;
 };
 

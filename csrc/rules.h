@@ -1,11 +1,12 @@
-// The pair rules of one call: `llave_kernels/rules.py` as plain values.
+// The pair rules of one call as plain values. `llave_kernels/rules.py` explains them.
 #pragma once
 
 #include <cstdint>
 
 namespace llave {
 
-// Which negatives carry the weight: those that other rows own, the row's own mined ones, both.
+// Which negatives carry the weight. in_batch: those that other rows own. hard_negatives: the row's
+// own mined ones. all: both.
 #define LLAVE_HARDNESS_MODES(mode) mode(in_batch) mode(hard_negatives) mode(all)
 
 #define LLAVE_NUMBER(mode) mode,
@@ -17,8 +18,8 @@ constexpr const char* kHardnessModes[] = {LLAVE_HARDNESS_MODES(LLAVE_NAME)};
 #undef LLAVE_NAME
 
 struct Rules {
-  const int64_t* labels;      // (n,) the column of each row's positive, null: row i's is column i
-  const int64_t* owners;      // (m,) or null: every column is its own
+  const int64_t* labels;      // (n,) column of each row's positive, or null: row i's is column i
+  const int64_t* owners;      // (m,), or null: every column is its own owner
   const int64_t* query_ids;   // (n,), null without ids
   const int64_t* target_ids;  // (m,), null without ids
   const float* row_limit;     // (n,) similarity above which a negative is left out, or null
@@ -26,7 +27,7 @@ struct Rules {
   float alpha, target_alpha;
   Hardness hardness;
   bool symmetric;  // whether the target direction is computed
-  int first_row;   // where row 0 lies in the whole batch
+  int first_row;   // the number of row 0 in the whole batch
 
   // The rules of the rows from `start` on.
   Rules rows(int start) const {

@@ -1,7 +1,6 @@
 // Sums of exponentials that carry their own shift.
 //
-// Logits stay in natural units until the shift is subtracted: changing base first would round large
-// ones.
+// Logits keep base e until the shift is subtracted. Changing the base first would round large ones.
 #pragma once
 
 #include <cmath>
@@ -29,8 +28,8 @@ CUTE_HOST_DEVICE float finite(float shift) {
   return shift == -kInfinity ? 0.0f : shift;
 }
 
-// The sum of exp(z - shift) over some logits z. A shift is at most 60 above the largest of them
-// and none of them is far above it; the sum over no logit is (-infinity, 0).
+// The sum of exp(z - shift) over some logits z. The shift is at most 60 above the largest logit. No
+// logit is far above the shift. Without logits, shift and sum are (-infinity, 0).
 struct ShiftedSum {
   float shift, sum;
 

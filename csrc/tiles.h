@@ -10,11 +10,11 @@
 
 namespace llave {
 
-// What the tensor cores read: float32 inputs are multiplied as TF32.
+// The type that the tensor cores read. float32 inputs are multiplied as TF32.
 template <class Element>
 using Operand = cute::conditional_t<cute::is_same_v<Element, float>, cutlass::tfloat32_t, Element>;
 
-// Elements of D in a row of a tile: 128 bytes.
+// Elements of D in a row of a tile. They take 128 bytes.
 template <class Element>
 using Depth = cute::Int<128 / sizeof(Element)>;
 
@@ -28,8 +28,8 @@ struct TileBase {
   using Shape = cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, Depth<Element>>;
 };
 
-// Two groups of four warps take turns: one multiplies a tile of its own while the other reduces
-// the last. A thread holds 128 or 64 accumulators of its 232 registers.
+// Two groups of four warps take turns. While one multiplies its tile, the other reduces its own. A
+// thread holds 128 or 64 accumulators in its 232 registers.
 template <class Element, Size size>
 struct Tile<90, Element, size> : TileBase<Element, size> {
   using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;  // two tiles share their targets
@@ -54,8 +54,8 @@ struct Instruction80<float> {
   using Operation = cute::SM80_16x8x8_F32TF32TF32F32_TN;
 };
 
-// Eight warps, four down and two across; a thread holds 64 or 32 accumulators. Three stages take
-// at most 96 KiB, which every GPU from sm_80 on has.
+// There are eight warps, four down and two across. A thread holds 64 or 32 accumulators. Three
+// stages take at most 96 KiB. Every GPU from sm_80 on has that much.
 template <class Element, Size size>
 struct Tile<80, Element, size> : TileBase<Element, size> {
   static constexpr int kStages = 3;

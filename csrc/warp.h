@@ -1,4 +1,4 @@
-// What the epilogues ask of the threads around them. Tests put a simulation in its place.
+// The warp operations that the epilogues use. Tests replace them by a simulation.
 #pragma once
 
 #include "cutlass/arch/barrier.h"
@@ -13,8 +13,8 @@ struct Warp {
 
   CUTE_DEVICE static bool any(bool x) { return __any_sync(0xffffffffu, x); }
 
-  // Waits for all `threads` that share a tile. The instruction itself: below sm_90 the function
-  // that CUTLASS has for it is a trap.
+  // Waits for all `threads` that share a tile. This is the plain instruction. CUTLASS's function
+  // for it is a trap below sm_90.
   CUTE_DEVICE static void synchronize(int threads) {
     constexpr int barrier = static_cast<int>(cutlass::arch::ReservedNamedBarriers::EpilogueBarrier);
     asm volatile("bar.sync %0, %1;" ::"n"(barrier), "r"(threads) : "memory");

@@ -1,7 +1,7 @@
-// The GEMM of sm_80 and later: cp.async loads, mma.sync, one tile a block.
+// The GEMM of sm_80 and later, with cp.async loads, mma.sync and one tile per block.
 //
-// CuTe rather than CUTLASS 2.x: its kernel hands the epilogue the accumulators in the same form as
-// that of sm_90, so that one epilogue serves both.
+// It uses CuTe, not CUTLASS 2.x. CuTe's kernel passes the accumulators to the epilogue in the same
+// form as the sm_90 kernel. So one epilogue serves both.
 #pragma once
 
 #include "cutlass/gemm/collective/collective_mma.hpp"
@@ -14,7 +14,7 @@
 
 namespace llave {
 
-// float32 bits to the nearest TF32: mma.sync itself would cut the low bits off.
+// Rounds float32 to the nearest TF32. mma.sync itself would cut off the low bits.
 struct RoundToTf32 {
   CUTE_DEVICE cutlass::tfloat32_t operator()(cutlass::tfloat32_t x) const {
     return cutlass::NumericConverter<cutlass::tfloat32_t, float>()(
@@ -28,13 +28,13 @@ struct Gemm80 {
   using Collective = Epilogue<Warp, Element, Tile>;
   using Value = Operand<Element>;
   using Stride = cute::Stride<int64_t, cute::Int<1>, int64_t>;
-  // 256 threads copy 16 bytes each: eight threads a row of 128 bytes.
+  // 256 threads copy 16 bytes each. Eight threads copy a row of 128 bytes.
   static constexpr int kVector = 16 / sizeof(Element);
   using GlobalCopy = decltype(cute::make_tiled_copy(
       cute::Copy_Atom<cute::SM80_CP_ASYNC_CACHEALWAYS<cute::uint128_t>, Value>{},
       cute::Layout<cute::Shape<cute::_32, cute::_8>, cute::Stride<cute::_8, cute::_1>>{},
       cute::Layout<cute::Shape<cute::_1, cute::Int<kVector>>>{}));
-  // Rows of 128 bytes whose 16-byte parts are swizzled, so that ldmatrix meets no bank twice.
+  // Rows have 128 bytes. Their 16-byte parts are swizzled, so that ldmatrix has no bank conflicts.
   static constexpr int kBase = sizeof(Element) == 4 ? 2 : 3;
   using SharedLayout = decltype(cute::composition(
       cute::Swizzle<3, kBase, 3>{}, cute::Layout<cute::Shape<cute::_8, Depth<Element>>,

@@ -1,4 +1,4 @@
-// The GEMM of sm_90a: TMA loads by one warp, WGMMA by two warp groups in turn, persistent.
+// The persistent GEMM of sm_90a. One warp loads with TMA. Two warp groups take turns with WGMMA.
 #pragma once
 
 #include "cutlass/epilogue/collective/detail.hpp"
@@ -32,7 +32,7 @@ struct Gemm90 {
 
   static typename Kernel::TileSchedulerArguments schedule() {
     typename Kernel::TileSchedulerArguments arguments;
-    arguments.max_swizzle_size = 8;  // neighbouring tiles at a time, which share what is in L2
+    arguments.max_swizzle_size = 8;  // neighbouring tiles run together and share L2
     return arguments;
   }
 };

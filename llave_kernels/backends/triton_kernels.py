@@ -73,7 +73,7 @@ def _similarity(
     p_q, p_t, o_m, o_n, N, M, D, s_qn, s_qd, s_tm, s_td,
     TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(BM, BN) float32 similarities of rows ``o_m`` and columns ``o_n``; any past the edges."""
+    """(BM, BN) float32 similarities. Those beyond the edges of the matrix are arbitrary."""
     b_s = tl.zeros((TILE.bm, TILE.bn), tl.float32)
     # Rows and columns beyond the edges read the last one again. Masks on these loads would take
     # registers through the whole epilogue.
