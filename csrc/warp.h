@@ -1,4 +1,4 @@
-// The warp operations that the epilogues use. Tests replace them by a simulation.
+// The warp operations that the epilogues use. Tests replace them with a simulation.
 #pragma once
 
 #include "cutlass/arch/barrier.h"
