@@ -41,7 +41,8 @@ class Terms(NamedTuple):
 
     Attributes:
         part: the process's part of the batch.
-        settings: what must be the same on every process, keyed by the name used in messages.
+        settings: what must be the same on every process, keyed by the name used in messages. The
+            loss or the data exchanged depends on it.
         scale: the logit scale. It must be the same too.
     """
 

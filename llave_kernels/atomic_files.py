@@ -28,7 +28,7 @@ def publish(path: Path, write: Callable[[Path], object]) -> None:
 
     Args:
         path: the file.
-        write: fills the empty file beside ``path`` whose path it is given.
+        write: called with the path of an empty file beside ``path``. It fills that file.
 
     Raises:
         OSError: the file cannot be written. An earlier one stays.

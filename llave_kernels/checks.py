@@ -18,7 +18,8 @@ from llave_kernels.rules import HARDNESS_MODES, Rules, RuleSettings
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-# The smallest normal and the largest number of a dtype. Constants must lie between them or be 0.
+# The smallest normal and the largest number of a dtype. Constants below count as 0, above as
+# infinite.
 LIMITS = {x: (torch.finfo(x).tiny, torch.finfo(x).max) for x in (torch.float32, torch.float64)}
 
 
@@ -101,7 +102,8 @@ def _finite_sum(scale: float, strength: float, dtype: torch.dtype) -> None:
 def read(x: Tensor, *reductions: Callable[[Tensor], Tensor]) -> list[Any]:
     """The results of reductions of a tensor, as numbers. Empty where they cannot be read cheaply.
 
-    The host would wait for a device. A traced graph and vmap have no values.
+    To read a value on a device, the host would have to wait. A traced graph and vmap have no
+    values.
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return []

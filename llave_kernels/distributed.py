@@ -2,7 +2,7 @@
 
 Each process gathers the targets of all processes, with autograd. It computes its own rows of the
 N x M similarity matrix, so its query direction is complete. In the target direction it has a part
-of every column's sum. Each process then receives the parts of its own columns. They are M floats.
+of every column's sum. Each process then receives the parts of its own columns, M floats in all.
 
 The usual way gathers both sides and computes two blocks. That takes twice the products and twice
 the traffic.
@@ -140,7 +140,7 @@ def checked(
     held = RuleSettings.__annotations__
     told |= {name: value for name, value in rules.arguments().items() if name in held}
     known = scale
-    if not isinstance(logit_scale, Tensor):  # the host knows it, though the loss reads the device
+    if not isinstance(logit_scale, Tensor):  # a float is compared without a look at the device
         number = checks.positive("logit_scale", logit_scale, scale.dtype)
         known = torch.tensor(number, dtype=scale.dtype)
     part = Peer(len(query), len(target), rules.owners is not None)
@@ -183,7 +183,7 @@ def _global_rules(
 
 
 def gather_rows(x: Tensor, sizes: list[int], group: Group) -> Tensor:
-    """Concatenate the processes' tensors, which have ``sizes`` rows. Padding is sent with them."""
+    """Concatenate the processes' tensors, which have ``sizes`` rows. They are padded on the way."""
     longest = max(sizes)
     if len(x) == longest:
         padded = x.contiguous()

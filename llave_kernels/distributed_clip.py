@@ -82,7 +82,7 @@ def _over_processes(
     query: Tensor, target: Tensor, settings: dict[str, Any], gather: Gather
 ) -> Tensor:
     world = dist.get_world_size()
-    # With both settings False, the exact gradient is the sum over the processes, not the average.
+    # With both settings False, the exact gradients are the sum over the processes, not the average.
     share = 1.0 if gather.local_loss or gather.gather_with_grad else 1.0 / world
 
     def arguments() -> dict[str, Any]:

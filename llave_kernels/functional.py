@@ -147,7 +147,8 @@ def hardness_weighted_contrastive_loss(
 
     Note:
         A similarity, a logit or a sum of losses may exceed the range of float32 (float64 for
-        float64 inputs). The loss is then infinite or NaN, and no error is raised.
+        float64 inputs). The loss is then infinite or NaN. Only a value known on the host raises an
+        error.
     """
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
     query, target = autocast(query, target)
@@ -167,7 +168,7 @@ def hardness_weighted_contrastive_loss(
 def _takes_one_direction(
     name: str, query: Tensor, target: Tensor, scale: Tensor, rules: Rules, reduction: str
 ) -> bool:
-    """Whether to compute gradients along with the loss. Their upstream gradient is a scalar."""
+    """Whether to compute gradients along with the loss. This needs a scalar upstream gradient."""
     if rules.symmetric or reduction == "none" or transforms.active():
         return False
     learns = any(x.requires_grad for x in (query, target, scale))

@@ -90,7 +90,7 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         if self.log_logit_scale is None:
             return self.initial_logit_scale
         excess = (self.log_logit_scale - math.log(self.max_logit_scale)).clamp(min=0)
-        # The excess is a constant. A clamp would have gradient 0 above the bound and never leave.
+        # The excess is subtracted as a constant. A clamp has gradient 0 above its bound, for ever.
         return (self.log_logit_scale - excess.detach()).exp()
 
     def forward(

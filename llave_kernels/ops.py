@@ -179,7 +179,7 @@ def _setup_logsumexp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     ctx.save_for_backward(*output, query, target, logit_scale, *rules[:TENSORS])
     ctx.settings = rules[TENSORS:]
     ctx.mark_non_differentiable(output[3])
-    ctx.set_materialize_grads(False)  # saves zeros as large as ``kept``
+    ctx.set_materialize_grads(False)  # avoids zeros as large as ``kept``
 
 
 def _backward_logsumexp(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -204,7 +204,7 @@ def _setup_one_direction(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     ctx.save_for_backward(*output[1:])
     ctx.dtypes = [x.dtype for x in inputs[:3]]
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # saves zeros as large as the gradients
+    ctx.set_materialize_grads(False)  # avoids zeros as large as the gradients
 
 
 def _backward_one_direction(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

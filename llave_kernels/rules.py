@@ -27,8 +27,8 @@ class RuleSettings(TypedDict, total=False):
         target_alpha: hardness strength of the target -> query direction. Default: ``alpha``.
         false_negative_margin: leave out a negative owned by another row if its similarity exceeds
             the positive's by more than this (Qwen3-Embedding: 0.1). In the target direction, the
-            positive is the column's own. A row's own mined negatives are never left out by it. A
-            margin of 0 keeps ties with the positive. There is an allowance for rounding
+            positive is the column's own. The margin never leaves out a row's own mined negatives. A
+            margin of 0 keeps ties with the positive, with an allowance for rounding
             (docs/numerics.md). Default: none.
     """
 
@@ -97,7 +97,7 @@ class Rules(NamedTuple):
 
     @property
     def shared_logits(self) -> bool:
-        """Whether a pair has the same logit in both directions, and one exponential is enough."""
+        """Whether a pair has the same logit in both directions. They then share an exponential."""
         return self.margin is None and self.alpha == self.target_alpha
 
     def arguments(self) -> RuleArguments:

@@ -62,8 +62,8 @@ class CrossEntropyLoss(nn.Module):
 
     The models of tevatron, VLM2Vec and FlagEmbedding hold it as ``cross_entropy``. At ``alpha=0``,
     value and gradient equal those of cross-entropy. Otherwise this is ``scores_loss`` in the query
-    -> target direction. The targets come query after query. Each query has its positive, then its
-    mined negatives.
+    -> target direction. The targets are grouped by query. The positive comes first, then the mined
+    negatives.
 
     Args:
         temperature: the number by which the trainer has divided its similarities.

@@ -64,9 +64,9 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def rounding(x: Tensor) -> float:
-    """Relative error that a product of ``x`` may make in a term, or 0.
+    """Relative error of a product's term, if torch multiplies ``x`` in a smaller type. Else 0.
 
-    torch may multiply float32 in a smaller type. It does not say how it rounds to that type.
+    torch may do so for float32. It does not say how it rounds to the smaller type.
     """
     precision = float32_matmul(x.device.type)
     on_cpu = x.device.type == "cpu"

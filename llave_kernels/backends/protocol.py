@@ -93,7 +93,8 @@ class Backend(Protocol):
 class OneDirection(Protocol):
     """What a backend may add to ``Backend``: loss and gradients in one pass.
 
-    This works in one direction only. There, a row's log-sum-exp does not depend on later rows.
+    This works in one direction only. With both, gradients also need the columns' log-sum-exps,
+    which are known only after the last row.
     """
 
     def merges_gradients(self, query: Tensor) -> bool:

@@ -11,8 +11,8 @@ torch's GEMM computes strips of the similarity matrix. They are reduced in place
 A strip is stored transposed, (M, rows). The libraries fill it, and sum dT from it, faster that way.
 
 On a CPU, half precision is first widened to float32. There, float16 GEMMs are hundreds of times
-slower than float32 ones. bfloat16 GEMMs with float32 results are no faster. They take 18 ms, and
-float32 ones 17 ms, for 512 x 8,192 from D = 1,024.
+slower than float32 ones. bfloat16 GEMMs with float32 results are no faster. For 512 x 8,192 from
+D = 1,024 they take 18 ms, and float32 ones take 17 ms.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def kept_shape(query: Tensor, target: Tensor, rules: Rules) -> tuple[int, ...]:
 
 
 def _clamp(x: int, low: int, high: int) -> int:
-    """Also clamps the symbolic sizes of fake tensors. One compiled graph then serves every size."""
+    """``x`` clamped to a range. Sizes may be symbolic, and one compiled graph serves them all."""
     return torch.sym_min(high, torch.sym_max(low, x))  # type: ignore[return-value]
 
 
