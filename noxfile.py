@@ -35,7 +35,7 @@ def install(session: nox.Session, package: str, *versions: str) -> None:
 @nox.session
 @nox.parametrize(("python", "versions"), [nox.param(*SETS[name], id=name) for name in SETS])
 def kernels(session: nox.Session, versions: list[str]) -> None:
-    """The loss: every backend in its simulation, the compiled kernels, several processes."""
+    """Tests of the loss: simulated backends, compiled kernels and several processes."""
     install(session, ".", *SIMULATOR, *versions)
     session.run("python", "-m", "pytest", *KERNELS, *session.posargs)
 

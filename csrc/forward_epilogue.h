@@ -52,7 +52,7 @@ class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
     positives = Warp::any(positives);
     if (positives) store_positives(z, rows, place, scale, i0, j0);
 
-    Warp::synchronize(Place_::kThreads);  // the parts of the last tile have been read
+    Warp::synchronize(Place_::kThreads);  // the parts of the previous tile have been read
     const bool uniform = !Tile::kEveryRule || uniform_logits(p.rules);
     // Each branch computes its sums. If the branches met before that, the logits would be copied.
     if (uniform && !edge && !positives) {

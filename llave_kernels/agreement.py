@@ -115,7 +115,7 @@ def agree(prepare: Callable[[], tuple[T, Terms]], group: Group) -> tuple[T, list
 
 
 def learns(x: Tensor) -> bool:
-    """Whether a gradient will be asked for, and exchanged."""
+    """Whether a gradient will be computed and exchanged."""
     return torch.is_grad_enabled() and x.requires_grad
 
 

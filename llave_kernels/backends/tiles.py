@@ -25,7 +25,7 @@ CACHE_DIR = "LLAVE_CACHE_DIR"
 
 
 class Tile(NamedTuple):
-    """Block sizes over rows, columns and D; warps per program; software pipeline stages."""
+    """Block sizes over rows, columns and D, warps per program, and software pipeline stages."""
 
     bm: int
     bn: int
