@@ -100,7 +100,7 @@ def formatted(tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> PreTra
     special = {"id": "closing", "ids": tokenizer.convert_tokens_to_ids(closing), "tokens": closing}
     backend.post_processor = TemplateProcessing(single="$A closing", special_tokens=[special])
     there = backend.normalizer
-    if there is None or there.normalize_str(_BREAK):  # false where the tokenizer is a copy already
+    if there is None or there.normalize_str(_BREAK):  # false for a folder that ``build`` made
         steps = [Replace(_BREAK, ""), Replace(_LITERAL, _MARK)]
         backend.normalizer = Sequence(steps if there is None else [*steps, there])
     return made

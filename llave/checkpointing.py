@@ -210,7 +210,7 @@ class CheckpointingTrainer(SentenceTransformerTrainer):
             self.args.output_dir = folder
 
     def _load_best_model(self) -> None:
-        # Where the base class cannot load the best model, it silently keeps the last one.
+        # Where the base class cannot load the best model, it keeps the last one.
         if self.stopping:
             return
         best = Path(self.state.best_model_checkpoint)
