@@ -121,7 +121,7 @@ def convert(
             for name in names:
                 tensor = read(name, "meta")
                 shapes[name] = tuple(tensor.shape)
-                # The model gets the widest dtype, so a checkpoint of several keeps every value.
+                # Promotion is exact, so a checkpoint of several dtypes keeps every value.
                 dtype = torch.promote_types(dtype or tensor.dtype, tensor.dtype)
     left_out = sorted(name for name in shapes if name.startswith(_DROPPED))
     renamed = {name: _rename(name) for name in shapes if name not in set(left_out)}
