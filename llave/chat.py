@@ -6,8 +6,8 @@
   special tokens, so the name stays text.
 * The tokenizer's post-processor adds the closing turn. A tokenizer reserves room for its
   post-processor's tokens before it truncates. An over-long text is therefore cut inside the user
-  turn, and the pooled token, the last one, is always there. Truncation would cut off a closing turn
-  in the template.
+  turn, and the pooled token, the last one, is always there. If the template wrote the closing turn,
+  truncation would cut it off.
 
 transformers' own ``sanitize_control_tokens`` refuses a tokenizer with such a post-processor.
 """

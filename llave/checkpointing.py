@@ -301,7 +301,7 @@ def _clear(place: Path) -> None:
 
 
 class _Steps(TrainerCallback):
-    """Agree on a stop after each step, and move a checkpoint behind the end of its epoch."""
+    """Agrees on a stop after each step. Delays the checkpoint of an epoch's last step."""
 
     def __init__(self, trainer: CheckpointingTrainer) -> None:
         self.trainer, self.late = trainer, False
@@ -320,8 +320,8 @@ class _Steps(TrainerCallback):
             raise trainer.removed()
         if trainer.stopping:
             control.should_training_stop = True
-        # A checkpoint at the end of an epoch must include what the epoch's end does, such as its
-        # evaluation.
+        # The checkpoint of an epoch's last step must include what follows at the epoch's end, such
+        # as its evaluation.
         self.late = control.should_save and float(state.epoch).is_integer()
         if self.late:
             control.should_save = False

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 # The containers that FFmpeg may detect in a file. The others open more files (playlists, lists,
-# name patterns), are scripts, or have rarely used decoders.
+# name patterns), are scripts, or are read by rarely used code.
 DEMUXERS = (
     "apng,asf,avi,flv,gif,h264,hevc,ivf,m4v,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mpeg,mpegts,"
     "mpegvideo,obu,ogg,wav"

@@ -322,7 +322,7 @@ def _encoded(
         return
     try:
         found: np.ndarray | Exception = encode([value for _, value in items])
-    except (ValueError, TypeError, TemplateError) as error:  # no memory or device errors
+    except (ValueError, TypeError, TemplateError) as error:  # not memory or device errors
         if len(items) > 1:
             half = len(items) // 2
             yield from _encoded(items[:half], encode)

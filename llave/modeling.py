@@ -57,7 +57,7 @@ def build(
             ``<|im_start|>`` and ``<|im_end|>``.
         pinpoints: the (height, width) grids an image may be cut into, in pixels. Only a backbone
             that cuts images into tiles has them (LLaVA-OneVision). Default: {1, 2} x {1, 2} tiles
-            of the vision tower. For the paper's tower that is its {384, 768}^2. The released
+            of the vision tower. For the paper's tower they are its {384, 768}^2. The released
             LLaVA-OneVision allows up to 6 x 6 tiles, which gives far more tokens.
         max_seq_length: the most tokens of an input with all its images. The default 4096 is the
             paper's; the paper has 8192 for video. Images or videos that do not fit raise an error

@@ -1,4 +1,4 @@
-"""Collectives between the processes of a training. Without torch.distributed there is one."""
+"""Let the processes of a training agree. Without torch.distributed there is one process."""
 
 from __future__ import annotations
 

@@ -114,11 +114,13 @@ SECTIONS: dict[str, dict[str, Any]] = {name: _defaults(name) for name in KINDS}
 
 
 def read_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe from a YAML file, or one of ours by name. It is checked, and defaults fill it.
+    """Read a recipe from a YAML file, or one of ours by name, and check it.
 
-    Every setting has a type. A number may be written ``2e-5``, ``9e0`` or in quotes. A recipe may
-    extend another one. It names that recipe as its ``base``: one of ours, or a path relative to its
-    own file. Its settings replace those of the base one by one.
+    Defaults complete the sections model, data and loss. Every setting has a type. A number may be
+    written ``2e-5``, ``9e0`` or in quotes.
+
+    A recipe may extend another one. It names that recipe as its ``base``: one of ours, or a path
+    relative to its own file. Its settings replace those of the base one by one.
 
     Args:
         name: a path, or ``llave-0.5b``, ``llave-2b``, ``llave-7b``, ``tiny`` or ``llave``. The last

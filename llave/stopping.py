@@ -33,8 +33,8 @@ class Stopped(KeyboardInterrupt):
 def stoppable() -> Iterator[None]:
     """Raise :class:`Stopped` at the first SIGINT or SIGTERM. A later one ends the process at once.
 
-    A library may turn it into another error on the way. :class:`Stopped` leaves all the same.
-    Outside the main thread nothing changes, because Python handles no signals there.
+    A library may turn :class:`Stopped` into another error. This turns it back. Outside the main
+    thread nothing changes, because Python handles no signals there.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

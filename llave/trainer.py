@@ -84,8 +84,8 @@ class EmbeddingTrainer(CheckpointingTrainer):
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Compute the loss, and tell DDP which parameters it uses.
 
-        DDP itself looks only at the last forward. If a batch's images are followed by its texts,
-        DDP takes the vision tower for unused, and raises at its gradients.
+        DDP itself looks only at the last forward. If that one has texts and an earlier one had
+        images, DDP takes the vision tower for unused, and raises at its gradients.
         """
         loss = super().compute_loss(model, *args, **kwargs)
         if (

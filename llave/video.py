@@ -23,8 +23,8 @@ VIDEO_SUFFIXES = {
     ".3g2", ".3gp", ".asf", ".avi", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpe",
     ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv",
 }  # fmt: skip
-# Pillow's names of what a display matrix does. The keys are (a, b, c, d). The matrix maps the x
-# axis to (a, b) and the y axis to (c, d).
+# Pillow's transpose for each display matrix. The key (a, b, c, d) is a matrix that maps the x axis
+# to (a, b) and the y axis to (c, d).
 _TURNS = {
     (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
     (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
