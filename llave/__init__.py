@@ -8,7 +8,7 @@ __all__ = ["__version__", "build", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    # torch and sentence-transformers take seconds to import: only who needs them waits for them.
+    # torch and sentence-transformers take seconds to import, so they are imported on first use.
     if name == "__version__":
         from llave_kernels import __version__
 

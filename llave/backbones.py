@@ -1,7 +1,7 @@
 """The vision-language models that an embedding model can be built on: one row each.
 
-A row holds all that differs from one to another. The tokenizer, the classes and the bounds of an
-image's size come from the backbone's own folder, by way of transformers. Every tokenizer must know
+A row holds what differs between model types. transformers loads the rest from the backbone's own
+folder: the tokenizer, the classes and the limits on an image's size. Every tokenizer must know
 ChatML's ``<|im_start|>`` and ``<|im_end|>``.
 """
 
@@ -14,13 +14,13 @@ class Backbone(NamedTuple):
     """How models of one type take their input.
 
     Attributes:
-        image: the token of an image, which the processor repeats to the image's length.
-        video: the same of a video.
-        around: how such a token stands in the text, with ``{}`` for the token.
-        tiled: whether an image is cut into the tiles of a grid, one of the config's
-            ``image_grid_pinpoints``. The others take it in its own resolution, bounded by ``size``
-            of the image processor.
-        packs_texts: whether a batch of texts can be one long row without padding.
+        image: the image token. The processor repeats it once per image feature.
+        video: the video token.
+        around: the text around such a token, with ``{}`` for the token.
+        tiled: whether an image is cut into tiles. The tiles form one of the grids in the config's
+            ``image_grid_pinpoints``. Other models take an image in its own resolution, and ``size``
+            of the image processor limits it.
+        packs_texts: whether a batch of texts can be packed into one long row without padding.
     """
 
     image: str
@@ -36,9 +36,9 @@ _QWEN_VL = Backbone(
     "<|video_pad|>",
     "<|vision_start|>{}<|vision_end|>",
     tiled=False,
-    packs_texts=False,  # packed, its three-dimensional positions would be lost
+    packs_texts=False,  # packing would lose its three-dimensional positions
 )
-# By the ``model_type`` of config.json.
+# The keys are the ``model_type`` of config.json.
 BACKBONES = {
     "llava_onevision": LLAVA_ONEVISION,
     "qwen2_vl": _QWEN_VL,
@@ -47,10 +47,10 @@ BACKBONES = {
 
 
 def backbone_of(model_type: str | None) -> Backbone:
-    """The row of a model type.
+    """Return the row of a model type.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model type has no row.
     """
     if model_type not in BACKBONES:
         raise ValueError(

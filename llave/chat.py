@@ -1,13 +1,15 @@
 """LLaVE's input format, as data that a saved folder carries.
 
-* The chat template (``chat_template.jinja``): system and user turns, images before the text. A text
-  is text: where it has the name of one of the tokenizer's tokens, such as ``<image>``, the template
-  breaks the name by a mark. The tokenizer takes the mark out again after its search for such names.
-* The tokenizer's post-processor: the closing turn. A tokenizer makes room for what its
-  post-processor adds before it truncates, so an over-long text is cut inside the user turn and
-  the pooled token, the last one, is always there. A template's end would be cut off.
+* The chat template (``chat_template.jinja``) writes the system and user turns. It puts images
+  before the text. The user's text may contain the name of a special token, such as ``<image>``. The
+  template breaks such a name with a mark. The tokenizer removes the mark after it has searched for
+  special tokens, so the name stays text.
+* The tokenizer's post-processor adds the closing turn. A tokenizer reserves room for its
+  post-processor's tokens before it truncates. An over-long text is therefore cut inside the user
+  turn, and the pooled token, the last one, is always there. If the template wrote the closing turn,
+  truncation would cut it off.
 
-(transformers' own ``sanitize_control_tokens`` refuses a tokenizer with such a post-processor.)
+transformers' own ``sanitize_control_tokens`` refuses a tokenizer with such a post-processor.
 """
 
 from __future__ import annotations
@@ -33,22 +35,22 @@ if TYPE_CHECKING:
 OPENING_TURNS = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 CLOSING_TURN = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
 
-# A code point that Unicode keeps for such use inside programs. A text may have it all the same.
+# Unicode reserves this code point for use inside programs. A text may contain it all the same.
 _MARK = "\ufdd0"
 _BREAK, _LITERAL = _MARK + "0", _MARK + "1"
 
 
 def chat_template(backbone: Backbone, tokens: Iterable[str] = ()) -> str:
-    """The Jinja template of an input, up to the closing turn, which the tokenizer adds.
+    """Return the Jinja template of an input, without the closing turn that the tokenizer adds.
 
-    It is ``chat_template.jinja`` with the backbone's values put in. A system message is what
-    sentence-transformers makes of a ``prompt``: it goes in front of the user's text, because the
-    system turn of the format is fixed.
+    It is ``chat_template.jinja`` with the backbone's values put in. sentence-transformers passes a
+    ``prompt`` as a system message. The template puts it in front of the user's text, because the
+    format's system turn is fixed.
 
     Args:
         backbone: the row of the model's type.
-        tokens: names that the tokenizer would take for a token of their own, to be kept as text
-            where the user's text has them. The tokenizer must be one of :func:`formatted`.
+        tokens: names of special tokens. They stay text where the user's text contains them. The
+            tokenizer must come from :func:`formatted`.
     """
     template = (files("llave") / "chat_template.jinja").read_text(encoding="utf-8")
     template = re.sub(r"^\{#.*?#\}\n", "", template, flags=re.DOTALL | re.MULTILINE)  # comments
@@ -68,9 +70,10 @@ def chat_template(backbone: Backbone, tokens: Iterable[str] = ()) -> str:
 
 
 def formatted(tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> PreTrainedTokenizerFast:
-    """A copy that takes the template's marks out of the text and adds the closing turn.
+    """Return a copy that takes the template's marks out of the text and adds the closing turn.
 
-    Its class is the one that is loaded as it was saved. Qwen2's makes its normaliser anew.
+    The copy is a plain ``PreTrainedTokenizerFast``, which keeps its normaliser when it is loaded.
+    Qwen2's class builds a new normaliser.
 
     Raises:
         ValueError: it lacks the ChatML tokens, or ``max_seq_length`` has no room for the format.
@@ -97,18 +100,18 @@ def formatted(tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> PreTra
     special = {"id": "closing", "ids": tokenizer.convert_tokens_to_ids(closing), "tokens": closing}
     backend.post_processor = TemplateProcessing(single="$A closing", special_tokens=[special])
     there = backend.normalizer
-    if there is None or there.normalize_str(_BREAK):  # not so where a built folder is built on
+    if there is None or there.normalize_str(_BREAK):  # false for a folder that ``build`` made
         steps = [Replace(_BREAK, ""), Replace(_LITERAL, _MARK)]
         backend.normalizer = Sequence(steps if there is None else [*steps, there])
     return made
 
 
 def placeholder_problem(text: str, media: int) -> str | None:
-    """What is wrong with a text's placeholders ``<|image_1|>``, ..., as the template judges them.
+    """Return what the template would refuse in a text's placeholders ``<|image_1|>``, or None.
 
     Args:
         text: an input's text.
-        media: how many images and videos the input has.
+        media: the number of images and videos in the input.
     """
     known = {str(number) for number in range(1, media + 1)}
     for number in re.findall(r"<\|image_(\d+)\|>", text):

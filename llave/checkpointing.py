@@ -1,4 +1,4 @@
-"""The host's trainer with checkpoints that are whole or not there, and that a signal asks for."""
+"""A trainer whose checkpoints are either complete or absent. A signal makes it save one."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ _GONE = 1 << 16  # above the numbers of signals
 
 
 class CheckpointingTrainer(SentenceTransformerTrainer):
-    """The host's trainer, of which a run may be killed at any moment, or stopped.
+    """sentence-transformers' trainer, for runs that may be killed or stopped at any moment.
 
-    Folders are made beside, sealed and renamed. Of a run's own checkpoints ``save_total_limit`` are
-    kept. At SIGINT or SIGTERM the step is finished and a checkpoint kept.
+    A checkpoint is written under a temporary name, sealed and renamed. The run keeps
+    ``save_total_limit`` of its own checkpoints. At SIGINT or SIGTERM it finishes the step and saves
+    a checkpoint.
 
     Attributes:
-        run: the id of the run, which must be set before the training.
+        run: the id of the run. It must be set before the training.
     """
 
     run: str
@@ -44,23 +45,23 @@ class CheckpointingTrainer(SentenceTransformerTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.limit, self.args.save_total_limit = self.args.save_total_limit, None
-        self.signal = 0  # that asked this process to stop
-        self.stopping = 0  # what all processes stop for
+        self.signal = 0  # the signal that asked this process to stop
+        self.stopping = 0  # the signal that all processes stop for
         self.resumed: Path | None = None
-        self._made: Path | None = None  # where a checkpoint is made
-        self._saved = 0  # the step of the last one
+        self._made: Path | None = None  # the folder in which a checkpoint is written
+        self._saved = 0  # the step of the last checkpoint
         self.add_callback(_Steps(self))
 
     @property
     def folder(self) -> Path:
-        """The run's."""
+        """The run's folder."""
         return Path(self.args.output_dir)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """The host's.
+        """Train as the base class does.
 
         Raises:
-            Stopped: a signal asked for it; there is a checkpoint of the last step.
+            Stopped: a signal asked for it. There is a checkpoint of the last step.
             OSError: the run's folder was removed, or a checkpoint could not be saved.
         """
         self.resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
@@ -74,21 +75,24 @@ class CheckpointingTrainer(SentenceTransformerTrainer):
 
     @contextmanager
     def saving(self, target: Path) -> Iterator[Path]:
-        """Where to make a folder that then stands at ``target``. Every process must enter.
+        """Yield a temporary path for a folder, and move the folder to ``target`` at the end.
+
+        Every process must enter.
 
         Raises:
-            OSError: it could not be saved, or another's stands there. What was there stays.
+            OSError: the folder could not be saved, or ``target`` is not this run's. What was at
+                ``target`` stays.
         """
         place = Path(from_first(partial(self._begin, target)))
         failure: Exception | None = None
         try:
             yield place / target.name
-        except Exception as error:  # of many types, where a disk is full
+        except Exception as error:  # a full disk raises errors of many types
             waiting = (
                 self.is_fsdp_enabled or self.is_deepspeed_enabled or self.state.best_global_step
             )
             if several() and waiting:
-                raise  # the other processes wait for this one in the middle of it
+                raise  # the other processes wait inside a collective
             failure = error
         failed = largest(int(failure is not None))
         if not failed:
@@ -102,15 +106,15 @@ class CheckpointingTrainer(SentenceTransformerTrainer):
             raise _unsaved(target, failure) from failure
 
     def tidy(self, *, at_end: bool = False) -> None:
-        """Remove the run's checkpoints beyond ``save_total_limit``, but the newest and the best.
+        """Remove the run's checkpoints beyond ``save_total_limit``, except the newest and the best.
 
         Args:
-            at_end: the newest one is not needed where the best is the only one to keep.
+            at_end: whether the training has ended. The newest checkpoint may then be removed.
         """
         from_first(partial(self._tidy, at_end))
 
     def removed(self) -> OSError:
-        """What to raise where the run's folder is not there any more, or another."""
+        """Return the error for a run's folder that was removed or replaced."""
         return OSError(
             f"trainer.output_dir={str(self.folder)!r} was removed or replaced while a run trained "
             "in it; the same command begins a new one"
@@ -150,9 +154,9 @@ class CheckpointingTrainer(SentenceTransformerTrainer):
         kept = {best} if at_end else {best, f"checkpoint-{self.state.global_step}"}
         spare = [path for path in ours if path.name not in kept]
         for path in spare[max(0, self.limit - len(ours) + len(spare)) :]:
-            if sealing.problem(path, contents=False) is None:  # else a user put something into it
+            if sealing.problem(path, contents=False) is None:  # else a user changed its files
                 away = new_folder(runs.workplace(self.folder, self.run))
-                path.rename(away / path.name)  # so that all of it goes, or nothing
+                path.rename(away / path.name)  # a kill leaves no partial checkpoint
                 shutil.rmtree(away)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -182,16 +186,21 @@ class CheckpointingTrainer(SentenceTransformerTrainer):
         self.tidy()
 
     def _set_best(self, made: Path | None = None) -> None:
-        """Name the best checkpoint by where it stands, or will: runs may be moved."""
+        """Set the best checkpoint's path in the run's folder, since a run may have been moved.
+
+        Args:
+            made: the final path of a checkpoint that is being saved.
+        """
         best = self.folder / f"checkpoint-{self.state.best_global_step}"
         if self.state.best_global_step and (best == made or best.is_dir()):
             self.state.best_model_checkpoint = str(best)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Called before the folder stands where it is sent from; ``_push`` does it later."""
+        """Do nothing: the checkpoint is not in its place yet. ``_push`` uploads it later."""
 
     def _push(self, checkpoint: Path) -> None:
-        # The host sends all of output_dir, and writes the model there, over what there is.
+        # The base class uploads all of output_dir. It also writes the model there and replaces
+        # what is there.
         folder, self.args.output_dir = self.args.output_dir, str(self.folder / runs.HUB)
         try:
             if self.is_world_process_zero():
@@ -201,7 +210,7 @@ class CheckpointingTrainer(SentenceTransformerTrainer):
             self.args.output_dir = folder
 
     def _load_best_model(self) -> None:
-        # The host goes on with the last model where it cannot load the best.
+        # Where the base class cannot load the best model, it keeps the last one.
         if self.stopping:
             return
         best = Path(self.state.best_model_checkpoint)
@@ -211,11 +220,11 @@ class CheckpointingTrainer(SentenceTransformerTrainer):
         self._load_from_checkpoint(str(best))
 
     def _run_epoch(self, *, train_dataloader: Any, epoch: int, **kwargs: Any) -> None:
-        # The host stops only after a step: a finished run would make one more.
+        # The base class stops only after a step, so a finished run would make one more.
         if self.state.global_step >= self.state.max_steps:
             return
-        # Where several processes go on within an epoch, the host does not reach the innermost
-        # sampler, which would draw the first epoch's batches again.
+        # When several processes resume within an epoch, the base class does not set the epoch of
+        # the innermost sampler. That sampler would draw the first epoch's batches again.
         sampler = train_dataloader.batch_sampler
         while sampler is not None:
             if hasattr(sampler, "set_epoch"):
@@ -226,9 +235,9 @@ class CheckpointingTrainer(SentenceTransformerTrainer):
             self._save_checkpoint(self.model_wrapped, None)
 
     def take_progress(self) -> None:
-        """Go on with what a checkpoint of the host lacks: the losses not logged yet, and the card.
+        """Restore what the base class does not: losses not logged yet, and the model card's logs.
 
-        Durations are left out of the model card: they would be those since the last start.
+        The model card shows no durations, because they would count from the last start.
         """
         card = self.accelerator.unwrap_model(self.model).model_card_data
         card._training_start_time = None
@@ -243,15 +252,16 @@ class CheckpointingTrainer(SentenceTransformerTrainer):
             same = len(losses) == self.args.world_size
             loss = losses[self.args.process_index] if same else mean
             self._tr_loss = torch.tensor(loss, device=self.args.device)
-            self._total_loss_scalar = -mean  # the mean that ends a training is of its own steps
+            # The final mean loss covers only the steps since this start.
+            self._total_loss_scalar = -mean
             self._globalstep_last_logged = there["since"]
 
     @contextmanager
     def _noticing(self) -> Iterator[None]:
         """Note a first SIGINT or SIGTERM. A later one stops at once, but not under torchrun.
 
-        Ctrl-C there reaches a process twice, from the terminal and from torchrun, which waits and
-        then kills.
+        Under torchrun a Ctrl-C reaches a process twice, from the terminal and from torchrun.
+        torchrun then waits and kills the process.
         """
         self.signal = self.stopping = 0
         if threading.current_thread() is not threading.main_thread():
@@ -261,7 +271,7 @@ class CheckpointingTrainer(SentenceTransformerTrainer):
 
         def notice(number: int, frame: FrameType | None) -> None:
             nonlocal first
-            if os.getpid() != owner:  # a data loader's worker, which this process ends
+            if os.getpid() != owner:  # a data loader's worker; this process ends it
                 return
             if not self.signal:
                 self.signal, first = number, time.monotonic()
@@ -287,11 +297,11 @@ def _unsaved(target: Path, error: Exception | None) -> OSError:
 
 
 def _clear(place: Path) -> None:
-    shutil.rmtree(place, ignore_errors=True)  # what stays is removed at the next start
+    shutil.rmtree(place, ignore_errors=True)  # the next start removes what stays
 
 
 class _Steps(TrainerCallback):
-    """What a trainer does at the ends of steps and epochs beside the host's."""
+    """Agrees on a stop after each step. Delays the checkpoint of an epoch's last step."""
 
     def __init__(self, trainer: CheckpointingTrainer) -> None:
         self.trainer, self.late = trainer, False
@@ -310,7 +320,8 @@ class _Steps(TrainerCallback):
             raise trainer.removed()
         if trainer.stopping:
             control.should_training_stop = True
-        # What an epoch ends with, such as its evaluation, belongs into a checkpoint of its end.
+        # The checkpoint of an epoch's last step must include what follows at the epoch's end, such
+        # as its evaluation.
         self.late = control.should_save and float(state.epoch).is_integer()
         if self.late:
             control.should_save = False

@@ -14,14 +14,14 @@ from llave.files import escaped
 from llave.stopping import Stopped, stoppable
 
 Arguments = argparse.Namespace
-GOES_ON = ("train", "evaluate", "embed")  # from where a run of it was stopped
+GOES_ON = ("train", "evaluate", "embed")  # commands that continue a stopped run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command, and return its exit status.
 
-    A user's mistake is one line on stderr and status 2; SIGINT and SIGTERM are one line and 128 and
-    the signal's number; a reader of stdout that went away is no line and 141.
+    A user's mistake gives one line on stderr and status 2. SIGINT and SIGTERM give one line and
+    status 128 plus the signal's number. A closed stdout gives no line and status 141.
     """
     parser = _parser()
     command = "llave"
@@ -35,12 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except Stopped as stopped:
         again = "; the same command goes on" if command.split()[-1] in GOES_ON else ""
-        if os.environ.get("RANK", "0") == "0":  # under torchrun all are told
+        if os.environ.get("RANK", "0") == "0":  # torchrun signals every process
             _say(f"{command}: stopped{again}")
         return 128 + stopped.number
     except BrokenPipeError:
         _let_go()
-        return 141  # 128 + SIGPIPE, which Windows does not have
+        return 141  # 128 + SIGPIPE; Windows has no SIGPIPE
     except Exception as error:
         _let_go()
         if not isinstance(error, _mistakes()):
@@ -51,19 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _mistakes() -> tuple[type[Exception], ...]:
-    """The errors that are a user's, or a disk's."""
-    from jinja2 import TemplateError  # what a chat template refuses
+    """Return the types of errors that a user's input or a disk causes."""
+    from jinja2 import TemplateError  # raised by a chat template
 
     return ValueError, TypeError, OSError, ImportError, MemoryError, TemplateError
 
 
 def _say(line: str) -> None:
-    with suppress(OSError):  # nobody may read it
+    with suppress(OSError):  # stderr may be closed
         print(line, file=sys.stderr)
 
 
 def _let_go() -> None:
-    """Where stdout takes no more, drop what is left: Python would complain of it as it ends."""
+    """Drop unwritten output where stdout is closed. Python would report it at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -181,7 +181,7 @@ def _train(arguments: Arguments, overrides: list[str]) -> None:
         print("# The whole recipe. Settings of trainer that are not here have its defaults.")
         print(yaml12.dump(recipe), end="")
         return
-    from llave.training import train  # which takes seconds
+    from llave.training import train  # the import takes seconds
 
     train(recipe)
 
@@ -190,7 +190,7 @@ def _evaluate(arguments: Arguments, _: list[str]) -> None:
     from llave.evaluation import evaluate, format_table, refuse_out
     from llave.modeling import load, set_length
 
-    # Before the model is loaded, which takes minutes.
+    # Loading the model takes minutes, so this comes first.
     others = {"model": arguments.model, "data": arguments.data, "images": arguments.images}
     refuse_out(arguments.out, arguments.tasks, **others)
     model = load(arguments.model)
@@ -211,7 +211,7 @@ def _convert(arguments: Arguments, _: list[str]) -> None:
     from llave.convert import check, convert
     from llave.modeling import inputs
 
-    # Read before the conversion, which takes minutes.
+    # The conversion takes minutes, so the image is read first.
     picture = inputs(images=arguments.check)["image"] if arguments.check else None
     convert(arguments.source, arguments.destination, allow_pickle=arguments.allow_pickle)
     if picture is not None:

@@ -1,4 +1,4 @@
-"""What a video file may be, and what it may declare, before FFmpeg reads it."""
+"""Checks of a video file before FFmpeg reads it: its container and the samples it declares."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import BinaryIO
 
-# The containers that FFmpeg may take a file for, by what it holds. Others lead to more files
-# (playlists, lists, patterns of names), are scripts, or are read by code that few people use.
+# The containers that FFmpeg may detect in a file. The others open more files (playlists, lists,
+# name patterns), are scripts, or are read by rarely used code.
 DEMUXERS = (
     "apng,asf,avi,flv,gif,h264,hevc,ivf,m4v,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mpeg,mpegts,"
     "mpegvideo,obu,ogg,wav"
 )
 _PARENTS = b"moov trak mdia minf stbl edts moof traf mvex dinf meta udta wave".split()
-# Where a box of MP4 says how many entries it has; those of a ``trun`` need not stand in the file.
+# The offset of the entry count in an MP4 box. The entries of a ``trun`` may take no bytes.
 _COUNTS = {b"stsz": 8, b"stz2": 8, b"trun": 4, b"elst": 4}
 
 
 def refuse_inflated(file: BinaryIO) -> None:
-    """ValueError where an MP4 file declares more samples than it has bytes, or packs its index.
+    """Raise ValueError for an MP4 file with more samples than bytes, or with a compressed index.
 
-    FFmpeg makes an entry of each sample that is declared, for each of its edits, when it opens the
-    file: a thousand bytes could ask for gigabytes.
+    When FFmpeg opens a file, it allocates one index entry per declared sample and edit. A file of a
+    thousand bytes could make it allocate gigabytes.
     """
     size = file.seek(0, os.SEEK_END)
     declared: Counter[bytes] = Counter()
@@ -31,7 +31,7 @@ def refuse_inflated(file: BinaryIO) -> None:
     for kind, start, stop in _boxes(file, 0, size):
         if kind == b"cmov":
             raise ValueError("its index is compressed; write it anew, as ffmpeg -c copy does")
-        if kind in (b"stts", b"ctts"):  # runs of samples
+        if kind in (b"stts", b"ctts"):  # each entry is a run of samples
             file.seek(start + 8)
             runs = file.read(max(0, stop - start - 8))
             declared[kind] += sum(n for n, _ in struct.iter_unpack(">II", runs[: len(runs) & ~7]))
@@ -53,7 +53,7 @@ def refuse_inflated(file: BinaryIO) -> None:
 def _boxes(
     file: BinaryIO, start: int, stop: int, depth: int = 0
 ) -> Iterator[tuple[bytes, int, int]]:
-    """The kind, start and end of each box of an MP4 file; of other files, of none or of a few."""
+    """Yield the kind, start and end of each MP4 box. Other files give none, or a few."""
     while start + 8 <= stop:
         file.seek(start)
         size, kind = struct.unpack(">I4s", file.read(8))

@@ -1,4 +1,4 @@
-"""The authors' LLaVE checkpoints (``llava_qwen`` layout) as sentence-transformers folders."""
+"""Convert the authors' LLaVE checkpoints (``llava_qwen`` layout) to sentence-transformers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from llave_kernels.atomic_files import folder_beside, sync
 
 logger = logging.getLogger(__name__)
 
-# SigLIP so400m as the authors use it: the last of its 27 layers and its pooling head dropped.
+# The authors use SigLIP so400m without the last of its 27 layers and without its pooling head.
 VISION_LAYERS = 26
 VISION_HEADS = 16
 
@@ -82,28 +82,31 @@ def convert(
 ) -> list[str]:
     """Turn an authors' checkpoint into a folder for ``SentenceTransformer(dst)``.
 
-    The tokenizer is the checkpoint's with ``<image>`` and ``<video>`` added, the image processor
-    SigLIP's (mean and deviation 0.5), the image grids are those of ``image_grid_pinpoints`` in its
-    ``config.json``, the dtype is kept. One shard at a time is in memory, then the whole model once.
-    The disk needs room for the checkpoint twice: everything is written beside ``dst``, which
-    appears when it is complete.
+    The tokenizer is the checkpoint's, with ``<image>`` and ``<video>`` added. The image processor
+    is SigLIP's (mean and deviation 0.5). The image grids are ``image_grid_pinpoints`` of its
+    ``config.json``. The dtype is kept.
+
+    Memory holds one shard at a time, and the whole model once at the end. The disk needs room for
+    two copies of the checkpoint. Everything is written beside ``dst``, and ``dst`` appears when it
+    is complete.
 
     Args:
         src: a folder with ``config.json``, the tokenizer's files and the weights, e.g. a download
-            of ``zhibinlan/LLaVE-0.5B``: ``model.safetensors`` or shards with their index.
+            of ``zhibinlan/LLaVE-0.5B``. The weights are ``model.safetensors``, or shards with their
+            index.
         dst: the folder to make; it must not exist.
-        allow_pickle: read ``pytorch_model.bin`` files, default False. They are Python pickles;
-            torch reads them in its restricted mode, but take them only from someone you trust.
+        allow_pickle: read ``pytorch_model.bin`` files, default False. They are Python pickles.
+            torch reads them in its restricted mode. Still, take them only from someone you trust.
 
     Returns:
-        The names of the tensors left out: the language-model head, and what the checkpoint carries
-        of SigLIP behind the layer that is used.
+        The names of the tensors left out: the language-model head, and SigLIP's unused last layer
+        and pooling head.
 
     Raises:
         ValueError: ``src`` is no such checkpoint, a file of it is cut short or not what its name
             says, its index names files outside it, its weights are pickled, tensors are missing,
             unknown or of the wrong shape (all of them are listed), or ``dst`` exists.
-        OSError: ``dst`` cannot be written, for want of room or of permission.
+        OSError: ``dst`` cannot be written, because there is no space or no permission.
     """
     src, dst = Path(src), Path(dst)
     if os.path.lexists(dst):
@@ -118,7 +121,7 @@ def convert(
             for name in names:
                 tensor = read(name, "meta")
                 shapes[name] = tuple(tensor.shape)
-                # Widening is exact, so a checkpoint of several types keeps every value.
+                # Promotion is exact, so a checkpoint of several dtypes keeps every value.
                 dtype = torch.promote_types(dtype or tensor.dtype, tensor.dtype)
     left_out = sorted(name for name in shapes if name.startswith(_DROPPED))
     renamed = {name: _rename(name) for name in shapes if name not in set(left_out)}
@@ -131,7 +134,7 @@ def convert(
         with torch.device("meta"):
             model = AutoModel.from_config(config)
     shapes[_WORDS] = (words, *shapes[_WORDS][1:])
-    # Some versions of transformers have a level "vision_model" in the tower, some do not.
+    # In some versions of transformers the tower's names contain "vision_model.".
     targets = {name.replace("vision_model.", ""): name for name in model.state_dict()}
     wanted = {short: tuple(model.state_dict()[name].shape) for short, name in targets.items()}
     _compare(src, shapes, renamed, wanted)
@@ -150,7 +153,8 @@ def convert(
                 for name in sorted(renamed.keys() & set(names)):
                     tensor = read(name, "cpu")
                     if name == _WORDS:
-                        # Zero rows where <image> and <video> have none: no result depends on them.
+                        # <image> and <video> get zero rows where the checkpoint has none. No result
+                        # depends on these rows.
                         tensor = torch.nn.functional.pad(tensor, (0, 0, 0, words - len(tensor)))
                     part[targets[renamed[name]]] = tensor.contiguous()
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -161,7 +165,7 @@ def convert(
         model = build(backbone, pinpoints=settings["image_grid_pinpoints"], device="cpu")
         model.save(str(made), create_model_card=False)
         seal(made)
-        if os.path.lexists(dst):  # made meanwhile
+        if os.path.lexists(dst):  # another process made it meanwhile
             raise ValueError(f"dst={str(dst)!r} exists; give a new folder")
         made.replace(dst)
         sync(dst.parent)
@@ -178,12 +182,15 @@ def check(path: str | os.PathLike[str], image: Any) -> dict[str, float]:
         image: the card's ``figures/example.jpg``, or another: a path, a PIL image or an array.
 
     Returns:
-        The cosine of the image with a question and each of two texts. The cards have, for a cat and
-        a dog / a cat and a tiger: 0.5B .4802 / .3413, 2B .5132 / .3809, 7B .6240 / .4543, in half
-        precision.
+        For each of two texts, its cosine similarity to the image with a question. In half precision
+        the cards show for "A cat and a dog" / "A cat and a tiger": 0.5B .4802 / .3413, 2B .5132 /
+        .3809, 7B .6240 / .4543.
+
+    Raises:
+        ValueError: the embeddings are not finite.
     """
     model = load(path)
-    # The cards put a space behind the image where training had a newline.
+    # The cards put a space after the image. Training had a newline there.
     instruction = "<|image_1|> Represent the given image with the following question: "
     question = instruction + "What is in the image"
     query = model.encode([inputs(question, image)], convert_to_tensor=True)
@@ -198,7 +205,7 @@ def check(path: str | os.PathLike[str], image: Any) -> dict[str, float]:
 
 
 def _tokenizer(src: Path) -> Qwen2Tokenizer:
-    """The checkpoint's tokenizer with the tokens of images and videos."""
+    """Load the checkpoint's tokenizer and add the image and video tokens."""
     there = [src / name for name in _TOKENIZER_FILES if (src / name).exists()]
     for file in there:
         if file.suffix == ".json":
@@ -209,7 +216,7 @@ def _tokenizer(src: Path) -> Qwen2Tokenizer:
     with reading(*words):
         tokenizer = Qwen2Tokenizer.from_pretrained(src)
         model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    # Cut merges are valid, and would cut every text in other places.
+    # A truncated list of merges still loads, but it splits texts into other tokens.
     made = {"".join(pair) for pair in model["merges"]}
     known = made | tokenizer.get_added_vocab().keys()
     if lost := [word for word in model["vocab"] if len(word) > 1 and word not in known]:
@@ -223,7 +230,7 @@ def _tokenizer(src: Path) -> Qwen2Tokenizer:
 
 
 def _settings(src: Path) -> dict[str, Any]:
-    """The authors' ``config.json``, checked for what the conversion relies on."""
+    """Read the authors' ``config.json`` and check what the conversion relies on."""
     file = src / "config.json"
     if not file.is_file():
         raise ValueError(f"src={str(src)!r} has no config.json; give the checkpoint's folder")
@@ -275,12 +282,16 @@ def _shards(src: Path, allow_pickle: bool) -> list[Path]:
 
 
 def _named(src: Path, name: str, suffix: str, index: Path) -> Path:
-    """A file that an index names; ValueError where it is of another kind or not in the folder."""
+    """Return the path of a file that an index names.
+
+    Raises:
+        ValueError: the file has another suffix, or it is outside the folder.
+    """
     path = src / name
     if path.suffix != suffix:
         raise ValueError(f"{shown(index)} names {name!r:.200}; it may name {suffix} files only")
     here = src.resolve()
-    # In the hub's cache files are links to its blobs.
+    # In the hub's cache, files are links to its blobs.
     bases = [here, *(p.parent / "blobs" for p in here.parents if p.name == "snapshots")]
     try:
         inside = any(map(path.resolve().is_relative_to, bases))
@@ -299,7 +310,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 @contextmanager
 def _opened(shard: Path) -> Iterator[tuple[list[str], Callable[[str, str], torch.Tensor]]]:
-    """A shard's names and a function that reads one tensor of it onto a device, "meta" or "cpu"."""
+    """Yield a shard's tensor names, and a function that reads one tensor onto "meta" or "cpu"."""
     if shard.suffix == ".bin":
         with reading(shard):
             held = torch.load(shard, map_location="cpu", mmap=True, weights_only=True)
@@ -315,7 +326,7 @@ def _opened(shard: Path) -> Iterator[tuple[list[str], Callable[[str, str], torch
             if device == "cpu":
                 with reading(shard):
                     return file.get_tensor(name)
-            # An empty slice has the type, and reads nothing.
+            # An empty slice has the dtype and reads no data.
             part = file.get_slice(name)
             shape = part.get_shape()
             return torch.empty(shape, dtype=part[:0].dtype, device="meta")
@@ -354,7 +365,10 @@ def _compare(
 def _config(
     settings: dict[str, Any], shapes: dict[str, tuple[int, ...]], tokenizer: Qwen2Tokenizer
 ) -> LlavaOnevisionConfig:
-    """transformers' config, from the authors' and, for the vision tower, the tensors' shapes."""
+    """Make transformers' config from the authors' config and the tensors' shapes.
+
+    The vision tower's sizes come from the shapes.
+    """
     sources = {
         "patches": f"{_VISION}embeddings.patch_embedding.weight",
         "positions": f"{_VISION}embeddings.position_embedding.weight",

@@ -1,4 +1,4 @@
-"""Rows of a corpus, streamed: texts and images of a JSONL or parquet file or of a folder."""
+"""Stream a corpus: the texts and images in a JSONL or parquet file, or the images in a folder."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ OnError = Literal["raise", "skip"]
 
 
 class Row(NamedTuple):
-    """One row: a text, an image (a path, or a file's content), or both; or why it has neither.
+    """One row of a corpus: a text, an image or both, or the problem that makes it unusable.
 
-    A path is as the row has it: ``Source.images`` opens it.
+    An image is a path as the row states it, or a file's content. ``Source.images`` opens the path.
     """
 
     number: int
@@ -45,18 +45,20 @@ class Row(NamedTuple):
 
 
 class Source:
-    """Rows of a JSONL file, a parquet file or a folder of images, streamed from a range's start.
+    """Streams the rows of a JSONL file, a parquet file or a folder of images.
+
+    Reading can start at the first row of any shard.
 
     Attributes:
-        images: what the rows' paths lead into.
-        ignored: how many entries of a folder are not taken, by reason.
+        images: the folder that the rows' paths are in.
+        ignored: the number of a folder's entries that are left out, by reason.
     """
 
     def __init__(self, path: Path, image_root: Path | None, shard_rows: int) -> None:
         self.path = path
         self.stride = shard_rows
         self.ignored: Counter[str] = Counter()
-        self._repeats: dict[int, int] = {}  # rows with an earlier row's id, and which row that is
+        self._repeats: dict[int, int] = {}  # row with a repeated id -> earlier row with that id
         self._ranges_with_images: set[int] = set()
         if path.is_dir():
             if image_root is not None:
@@ -79,13 +81,13 @@ class Source:
             if file.read(64).startswith(LFS_POINTER):
                 raise ValueError(f"{path} is a pointer of git-lfs, not yet the file: git lfs pull")
         if path.suffix.lower() == ".jsonl":
-            self.offsets = array("Q")  # of every stride-th row, filled as rows are first read
+            self.offsets = array("Q")  # byte offset of every stride-th row, filled while reading
             self._records = self._jsonl
         else:
             self._records = self._parquet
 
     def rows(self, first: int, stop: int | None = None) -> Iterator[Row]:
-        """Rows ``first``, a multiple of the stride, to ``stop - 1``."""
+        """Yield rows ``first`` to ``stop - 1``. ``first`` must be a multiple of the stride."""
         count = None if stop is None else stop - first
         for number, record in enumerate(islice(self._records(first), count), first):
             if number in self._repeats:
@@ -98,18 +100,19 @@ class Source:
                 yield Row(number, str(number), problem=str(error))
 
     def shows_images(self, first: int) -> bool:
-        """Whether any row has an image in the range from ``first``, a multiple of the stride.
+        """Whether any row of a shard has an image. ``fingerprint`` must have run before.
 
-        It is known once ``fingerprint`` has read the source.
+        Args:
+            first: the first row of the shard, a multiple of the stride.
         """
         return first // self.stride in self._ranges_with_images
 
     def fingerprint(self, on_error: OnError) -> dict[str, Any]:
-        """Size, rows and hashes of the source.
+        """Return the source's size, number of rows and hashes.
 
         Args:
-            on_error: ``"raise"`` refuses a row that cannot be used and an id that repeats; with
-                ``"skip"`` they are rows with a problem from then on.
+            on_error: what an unusable row or a repeated id does. ``"raise"`` raises ValueError.
+                With ``"skip"``, ``rows`` gives such a row with its problem from then on.
         """
         ids = hashlib.blake2b(digest_size=16)
         hashes = array("Q")
@@ -130,14 +133,14 @@ class Source:
         return {"size": size, "rows": len(hashes), "ids": ids.hexdigest(), "content": content}
 
     def left_out(self) -> str:
-        """Which entries of a folder are not taken, and why."""
+        """Say how many of a folder's entries are left out, and why."""
         return ", ".join(f"{count} {why}" for why, count in sorted(self.ignored.items()))
 
     def _find_repeats(self, hashes: np.ndarray, on_error: OnError) -> dict[int, int]:
         values, counts = np.unique(hashes, return_counts=True)
         if len(values) == len(hashes):
             return {}
-        # Different ids may share a hash: the rows in question are read again.
+        # Different ids may share a hash, so the rows in question are read again.
         suspects = np.isin(hashes, values[counts > 1])
         seen: dict[str, int] = {}
         repeats = {}
@@ -166,7 +169,7 @@ class Source:
         return self.path.stat().st_size, content.hexdigest()
 
     def _row(self, number: int, record: Any) -> Row:
-        """ValueError: the row cannot be used."""
+        """Make a row of a record. Raise ValueError where the record cannot be used."""
         if isinstance(record, ValueError):
             raise record
         if not isinstance(record, dict):
@@ -179,7 +182,7 @@ class Source:
         if isinstance(identifier, int) and not isinstance(identifier, bool):
             identifier = str(identifier)
         text, image = record.get("text"), record.get("image")
-        if isinstance(image, dict) and {"bytes", "path"} & image.keys():  # as the hub holds images
+        if isinstance(image, dict) and {"bytes", "path"} & image.keys():  # the hub's image type
             image = image.get("bytes") or image.get("path")
         if not isinstance(image, str | bytes | None):
             raise ValueError(
@@ -204,7 +207,7 @@ class Source:
         return Row(number, identifier, text or None, image or None)
 
     def _scan(self) -> Iterator[str]:
-        """Relative paths of a folder's images; the rest is counted."""
+        """Yield the relative paths of a folder's images, and count the other entries."""
 
         def refuse(error: OSError) -> None:
             raise error
@@ -234,7 +237,7 @@ class Source:
                     self.ignored[f"{suffix or 'without a suffix'} (no image that is read)"] += 1
                 else:
                     yield name
-        self.ignored = +self.ignored  # without zeros
+        self.ignored = +self.ignored  # drops the zeros
 
     def _images(self, first: int) -> Iterator[dict[str, str]]:
         for name in self.files[first:]:
@@ -269,7 +272,7 @@ class Source:
                     "text or image: rename one"
                 )
             limits.check_parquet(file.metadata, columns, self.path)
-            # Rows that hold whole image files are read a few at a time.
+            # Rows may hold whole image files. Such rows are read a few at a time.
             image = schema.field("image").type if "image" in columns else pa.null()
             whole = pa.types.is_struct(image) or str(image).endswith("binary")
             size = min(self.stride, 64 if whole else 4096)
@@ -285,7 +288,12 @@ class Source:
 
 
 def _records(batch: pa.RecordBatch, number: int) -> list[Any]:
-    """A batch's rows from ``number`` on; an error stands for a row of invalid Unicode."""
+    """Return a batch's rows, with an error in place of a row of invalid Unicode.
+
+    Args:
+        batch: the batch.
+        number: the row number of its first row.
+    """
     try:
         return batch.to_pylist()
     except UnicodeDecodeError as error:
@@ -298,10 +306,10 @@ def _records(batch: pa.RecordBatch, number: int) -> list[Any]:
 def load_inputs(
     rows: Iterator[Row], step: int, pool: ThreadPoolExecutor, modalities: list[Any], images: Root
 ) -> Iterator[list[tuple[Row, Any]]]:
-    """Chunks of at most ``step`` rows with what ``model.encode`` takes, or the error a row gave.
+    """Yield chunks of at most ``step`` rows, each with its input for ``model.encode`` or an error.
 
-    The images of a chunk, if it has several, have no more pixels than LLAVE_MAX_PIXELS together.
-    The next chunk is read while the caller encodes this one.
+    If a chunk has several images, they have at most LLAVE_MAX_PIXELS together. The next chunk is
+    read while the caller encodes this one.
     """
     load = partial(_input, modalities=modalities, images=images)
     chunk: list[Row] = []
@@ -334,7 +342,7 @@ def _pixels(row: Row, images: Root) -> int:
     try:
         with _source(row, images) as source:
             return pixel_count(source) if row.image is not None else 0
-    except Exception:  # which the reading itself will say
+    except Exception:  # loading the image reports the error
         return 0
 
 

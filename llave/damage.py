@@ -1,4 +1,4 @@
-"""What is wrong with a model's folder that a library could not load, or loaded without a word."""
+"""Find the damaged file in a model's folder, also where the library loads the folder silently."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOADER = logging.getLogger("transformers.modeling_utils")
 
 
 class _Report(logging.Handler):
-    """Keeps what is said of weights that are not in the files."""
+    """Collects the names of weights that transformers reports as missing."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -33,10 +33,10 @@ class _Report(logging.Handler):
 
 @contextmanager
 def all_weights(path: str) -> Iterator[None]:
-    """Refuse what transformers only reports: weights that no file has, which it draws at random.
+    """Refuse a model that lacks weights. transformers only logs them and initialises them randomly.
 
     Raises:
-        ValueError: there are such weights.
+        ValueError: weights are missing.
     """
     report, level = _Report(), _LOADER.level
     _LOADER.addHandler(report)
@@ -55,7 +55,7 @@ def all_weights(path: str) -> Iterator[None]:
 
 
 def unloadable(path: str, error: Exception) -> ValueError:
-    """The error to raise for a model that cannot be used, with the files to look at."""
+    """Return the error for a model that cannot be used. It names the files to look at."""
     said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     files = ", ".join(_suspects(Path(path))) if Path(path).is_dir() else "its files"
     return ValueError(
@@ -64,7 +64,11 @@ def unloadable(path: str, error: Exception) -> ValueError:
 
 
 def _suspects(folder: Path) -> list[str]:
-    """The first files of a model's folder that cannot be read by themselves, else the others."""
+    """Return the names of the files that are probably damaged.
+
+    These are the first files that fail to load by themselves. If all load, they are the files that
+    this does not test fully.
+    """
 
     def modules() -> None:
         if not [_module(entry) for entry in read_json(folder / "modules.json", list)]:

@@ -1,11 +1,13 @@
 """MMEB's training and evaluation formats (arXiv 2410.05160), from local folders or the hub.
 
-Training rows have ``qry, qry_image_path, pos_text, pos_image_path, neg_text, neg_image_path``,
-evaluation rows ``qry_text, qry_img_path, tgt_text, tgt_img_path`` with lists of candidates, the
-first the right one; newer sets add ``qry_inst`` and ``tgt_inst``. Missing values are empty strings,
-paths are relative to a folder. Where a path is that of a video or of a folder of frames, it
-is a video of at most 32 frames (``llave.video.load_frames``). Images of MMEB's own sets, known by
-their names, are taken as they are stored, those of other subsets and tasks as a person sees them
+Training rows have ``qry, qry_image_path, pos_text, pos_image_path, neg_text, neg_image_path``.
+Evaluation rows have ``qry_text, qry_img_path, tgt_text, tgt_img_path``. The targets are lists of
+candidates, and the first candidate is the right one. Newer sets add ``qry_inst`` and ``tgt_inst``.
+Missing values are empty strings. Paths are relative to a folder.
+
+A path may name a video or a folder of frames. At most 32 of its frames are taken
+(``llave.video.load_frames``). Images of MMEB's own sets are taken as they are stored. These sets
+are recognised by their names. Images of other subsets and tasks are taken as a person sees them
 (``llave.images``).
 """
 
@@ -49,29 +51,31 @@ def load_training(
     negatives: bool = True,
     on_error: OnError = "raise",
 ) -> dict[str, Dataset]:
-    """Training subsets by name, as ``SentenceTransformerTrainer`` takes them.
+    """Load training subsets, by name, as ``SentenceTransformerTrainer`` takes them.
 
-    Columns are anchor, positive, negative where the subset has one, and ``label``: the content ids
-    of positive and negative, by which ``LLaVELoss`` leaves duplicates out. A row without a negative
-    in a subset that has some repeats its positive there, which the loss leaves out likewise. Images
-    are opened when a batch is made. (LLaVA-OneVision takes only videos of one length in a batch.)
+    The columns are anchor, positive and ``label``, and negative where the subset has mined
+    negatives. ``label`` holds the content ids of positive and negative. ``LLaVELoss`` uses them to
+    leave duplicates out. A row may lack a negative in a subset that has some. Such a row repeats
+    its positive, and the loss leaves the copy out. Images are opened when a batch is made.
+    LLaVA-OneVision needs all videos of a batch to have the same length.
 
     Args:
-        source: a folder with a ``NAME.parquet``, ``.jsonl`` or ``.json``, or a folder NAME of such
-            files, per subset, or as the hub's tools leave one (``llave.subsets``); or a hub dataset
-            with a configuration per subset.
+        source: a folder, or a hub dataset with a configuration per subset. A folder has for each
+            subset a file ``NAME.parquet``, ``.jsonl`` or ``.json``, or a folder NAME of such files.
+            It may also be as the hub's tools leave it (``llave.subsets``).
         images: folder the image paths are relative to.
-        split: the split of a hub dataset, or of a folder whose files say theirs.
-        subsets: names; default all in the folder (of a hub dataset they must be given).
-        cap: rows of a subset at most, chosen by ``seed``; None: all. The paper has 50,000.
-        negatives: whether to give mined negatives, of subsets that have any. Without, all subsets
-            have the same columns and can be mixed in a batch.
-        on_error: ``"raise"`` stops at a row that cannot be used, naming subset and row: a query or
-            positive of neither text nor image, a value that is no text, a placeholder such as
-            ``<|image_1|>`` without an image, an image that is missing, unreadable or outside the
-            folder (images when they are opened). ``"skip"`` looks at every image first and leaves
-            such rows out, with a line that counts them. A path outside the folder is always an
-            error.
+        split: the split of a hub dataset, or of a folder whose files state their split.
+        subsets: names of subsets. Default: all in the folder. For a hub dataset they are required.
+        cap: the most rows to take of a subset, chosen by ``seed``. None takes all. The paper has
+            50,000.
+        negatives: whether to give mined negatives, for subsets that have them. Without negatives
+            all subsets have the same columns and can be mixed in a batch.
+        on_error: what a row that cannot be used does. Such a row has a query or positive with
+            neither text nor image, a value that is not text, a placeholder such as ``<|image_1|>``
+            without an image, or an image that is missing or unreadable. ``"raise"`` raises an
+            error that names subset and row. A bad image raises it when the image is opened.
+            ``"skip"`` opens every image first, leaves such rows out and prints their number. A
+            path outside the folder is always an error.
 
     Raises:
         ValueError: no subsets, unknown names, missing columns, a row that cannot be used.
@@ -90,7 +94,7 @@ def load_training(
                 f"subset {shown(name)} of {source} lacks the columns {', '.join(sorted(missing))}"
             )
         media = Media(images, mmeb.pixels(name))
-        rows = rows.add_column("row", np.arange(len(rows)))  # as the source counts them
+        rows = rows.add_column("row", np.arange(len(rows)))  # row numbers in the source
         if cap is not None and len(rows) > cap:
             rows = rows.shuffle(seed=seed).select(range(cap))
         used = negatives and set(SIDES[2]) <= set(rows.column_names)
@@ -98,7 +102,7 @@ def load_training(
         if on_error == "skip":
             rows = _without_broken(name, rows, media)
         sides = SIDES[: 3 if negatives and _has_negatives(rows) else 2]
-        # These columns alone, so that subsets can be joined whatever else they hold.
+        # Other columns are dropped, so that subsets can be joined.
         rows = rows.select_columns([*(column for side in sides for column in side), "row"])
         rows = rows.add_column("subset", [shown(name)] * len(rows))
         rows.set_transform(partial(_batch, sides=sides, root=images))
@@ -109,14 +113,14 @@ def load_training(
 
 
 def texts_of(subset: Dataset) -> Iterator[str]:
-    """Every query and positive text of a loaded subset, without opening images."""
+    """Yield the query and positive texts of a loaded subset, without opening images."""
     plain = subset.with_format(None)
     for column in ("qry", "pos_text"):
         yield from (text for text in plain[column] if text)
 
 
 class Candidates(NamedTuple):
-    """An evaluation row: (text, path) of the query and of each candidate, and which is right."""
+    """An evaluation row: query and candidates as (text, path), and the right candidate's index."""
 
     query: tuple[str, str]
     targets: list[tuple[str, str]]
@@ -124,9 +128,9 @@ class Candidates(NamedTuple):
 
 
 def load_evaluation(source: str | Path, task: str) -> list[Candidates]:
-    """The rows of one evaluation task, in MMEB's format or as text-video retrieval.
+    """Load the rows of one evaluation task, in MMEB's format or for text-video retrieval.
 
-    Retrieval has a row per caption, with the columns ``caption`` and ``video``, a path; the
+    Retrieval has one row per caption, with the columns ``caption`` and ``video`` (a path). The
     candidates of every caption are all videos. The instructions are the paper's.
 
     Raises:
@@ -206,7 +210,7 @@ def _has_negatives(rows: Dataset) -> bool:
 def _without_unusable(
     name: str, rows: Dataset, sides: tuple[tuple[str, str], ...], on_error: OnError
 ) -> Dataset:
-    """Rows whose columns can be used; the reading of their images comes later."""
+    """Return the rows whose columns can be used. Their images are not read here."""
     table = rows.with_format("arrow")[:]
     there = PROBLEM in table.column_names
     problems = table[PROBLEM].to_pylist() if there else [None] * len(rows)
@@ -255,7 +259,7 @@ def _batch(
     sides: tuple[tuple[str, str], ...],
     root: str | Path | None,
 ) -> dict[str, list[Any]]:
-    """Inputs of a batch, of any subsets; what the trainer asks for, in the order it reads them."""
+    """Make the inputs of a batch, which may mix subsets. The columns are in the trainer's order."""
     media = {name: Media(root, mmeb.pixels(name)) for name in set(batch["subset"])}
     made: dict[str, list[Any]] = {}
     pixels = 0

@@ -1,7 +1,8 @@
-"""A corpus turned into parquet shards of embeddings, by any number of processes, resumable.
+"""Embed a corpus into parquet shards, with any number of processes. A run can be resumed.
 
-The corpus is cut into fixed ranges of rows, one file each. A file appears whole or not at all, so a
-killed run is continued by the same command, and every number of processes writes the same files.
+The corpus is cut into fixed ranges of rows, and each range has one file. A file appears whole or
+not at all, so the same command continues a killed run. Any number of processes writes the same
+files.
 """
 
 from __future__ import annotations
@@ -55,14 +56,14 @@ __all__ = [
     "refuse_out",
 ]
 
-# Enough values of each weight to notice any training step, few enough for a model of any size.
+# Values sampled per weight. A training step changes some of them, and hashing them is fast.
 SAMPLED_VALUES = 1024
-SHOWN = 10  # skipped rows that are printed
+SHOWN = 10  # how many skipped rows are printed
 
 
 @dataclass
 class EmbedReport:
-    """What one call of ``embed`` did: its own ranges only, not those of other processes."""
+    """What one call of ``embed`` did. It covers this process's ranges only."""
 
     rows: int = 0
     """Rows embedded."""
@@ -93,35 +94,35 @@ def embed(
     """Write the embeddings of a corpus to ``out``: one parquet file per ``shard_rows`` rows.
 
     Each file ``part-<first row>-<last row>.parquet`` has the columns ``id`` (string) and
-    ``embedding`` (fixed-size list). Calling again continues: readable files are kept, damaged and
-    missing ones computed. ``manifest.json`` records source, model and settings, and a call that
-    differs from it is refused. A file's bytes do not depend on the number of processes or on
-    restarts, given the same ``batch_size``, device and library versions. What this run did not
-    write is neither replaced nor removed.
+    ``embedding`` (fixed-size list). A second call continues the first. It keeps readable files and
+    computes damaged and missing ones. ``manifest.json`` records source, model and settings. A call
+    with other values is refused. A file's bytes do not depend on the number of processes or on
+    restarts, given the same ``batch_size``, device and library versions. Files that this run did
+    not write are neither replaced nor removed.
 
     Args:
-        model: on the device to use.
-        source: a ``.jsonl`` or ``.parquet`` file with the fields ``text`` and/or ``image`` (a path)
-            and optionally ``id`` (default: the row number); or a folder of images, taken
-            recursively, sorted, with the relative path as the id. In parquet an image may also be
-            its file's content, or ``{bytes, path}`` as the hub's data sets hold it. Images are
-            taken as a person sees them (``llave.images``). That an image's content changed is not
-            noticed, other than by its size in a folder.
-        out: the folder, created if need be; empty, or of this run. It may be shared by processes
-            on many machines.
-        batch_size: inputs per forward pass, fewer where their images are large
-            (LLAVE_MAX_PIXELS of ``llave.limits``). 32 by default.
+        model: a model on the device to use.
+        source: a ``.jsonl`` or ``.parquet`` file, or a folder of images. A file has the fields
+            ``text`` and/or ``image`` (a path) and optionally ``id`` (default: the row number). In
+            parquet an image may also be its file's content, or ``{bytes, path}`` as in the hub's
+            data sets. A folder is read recursively and sorted, and the relative path is the id.
+            Images are taken as a person sees them (``llave.images``). A later call does not notice
+            that an image file changed, unless its size changed in a folder.
+        out: the folder for the files. It is created if it does not exist. It must be empty or hold
+            this run. Processes on many machines may share it.
+        batch_size: inputs per forward pass, 32 by default. Large images make a batch smaller
+            (LLAVE_MAX_PIXELS of ``llave.limits``).
         shard_rows: rows per file. 4096 by default.
         normalize: whether embeddings are scaled to length 1. True by default.
-        dtype: of the stored embeddings, ``"float32"`` (default) or ``"float16"``.
+        dtype: dtype of the stored embeddings, ``"float32"`` (default) or ``"float16"``.
         prompt: the prompt given to ``model.encode``. By default the model's own.
-        image_root: the folder of the images: paths are relative to it, and no absolute path or link
-            may leave it; ``"/"`` allows any. By default the source file's folder.
-        on_error: what a row does that cannot be used: one of neither text nor image, malformed, of
-            a repeated id, with an unreadable image, which the model refuses, or of an embedding
-            that is not finite. ``"raise"`` (default) stops and names it; ``"skip"`` leaves it out
-            and records it in the file's metadata. Files with skipped rows are computed again by a
-            call with ``"raise"``, for after images are repaired.
+        image_root: the folder of the images, by default the source file's folder. Paths are
+            relative to it, and no absolute path or link may leave it. ``"/"`` allows any.
+        on_error: what a row that cannot be used does. Such a row is malformed, repeats an id, has
+            neither text nor image, has an unreadable image, is refused by the model, or gets an
+            embedding that is not finite. ``"raise"`` (default) raises an error that names it.
+            ``"skip"`` leaves it out and records it in the file's metadata. After images are
+            repaired, a call with ``"raise"`` computes the files with skipped rows again.
         rank: this process's number. By default the environment's ``RANK``, or 0.
         world_size: the number of processes. By default the environment's ``WORLD_SIZE``, or 1.
 
@@ -133,7 +134,8 @@ def embed(
         FileNotFoundError: there is no ``source``.
         ValueError: a setting is out of range, the source has no rows or one that cannot be used,
             or ``out`` holds another run or other things.
-        OSError: a file cannot be written, for want of room or of permission; it is named.
+        OSError: a file cannot be written, because there is no space or no permission. The message
+            names the file.
     """
     if rank is None:
         rank = int(os.environ.get("RANK", "0"))
@@ -179,7 +181,8 @@ def embed(
             path = folder / span.file
             shard = finished(path, span, manifest, on_error)
             if shard is None:
-                # Texts go in one call, which sorts them by length. Images would fill the memory.
+                # A shard's texts go into one call, which sorts them by length. A shard's images
+                # would fill the memory.
                 step = batch_size if rows.shows_images(span.first) else shard_rows
                 loaded = load_inputs(rows.rows(*span), step, pool, model.modalities, rows.images)
                 shard = _encode(loaded, encode, manifest, on_error)
@@ -192,7 +195,7 @@ def embed(
             bar.update(span.stop - span.first)
     finally:
         bar.close()
-        pool.shutdown(cancel_futures=True)  # a run that is stopped does not read on
+        pool.shutdown(cancel_futures=True)  # a stopped run reads no further inputs
     report.seconds = time.monotonic() - start
     for skipped in report.skipped[:SHOWN]:
         print(f"skipped {skipped['id']!r}: {escaped(skipped['error'])}", file=sys.stderr)
@@ -209,7 +212,7 @@ def embed(
 
 
 def model_fingerprint(model: SentenceTransformer) -> str:
-    """A hash of a model's configuration and of a sample of each weight, the same on any device."""
+    """Return a hash of a model's configuration and of sampled weights. It is device-independent."""
     digest = hashlib.blake2b(digest_size=16)
     processor = getattr(model, "processor", None)
     settings = {
@@ -285,7 +288,7 @@ def _encode(
             elif on_error == "raise":
                 place = "in it" if isinstance(row.image, bytes) else shown(row.image)
                 refuse(row, f"the image {place} cannot be read ({value})", value)
-            else:  # without folders, which differ between machines
+            else:  # no folder in the recorded error, because folders differ between machines
                 name = row.image.name if isinstance(row.image, Path) else "its content"
                 refuse(row, f"{type(value).__name__} from {name}", value)
         for rows, vectors in _encoded(good, encode):
@@ -311,12 +314,15 @@ def _encode(
 def _encoded(
     items: list[tuple[Row, Any]], encode: Callable[[list[Any]], np.ndarray]
 ) -> Iterator[tuple[list[Row], np.ndarray | Exception]]:
-    """Embeddings in one call; where that fails, of the halves, down to the rows at fault."""
+    """Yield rows with their embeddings, or a single row with its error.
+
+    Where encoding a chunk fails, its halves are encoded, down to the rows that fail.
+    """
     if not items:
         return
     try:
         found: np.ndarray | Exception = encode([value for _, value in items])
-    except (ValueError, TypeError, TemplateError) as error:  # not the memory's or the device's
+    except (ValueError, TypeError, TemplateError) as error:  # not memory or device errors
         if len(items) > 1:
             half = len(items) // 2
             yield from _encoded(items[:half], encode)

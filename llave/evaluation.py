@@ -1,4 +1,4 @@
-"""MMEB precision@1 and text-video retrieval recall per task, and tables beside the paper's."""
+"""Score tasks by MMEB precision@1 and text-video recall, and print them beside the paper's."""
 
 from __future__ import annotations
 
@@ -30,20 +30,21 @@ from llave_kernels.atomic_files import sweep
 
 
 class Result(NamedTuple):
-    """One task's score. Shares are in percent; a tie counts against the right candidate.
+    """One task's score. Shares are in percent. A tie counts against the right candidate.
 
-    Candidates that say and show the same, of one path or of several, are one candidate: a copy of
-    the right one is right, and takes no place from others.
+    Candidates with the same text and pixels count as one, also where their paths differ. A copy of
+    the right candidate is therefore right.
 
     Attributes:
         task: its name.
         rows: how many rows were scored.
-        precision: share of rows whose right candidate scores above all others; R@1 of retrieval.
-        recall_5, recall_10: share whose right candidate is among the best 5, the best 10.
-        ties: rows whose right candidate ties for the first place.
-        overlap: of the similarity histograms of positives and negatives (paper, Figure 1), 0 to 1.
-        positives, negatives: those histograms, counts in 100 equal bins over [-1, 1]: queries with
-            their own right candidate, and with those of other rows.
+        precision: share of rows whose right candidate scores above all others (R@1 in retrieval).
+        recall_5, recall_10: share of rows whose right candidate is among the best 5 or 10.
+        ties: number of rows whose right candidate ties for the first place.
+        overlap: overlap of the two similarity histograms (paper, Figure 1), 0 to 1.
+        positives, negatives: the two histograms, counts in 100 equal bins over [-1, 1]. Positives
+            are similarities of a query and its right candidate. Negatives are similarities of a
+            query and the right candidates of other rows.
     """
 
     task: str
@@ -66,24 +67,23 @@ def evaluate(
     out: str | Path,
     batch_size: int = 16,
 ) -> list[Result]:
-    """Scores of each task. Each distinct (text, path) of a task is encoded once.
+    """Score a model on each task. Each distinct (text, path) of a task is encoded once.
 
     Args:
         model: any SentenceTransformer that takes the tasks' inputs.
-        tasks: names of files in ``data``, or ``["all"]``, MMEB's 36.
+        tasks: names of files in ``data``, or ``["all"]`` for MMEB's 36.
         data: folder with an evaluation file per task, or a hub dataset (``load_evaluation``).
         images: folder the image and video paths are relative to.
-        out: folder of this model's results, one ``TASK.json`` each, written as they come, which
-            says what was scored: digests of the model and of the task's rows with the contents of
-            their image and video files. A task whose file is there is not encoded again, and no
-            file is replaced.
-        batch_size: inputs encoded at a time, 16 by default; scores depend on it by rounding alone.
+        out: folder of this model's results. Each task's ``TASK.json`` is written when the task is
+            scored. It records a digest of the model, and a digest of the task's rows with their
+            image and video files. A task whose file is there is not encoded again. No file is
+            replaced.
+        batch_size: inputs encoded at a time, 16 by default. It changes scores only by rounding.
 
     Raises:
-        ValueError: ``out`` holds results of another model or of other data, or other files of
-            their names, no such task, no
-            candidates in a row, an image path that leaves ``images``, an image that cannot be read
-            or an embedding that is not finite.
+        ValueError: ``out`` holds results of another model or other data, or other files under the
+            results' names; there is no such task; a row has no candidates; an image path leaves
+            ``images``; an image cannot be read; or an embedding is not finite.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -92,11 +92,12 @@ def evaluate(
     folder, names = Path(out), _names(tasks)
     identity = {
         "model": model_fingerprint(model),
-        "max_seq_length": getattr(model, "max_seq_length", None),  # part of it, said by name
+        # The fingerprint covers it too. By name it makes a clearer error.
+        "max_seq_length": getattr(model, "max_seq_length", None),
     }
     others = {} if images is None else {"images": images}
     for file, (there, _) in refuse_out(out, names, data=data, **others).items():
-        _refuse_others(file, there, identity)  # before anything is encoded
+        _refuse_others(file, there, identity)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     results = []
@@ -120,11 +121,19 @@ def evaluate(
 def refuse_out(
     out: str | Path, tasks: Sequence[str], **others: str | Path
 ) -> dict[Path, tuple[dict[str, Any], Result]]:
-    """The results that ``out`` holds of tasks, with what they are of, before anything is loaded.
+    """Check ``out`` and read the tasks' results that it holds, before anything is loaded.
+
+    Args:
+        out: folder of the results.
+        tasks: names of tasks.
+        others: by name, folders that ``out`` must not be.
+
+    Returns:
+        By file, what was scored (digests) and the result.
 
     Raises:
-        ValueError: a file of a task's name is no result, ``out`` is no folder, or it is one of
-            ``others``, by their names, whose files results would stand among.
+        ValueError: a file with a task's name is no result, ``out`` is no folder, or it is one of
+            ``others``.
     """
     folder = Path(out)
     for name, other in others.items():
@@ -147,9 +156,9 @@ def _file(folder: Path, task: str) -> Path:
 
 
 def data_fingerprint(rows: Sequence[Candidates], media: Media) -> str:
-    """A hash of rows of candidates and of the files they show, wherever those lie."""
+    """Return a hash of evaluation rows and of their files' contents, wherever the files are."""
     digest = hashlib.blake2b(digest_size=16)
-    lists: dict[int, int] = {}  # which rows may share
+    lists: dict[int, int] = {}  # rows may share a list of candidates
     paths: set[str] = set()
     for row in rows:
         if (key := id(row.targets)) not in lists:
@@ -172,7 +181,7 @@ def _write(file: Path, *, scored: dict[str, Any], result: Result) -> None:
 
 
 def _read(file: Path) -> tuple[dict[str, Any], Result]:
-    """What a task's result on disk is of, and the result."""
+    """Read a task's file: what was scored (digests), and the result."""
     try:
         done = unsigned(file)
         there = {name: done.pop(name) for name in ("model", "max_seq_length", "data")}
@@ -185,7 +194,7 @@ def _read(file: Path) -> tuple[dict[str, Any], Result]:
 
 
 def _refuse_others(file: Path, there: dict[str, Any], scored: dict[str, Any]) -> None:
-    """ValueError where a result is not of what is to be scored."""
+    """Raise ValueError where a result on disk scored another model or other data."""
     of = {"model": "another model", "data": "other data"}
     others = [
         of.get(name, f"{name} {there[name]}, not {scored[name]}")
@@ -205,7 +214,7 @@ def score(
     media: Media,
     batch_size: int,
 ) -> Result:
-    """Scores of rows of candidates."""
+    """Score a model on the rows of one task."""
     places: dict[tuple[str, str], int] = {}
     for row in rows:
         for item in (row.query, *row.targets):
@@ -227,12 +236,13 @@ def score(
         candidates = np.array([places[item] for item in rows[numbers[0]].targets])
         known, first = np.unique(ids[candidates], return_index=True)  # copies are one candidate
         queries = vectors[[places[rows[n].query] for n in numbers]].astype(np.float64)
-        # Summed in float64, then rounded: in float32 equal candidates can differ in the last bit.
+        # In float32 equal candidates can differ in the last bit. The sum is therefore in float64
+        # and rounded at the end.
         scores = (queries @ vectors[candidates[first]].astype(np.float64).T).astype(np.float32)
         places_right = np.searchsorted(known, ids[candidates[[rows[n].right for n in numbers]]])
         right = scores[np.arange(len(numbers)), places_right][:, None]
         above[numbers] = (scores > right).sum(1)
-        tied[numbers] = (scores == right).sum(1) - 1  # itself
+        tied[numbers] = (scores == right).sum(1) - 1  # the right candidate equals itself
     query, target = (
         np.array([places[item] for item in items])
         for items in zip(*((row.query, row.targets[row.right]) for row in rows), strict=True)
@@ -260,7 +270,7 @@ def score(
 def _embedded(
     model: SentenceTransformer, items: list[tuple[str, str]], made: list[Any], batch_size: int
 ) -> np.ndarray:
-    """Normalised embeddings of inputs; ValueError names the (text, path) that a model refuses."""
+    """Return normalised embeddings. Raise ValueError with the (text, path) that a model refuses."""
     settings = {"normalize_embeddings": True, "show_progress_bar": False}
     try:
         return encode(model, made, batch_size=batch_size, **settings)
@@ -271,7 +281,10 @@ def _embedded(
 
 
 def summarise(results: Sequence[Result]) -> dict[str, float]:
-    """Means over MMEB's tasks: per meta-task, in and out of distribution, all; NaN where none."""
+    """Return MMEB's means: per meta-task, in distribution, out of distribution, and over all tasks.
+
+    A mean over no tasks is NaN.
+    """
     scores = {r.task: r.precision for r in results if r.task in TASKS}
 
     def over(chosen: list[str]) -> float:
@@ -286,7 +299,7 @@ def summarise(results: Sequence[Result]) -> dict[str, float]:
 
 
 def format_table(results: Sequence[Result]) -> str:
-    """The tasks' scores, and MMEB's means beside the published ones, as Markdown."""
+    """Return Markdown tables: the tasks' scores, and MMEB's means beside the published ones."""
     lines = [
         "| task | rows | precision@1 | R@5 | R@10 | ties | overlap |",
         "|---|---|---|---|---|---|---|",
@@ -310,5 +323,5 @@ def _row(*cells: str | int | float) -> str:
 
 
 def _cell(value: str | int) -> str:
-    """A name from data as text of a Markdown page, which may become HTML."""
+    """Escape a name from data for Markdown and for the HTML that may be made of it."""
     return re.sub(r"[|`\[\\]", r"\\\g<0>", html.escape(shown(value), quote=False))

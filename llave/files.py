@@ -1,4 +1,4 @@
-"""Errors that name files, names from data as text, what systems leave in folders."""
+"""Helpers for files: errors that name a file, printable names, and entries to pass over."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from llave.jsonl import whole
 from llave_kernels import atomic_files
 
-LFS_POINTER = b"version https://git-lfs"  # what a clone has in place of a file not yet fetched
+LFS_POINTER = b"version https://git-lfs"  # in a clone, the start of a file not yet fetched
 LONGEST_NAME = 1000  # characters that ``shown`` keeps
-# Made by Windows, macOS in archives, Synology and QNAP; hidden names are left behind anyway.
+# Windows, macOS (in archives), Synology and QNAP make these. Hidden names are passed over anyway.
 _LEFTOVERS = {
     "$recycle.bin", "__macosx", "@eadir", "@recycle", "desktop.ini", "ehthumbs.db", "icon\r",
     "lost+found", "system volume information", "thumbs.db",
@@ -30,10 +30,10 @@ _KINDS = {
 
 
 def shown(name: object) -> str:
-    """A name from data as text for one line of a terminal, a log or a page.
+    """Return a name from data as one line of text for a terminal, a log or a page.
 
-    Control characters, ANSI escapes, line ends, marks of writing direction and what else prints
-    nothing become backslash escapes; of more than 1,000 characters only the first are shown.
+    Characters that do not print become backslash escapes. Examples are control characters, ANSI
+    escapes, line ends and direction marks. A name is cut after 1,000 characters.
     """
     text = str(name)
     cut = "..." if len(text) > LONGEST_NAME else ""
@@ -41,20 +41,20 @@ def shown(name: object) -> str:
 
 
 def escaped(text: str) -> str:
-    """A text of any length on one line, as ``shown`` does it."""
+    """Escape a text of any length as ``shown`` does, without cutting it."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def left_behind(name: str) -> bool:
-    """Whether a file or folder of that name is hidden or made by a system, not by a user."""
+    """Whether a name is that of a hidden entry, or of one that an operating system makes."""
     return name.startswith(".") or name.lower() in _LEFTOVERS
 
 
 def snapshot(folder: Path) -> Path:
-    """The newest revision of a data set in the hub's cache; other folders as they are.
+    """Return the newest revision of a data set in the hub's cache, or any other folder unchanged.
 
     Raises:
-        ValueError: there are several revisions and it is not said which is the newest.
+        ValueError: there are no revisions, or several and no ``refs/main`` that names one of them.
     """
     revisions = folder / "snapshots"
     if not (revisions.is_dir() and (folder / "refs").is_dir()):
@@ -73,21 +73,26 @@ def snapshot(folder: Path) -> Path:
 
 
 def publish(path: Path, write: Callable[[Path], object]) -> None:
-    """``atomic_files.publish``, with errors as ``writing`` says them."""
+    """Call ``atomic_files.publish`` with the errors of ``writing``."""
     with writing(path):
         atomic_files.publish(path, write)
 
 
 def create(path: Path, write: Callable[[Path], object]) -> bool:
-    """``atomic_files.create``, with errors as ``writing`` says them."""
+    """Call ``atomic_files.create`` with the errors of ``writing``."""
     with writing(path):
         return atomic_files.create(path, write)
 
 
 def refuse_overlap(name: str, out: Path, others: dict[str, str | os.PathLike[str]]) -> None:
-    """ValueError where a folder to write is, holds or lies in one of others, by their names.
+    """Raise ValueError where an output folder overlaps an input: equals, holds or lies in it.
 
-    Hub names and others that are not on this disk are passed over.
+    Inputs that do not exist on this disk, such as hub names, are passed over.
+
+    Args:
+        name: the output's name, for the error.
+        out: the output folder.
+        others: by name, the inputs.
     """
     here = out.resolve()
     for other, place in others.items():
@@ -100,22 +105,22 @@ def refuse_overlap(name: str, out: Path, others: dict[str, str | os.PathLike[str
 
 
 def refuse_existing(out: Path, names: Iterable[str]) -> None:
-    """ValueError where a folder already has one of the files that are to be written there."""
+    """Raise ValueError where a folder already has one of the files to be written."""
     if there := [name for name in names if os.path.lexists(out / name)]:
         raise ValueError(f"{shown(out)} has {', '.join(there)} already; choose another folder")
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Name the file or folder that a system or a library fails to write.
+    """Raise write errors again with the name of the file or folder.
 
     Raises:
-        OSError: for an error of the system or of such a library, with its ``errno``.
+        OSError: the system or a library failed to write. It keeps the error's ``errno``.
     """
     try:
         yield
     except Exception as error:
-        # Of the libraries in Rust one has its own type, one raises Exception itself.
+        # Libraries in Rust raise SafetensorError or a plain Exception.
         if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:
             raise
         cause = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
@@ -128,35 +133,36 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def regular(path: Path) -> Path:
-    """The path, if a file is there, or a link to one.
+    """Return the path, if it is a regular file or a link to one.
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: a folder is, or what would be waited for: a pipe, a socket, a device.
+        ValueError: it is a folder, or reading it could block: a pipe, a socket, a device.
     """
     refuse_other_kinds(path.stat(), path)
     return path
 
 
 def refuse_other_kinds(found: os.stat_result, path: str | os.PathLike[str]) -> None:
-    """ValueError where what was found at a path is no regular file."""
+    """Raise ValueError where a path's ``stat`` result is not that of a regular file."""
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "of an unknown kind")
         raise ValueError(f"{shown(os.fspath(path))!r} is {kind}, not a regular file")
 
 
 def refuse_pipes(folder: Path) -> None:
-    """ValueError for what a library would wait for in a folder: a pipe, a socket, a device."""
+    """Raise ValueError where a folder holds a pipe, a socket or a device, which could block."""
     for path in sorted(folder.rglob("*")):
         if path.exists() and not path.is_dir():
             regular(path)
 
 
 def read_json(file: Path, kind: type = dict) -> Any:
-    """What a JSON file holds.
+    """Return the value in a JSON file.
 
     Raises:
-        ValueError: there is no such file, or it is damaged or holds no ``kind``; it is named.
+        ValueError: there is no such file, or it is damaged or holds no ``kind``. The message names
+            the file.
     """
     try:
         with regular(file).open("rb") as stream:
@@ -170,10 +176,12 @@ def read_json(file: Path, kind: type = dict) -> Any:
 
 @contextmanager
 def reading(*files: Path) -> Iterator[None]:
-    """Name the files at whose contents a library fails, with an error of whatever type.
+    """Raise a library's error again as one that names the files it was reading.
+
+    A plain ValueError passes unchanged, because it is one of ours.
 
     Raises:
-        ValueError: where anything but a plain ValueError, which is one of ours, was raised.
+        ValueError: the library raised an error of any other type.
     """
     try:
         yield
@@ -185,7 +193,7 @@ def reading(*files: Path) -> Iterator[None]:
 
 def _unreadable(error: Exception, *files: Path) -> ValueError:
     names = " or ".join(map(shown, files))
-    if isinstance(error, OSError) and error.strerror:  # the system's, not a decoder's
+    if isinstance(error, OSError) and error.strerror:  # from the system, not from a decoder
         return ValueError(f"{names} cannot be read ({error.strerror})")
     said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return ValueError(
@@ -195,7 +203,7 @@ def _unreadable(error: Exception, *files: Path) -> ValueError:
 
 
 def refuse_damaged(folder: Path) -> None:
-    """ValueError for the first file of a model's folder that is not what its name says."""
+    """Raise ValueError for the first damaged file in a model's folder."""
     for file in sorted(folder.rglob("*")):
         if file.suffix == ".json":
             read_json(file, list if file.name == "modules.json" else dict)

@@ -1,10 +1,12 @@
 """Still images in RGB: as a person sees them, or as they are stored.
 
-As a person sees them: turned upright by their orientation tag (EXIF, XMP, HEIF), grey of 16 bits
-or of floats brought to 8 bits, colours by the embedded profile brought to sRGB, CMYK and Lab
-included. As stored: what Pillow's ``convert("RGB")`` makes of the file, with none of that. In both
-an alpha channel is dropped, as LLaVE's authors do, and of several pictures in a file (GIF, TIFF,
-WebP) the first is taken.
+As a person sees them: the orientation tag (EXIF, XMP, HEIF) turns an image upright. 16-bit and
+float grey becomes 8-bit. An embedded profile converts colours to sRGB, CMYK and Lab included.
+
+As stored: the image is what Pillow's ``convert("RGB")`` makes of the file, with none of that.
+
+In both, an alpha channel is dropped, as LLaVE's authors do. A file may hold several pictures (GIF,
+TIFF, WebP), and the first is taken.
 """
 
 from __future__ import annotations
@@ -39,18 +41,18 @@ else:
     HEIF = True
 
 Pixels = Literal["seen", "stored"]
-# Files that hold a picture and that Pillow reads; others in a folder of images are left out.
+# Suffixes of image files that Pillow reads. In a folder of images, other files are left out.
 IMAGE_SUFFIXES = {
     ".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".hif", ".j2k", ".jfif", ".jp2",
     ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm",
     ".tga", ".tif", ".tiff", ".webp",
 }  # fmt: skip
-# What a file holds decides, not its suffix. Of the others that Pillow knows one starts a program
-# (EPS). JPEG includes MPO; TGA, which begins with no mark, is tried last.
+# A file's content decides its format, not its suffix. Pillow's other formats are refused, because
+# one of them starts a program (EPS). JPEG includes MPO. TGA has no signature and is tried last.
 _WANTED = "AVIF BMP DIB GIF HEIF JPEG JPEG2000 PCX PNG PPM TIFF WEBP TGA"
 Image.init()
 FORMATS = tuple(name for name in _WANTED.split() if name in Image.OPEN)
-# By suffix, what to install where this environment's Pillow lacks the decoder.
+# By suffix, what to install where the decoder is missing.
 MISSING = {
     suffix: remedy
     for suffixes, there, remedy in (
@@ -67,14 +69,14 @@ _SRGB = ImageCms.createProfile("sRGB")
 def open_rgb(
     file: str | os.PathLike[str] | bytes | BinaryIO, pixels: Pixels = "seen"
 ) -> Image.Image:
-    """An image file in RGB, ``"seen"`` or ``"stored"`` as this module says.
+    """Read an image file in RGB.
 
     Args:
-        file: a path, a file's content, or a file opened for reading, which stays open.
-        pixels: which of the two. Default: as a person sees it.
+        file: a path, a file's content, or a file opened for reading. An opened file stays open.
+        pixels: ``"seen"`` (default) is as a person sees the image. ``"stored"`` is as it is stored.
 
     Raises:
-        UnidentifiedImageError: it is no image, or of a kind that is not read; the message says
+        UnidentifiedImageError: it is no image, or of a format that is not read. The message says
             which.
         ValueError: it is no regular file, or has more pixels than LLAVE_MAX_PIXELS
             (``llave.limits``). Decoders raise errors of many other types.
@@ -84,7 +86,11 @@ def open_rgb(
 
 
 def pixel_count(file: str | os.PathLike[str] | bytes | BinaryIO) -> int:
-    """How many pixels an image file says it has, without decoding it; errors as ``open_rgb``."""
+    """Return the number of pixels an image file declares, without decoding it.
+
+    Raises:
+        UnidentifiedImageError, ValueError: as in ``open_rgb``.
+    """
     with _source(file) as source, _image(source) as image:
         return image.width * image.height
 
@@ -96,9 +102,9 @@ def _source(file: str | os.PathLike[str] | bytes | BinaryIO) -> Any:
 
 
 def _image(source: BinaryIO) -> Image.Image:
-    """An image whose pixels are not read yet, of a size that may be read."""
+    """Open an image without reading its pixels, and check its size."""
     most = limits.value("LLAVE_MAX_PIXELS")
-    # Pillow's own limit gives way where a user raised ours; it keeps a lower one for others.
+    # Pillow has a limit of its own. It is raised only where the user set ours.
     if "LLAVE_MAX_PIXELS" in os.environ and Image.MAX_IMAGE_PIXELS is not None:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, most)
     try:
@@ -107,19 +113,20 @@ def _image(source: BinaryIO) -> Image.Image:
         raise UnidentifiedImageError(_no_image(source)) from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{str(error).rstrip('.')} {limits.remedy('LLAVE_MAX_PIXELS')}") from error
-    tags = getattr(image, "tag_v2", {})  # a TIFF file's tiles can be larger than its picture
+    tags = getattr(image, "tag_v2", {})  # TIFF tags: a tile can be larger than the picture
     tile = tags.get(TILEWIDTH, 0) * tags.get(TILELENGTH, 0)
     limits.check("LLAVE_MAX_PIXELS", max(image.width * image.height, tile), "pixels")
     return image
 
 
 def to_rgb(image: Any, name: str) -> Image.Image:
-    """One image in RGB as a person sees it.
+    """Return one image in RGB as a person sees it.
 
     Args:
-        image: PIL, path, opened file, URL, or an array (height, width), or uint8 with 3 or 4
-            channels last. In grey of other types than uint8 and uint16, white is 1 (floats only),
-            255 or 65535: the smallest that no value exceeds.
+        image: a PIL image, a path, an opened file, a URL or an array. An array is of shape (height,
+            width), or uint8 with 3 or 4 channels last. For grey of a dtype other than uint8 and
+            uint16, white is 1 (floats only), 255 or 65535, whichever is the smallest that no value
+            exceeds.
         name: the argument's name, for the errors.
 
     Raises:
@@ -156,7 +163,12 @@ def to_rgb(image: Any, name: str) -> Image.Image:
 
 
 def existing(path: str | os.PathLike[str], name: str) -> str:
-    """A path or URL as a string; ValueError, naming the argument, where there is no such file."""
+    """Return a path or URL as a string. Raise ValueError where a path is no file.
+
+    Args:
+        path: the path or URL.
+        name: the argument's name, for the error.
+    """
     path = os.fspath(path)
     if not path.startswith(REMOTE) and not Path(path).is_file():
         raise ValueError(f"{name}={path!r} is no file; pass a path that exists")
@@ -164,17 +176,17 @@ def existing(path: str | os.PathLike[str], name: str) -> str:
 
 
 def as_seen(image: Image.Image) -> Image.Image:
-    """A PIL image in RGB as a person sees it."""
+    """Convert a PIL image to RGB as a person sees it."""
     image.load()
     seen = _srgb(_eight_bits(image), image.info.get("icc_profile"))
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged metadata, which a viewer passes over
+    except Exception:  # the metadata is damaged; viewers ignore it then
         orientation = 1
     if orientation not in range(2, 9):
         seen.info = {}
         return seen
-    # Pillow would write the other tags anew, and fails at some that it reads.
+    # Only this tag is kept. Pillow would write the others again, and it fails at some of them.
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = int(orientation)
     seen.info = {"exif": exif.tobytes()}
@@ -184,16 +196,16 @@ def as_seen(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits or of floats in 8 bits; other images as they are."""
+    """Convert grey of more than 8 bits or of floats to 8 bits. Other images are unchanged."""
     if not image.mode.startswith(("I", "F")):
         return image
     values = np.asarray(image)
-    tags = getattr(image, "tag_v2", {})  # of a TIFF file
+    tags = getattr(image, "tag_v2", {})  # TIFF tags
     bits = tags.get(BITSPERSAMPLE, (32,))[0] if tags else 32
     unsigned = tags.get(SAMPLEFORMAT, (1,))[0] == 1
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        white = 2.0 ** min(bits, 16) - 1  # scanners have 12 bits too
-    else:  # their files do not say what is white
+        white = 2.0 ** min(bits, 16) - 1  # some scanners write 12 bits
+    else:  # such files do not say which value is white
         if tags and image.mode == "I" and bits == 32 and unsigned:
             values = values.view(np.uint32)
         most = np.max(values, initial=0, where=np.isfinite(values))
@@ -202,17 +214,17 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         white = float(next(white for white in whites if most <= white))
     made = np.empty(values.shape, np.uint8)
     for first in range(0, len(values), rows := max(1, 2**20 // max(1, image.width))):
-        some = values[first : first + rows].astype(np.float64)  # a part at a time, for the memory
+        some = values[first : first + rows].astype(np.float64)  # a part at a time saves memory
         shares = np.nan_to_num(np.clip(some / white, 0, 1))
-        if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white; in 8 bits Pillow sees to it
+        if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white; Pillow inverts only 8 bits
             shares = 1 - shares
         made[first : first + rows] = np.rint(255 * shares)
     return Image.fromarray(made)
 
 
 def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """An image of 8 bits in RGB, from the colours of its profile if it has one."""
-    if image.mode in ("P", "PA", "RGBa", "La"):  # palettes may hold alpha; others are multiplied
+    """Convert an 8-bit image to RGB, by its colour profile if it has one."""
+    if image.mode in ("P", "PA", "RGBa", "La"):  # palettes with alpha, or premultiplied alpha
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     if profile:
         image = image.convert({"1": "L", "LA": "L", "RGBA": "RGB"}.get(image.mode, image.mode))
@@ -220,14 +232,14 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             if image.mode != "RGB" or "srgb" not in ImageCms.getProfileName(source).lower():
                 made = ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
-                return cast(Image.Image, made)  # None is for those changed in place
+                return cast(Image.Image, made)  # it is None only for a conversion in place
         except (ImageCms.PyCMSError, OSError):
-            pass  # A profile that is damaged or of other colours: a viewer passes over it.
+            pass  # The profile is damaged or for other colours. Viewers ignore it then.
     return image.convert("RGB")
 
 
 def _no_image(source: BinaryIO) -> str:
-    """Why a file is not taken for an image."""
+    """Say why a file is not read as an image."""
     source.seek(0)
     head = source.read(32)
     if not head:

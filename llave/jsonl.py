@@ -1,4 +1,4 @@
-"""JSON that others wrote: lines and values of bounded size and depth."""
+"""Read JSON from untrusted files, with limits on its size and depth."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from llave import limits
 
 
 def parsed(data: bytes) -> Any:
-    """The value that JSON stands for.
+    """Parse JSON.
 
     Raises:
-        ValueError: it is not JSON, or deeper than LLAVE_MAX_JSON_DEPTH.
+        ValueError: it is not JSON, or it is nested deeper than LLAVE_MAX_JSON_DEPTH.
     """
     text = str(data, json.detect_encoding(data), "surrogatepass")
-    # Parsers recurse, and what they make is printed and freed by recursion too.
+    # Parsing recurses. Printing and freeing the result do so too.
     if text.count("[") + text.count("{") > limits.value("LLAVE_MAX_JSON_DEPTH"):
         limits.check("LLAVE_MAX_JSON_DEPTH", _depth(text), "lists and objects in each other")
     return json.loads(text)
 
 
 def lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file; ValueError where one is longer than LLAVE_MAX_LINE_BYTES."""
+    """Yield a file's lines. Raise ValueError for a line longer than LLAVE_MAX_LINE_BYTES."""
     most = limits.value("LLAVE_MAX_LINE_BYTES")
     while line := file.readline(most + 1):
         limits.check("LLAVE_MAX_LINE_BYTES", len(line), "bytes or more in a line", file.name)
@@ -32,14 +32,19 @@ def lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def whole(file: BinaryIO) -> Any:
-    """The one value of a file; ValueError as ``parsed``, or above LLAVE_MAX_JSON_BYTES."""
+    """Parse a whole file as one JSON value.
+
+    Raises:
+        ValueError: as in ``parsed``, or the file is larger than LLAVE_MAX_JSON_BYTES.
+    """
     data = file.read(limits.value("LLAVE_MAX_JSON_BYTES") + 1)
     limits.check("LLAVE_MAX_JSON_BYTES", len(data), "bytes or more", file.name)
     return parsed(data)
 
 
 def _depth(text: str) -> int:
-    # Without escapes every quote begins or ends a string, so that every other part is outside.
+    # Once escapes are removed, every quote begins or ends a string. After a split at the quotes,
+    # every other part is outside strings.
     outside = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
     steps = {"[": 1, "{": 1, "]": -1, "}": -1}
     return max(accumulate(steps[c] for c in outside if c in steps), default=0)

@@ -1,7 +1,7 @@
-"""Limits on what one file may ask for, so that a small file cannot fill the memory or take hours.
+"""Limits on one file, so that a small file cannot fill the memory or take hours.
 
-Each limit is raised, or lowered, by the environment variable of its name, for every process that
-inherits it. The defaults are above what data sets hold.
+An environment variable of the same name raises or lowers each limit. The defaults are above what
+data sets hold.
 """
 
 from __future__ import annotations
@@ -11,30 +11,32 @@ from collections.abc import Collection
 from typing import Any
 
 DEFAULTS = {
-    # Of one image; and of those that embed and evaluate decode at a time, unless it is one alone.
+    # Pixels in one image. Also the pixels in all images that embed or evaluate decode at a time.
     "LLAVE_MAX_PIXELS": 2**27,
-    # Of all images and frames in one batch of training, which cannot be divided.
+    # Pixels in all images and frames of one training batch. Such a batch cannot be divided.
     "LLAVE_MAX_BATCH_PIXELS": 2**32,
-    # Of the frames taken of one video, counted as 16 at least: a decoder keeps as many itself.
+    # Pixels in the frames taken from one video. Fewer than 16 frames count as 16, because a
+    # decoder itself keeps as many in memory.
     "LLAVE_MAX_VIDEO_PIXELS": 320_000_000,
-    "LLAVE_MAX_VIDEO_FRAMES": 2**20,  # in one video file, taken or not
-    "LLAVE_MAX_LINE_BYTES": 2**26,  # of a line of JSON
-    "LLAVE_MAX_JSON_BYTES": 2**31,  # of a file that is one JSON value
-    "LLAVE_MAX_JSON_DEPTH": 100,  # of lists and objects in each other
-    "LLAVE_MAX_ROWS": 2**32,  # that a parquet file declares
-    "LLAVE_MAX_ROW_GROUP_BYTES": 2**33,  # the same, of the columns read
-    "LLAVE_MAX_SHARDS": 2**20,  # of a folder of embeddings
-    # Of one of them, unpacked: those of embed are not packed, and as large as their files.
+    "LLAVE_MAX_VIDEO_FRAMES": 2**20,  # frames in one video file, taken or not
+    "LLAVE_MAX_LINE_BYTES": 2**26,  # bytes in a line of JSON
+    "LLAVE_MAX_JSON_BYTES": 2**31,  # bytes in a file that is one JSON value
+    "LLAVE_MAX_JSON_DEPTH": 100,  # nesting depth of lists and objects
+    "LLAVE_MAX_ROWS": 2**32,  # rows that a parquet file declares
+    # Uncompressed bytes that a parquet file declares in one row group, in the columns read.
+    "LLAVE_MAX_ROW_GROUP_BYTES": 2**33,
+    "LLAVE_MAX_SHARDS": 2**20,  # shards in a folder of embeddings
+    # Bytes of one shard in memory. It applies only to a shard that takes over four times its file.
     "LLAVE_MAX_SHARD_BYTES": 2**30,
-    "LLAVE_MAX_DOWNLOAD_BYTES": 2**30,  # of an image given as a URL
+    "LLAVE_MAX_DOWNLOAD_BYTES": 2**30,  # bytes of an image given as a URL
 }
 
 
 def value(name: str) -> int:
-    """A limit: the environment's, or the default.
+    """Return a limit: the environment variable's value, or the default.
 
     Raises:
-        ValueError: the environment's is not a positive integer.
+        ValueError: the environment variable is not a positive integer.
     """
     text = os.environ.get(name)
     if not text:
@@ -45,19 +47,32 @@ def value(name: str) -> int:
 
 
 def remedy(name: str) -> str:
-    """What to do where a limit refuses a file."""
+    """Say how to raise a limit that refused a file."""
     allowed = f"{name} is {value(name):,}"
     return f"({allowed}; for a file that you trust set that environment variable higher)"
 
 
 def check(name: str, amount: int, unit: str, of: object = "it") -> None:
-    """ValueError, with the limit and how to raise it, where ``of`` has more than it allows."""
+    """Raise ValueError where ``amount`` is above a limit. The message says how to raise it.
+
+    Args:
+        name: the limit's name.
+        amount: the amount to check.
+        unit: its unit, for the message.
+        of: what has that amount, for the message.
+    """
     if amount > value(name):
         raise ValueError(f"{of} has {amount:,} {unit}, above the limit {remedy(name)}")
 
 
 def check_parquet(metadata: Any, columns: Collection[str], path: object) -> None:
-    """ValueError where a parquet file's footer declares more than is read of the columns."""
+    """Raise ValueError where a parquet file's footer declares more rows or bytes than the limits.
+
+    Args:
+        metadata: the file's ``pyarrow.parquet.FileMetaData``.
+        columns: names of the columns to be read. Only these count.
+        path: the file, for the message.
+    """
     check("LLAVE_MAX_ROWS", metadata.num_rows, "rows", path)
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)

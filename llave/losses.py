@@ -1,4 +1,4 @@
-"""The paper's loss in sentence-transformers' loss contract, plain and gradient-cached."""
+"""The paper's loss as a sentence-transformers loss, plain and with gradient caching."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from llave_kernels.integrations.sentence_transformers import (
 
 
 class LLaVELoss(MultipleNegativesRankingLoss):
-    """The symmetric hardness-weighted loss over the batch of all processes (eq. 4-6).
+    """The symmetric hardness-weighted loss over the global batch (eq. 4-6).
 
-    ``SentenceTransformerTrainer``'s ``loss``. Columns are anchor, positive and any number of
-    negatives. A ``label`` column of shape (N, columns - 1), if the dataset has one, holds the
-    content ids of positive and negatives: what has the id of a row's positive is not its negative.
-    A mined negative with the id of its own row's positive stands for none and counts nowhere.
+    It is a ``loss`` for ``SentenceTransformerTrainer``. The columns are anchor, positive and any
+    number of negatives. A dataset may also have a ``label`` column of shape (N, columns - 1). It
+    holds the content ids of positive and negatives. A target with the id of a row's positive is not
+    a negative of that row. A mined negative with the id of its own row's positive is a placeholder
+    for a missing negative, and no row counts it.
 
-    Under torch.distributed the loss is that of the global batch, whatever trainer averages the
-    gradients.
+    Under torch.distributed the loss is that of the global batch. This holds for any trainer that
+    averages the gradients.
 
     Args:
-        model: a SentenceTransformer; embeddings are normalised here.
+        model: a SentenceTransformer. The loss normalises its embeddings.
         scale: 1 / temperature (paper: 50).
         alpha: hardness strength in both directions (paper: 9; 0 is InfoNCE).
         false_negative_margin, backend: as in ``llave_kernels.hardness_weighted_contrastive_loss``.
@@ -59,7 +60,12 @@ class LLaVELoss(MultipleNegativesRankingLoss):
     def compute_loss_from_embeddings(
         self, embeddings: list[Tensor], labels: Tensor | None = None
     ) -> Tensor:
-        """Loss of anchors, positives and negatives, each (N, D), with ids (N, columns - 1); 0-d."""
+        """Return the 0-d loss of a batch.
+
+        Args:
+            embeddings: anchors, positives and negatives, each of shape (N, D).
+            labels: (N, columns - 1) content ids of positives and negatives, or None.
+        """
         query, *columns = (normalize(x, dim=-1) for x in embeddings)
         target = torch.cat(columns)
         pairs: dict[str, Any] = {}
@@ -91,7 +97,7 @@ class LLaVELoss(MultipleNegativesRankingLoss):
 
 
 class CachedLLaVELoss(CachedMultipleNegativesRankingLoss):
-    """``LLaVELoss`` with gradient caching: a batch of any size in the memory of a mini-batch.
+    """``LLaVELoss`` with gradient caching. Activation memory depends only on the mini-batch.
 
     Args:
         mini_batch_size: samples embedded at a time.

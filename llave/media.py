@@ -1,4 +1,4 @@
-"""Images and videos that data name by a path, and the inputs that are made of them."""
+"""Load the images and videos that data name by a path, and make model inputs of them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class BrokenMediaError(ValueError):
 
 
 class Media:
-    """Images and videos below one folder, by path. Paths that lead out are refused.
+    """Images and videos in one folder, by path. Paths that lead out of it are refused.
 
     Args:
         root: the folder.
-        pixels: ``"stored"``, which is MMEB's way, or ``"seen"`` (``llave.images``).
+        pixels: ``"stored"``, as MMEB does, or ``"seen"`` (``llave.images``).
     """
 
     def __init__(self, root: str | Path | None, pixels: Pixels = "stored") -> None:
@@ -35,11 +35,11 @@ class Media:
         self.pixels = pixels
 
     def path(self, name: str) -> Path:
-        """The file or folder of frames of a path as it stands in the data.
+        """Return the file, or the folder of frames, that a path in the data names.
 
         Raises:
-            ValueError: there is no folder, or the path leaves it.
-            FileNotFoundError: no such file, nor could there be.
+            ValueError: ``root`` is None, or the path leaves it.
+            FileNotFoundError: there is no such file, or the path is not a possible one.
         """
         try:
             return self._known().path(name)
@@ -49,10 +49,14 @@ class Media:
             raise
 
     def open(self, path: Path) -> BinaryIO:
-        """A file that ``path`` gave, or one in a folder that it gave, opened for reading.
+        """Open a file for reading.
+
+        Args:
+            path: a file that ``self.path`` returned, or one in a folder that it returned.
 
         Raises:
-            ValueError: it leaves the folder or is no regular file; OSError: as ``open``.
+            ValueError: it leaves the folder or is no regular file.
+            OSError: as in ``open``.
         """
         return self._known().open(path)
 
@@ -65,19 +69,20 @@ class Media:
 
     @cached_property
     def _packed(self) -> bool:
-        """Whether the folder has archives, as large sets of images are published."""
+        """Whether the folder has archives. Large sets of images are published as such."""
         ends = (".zip", ".tar", ".tar.gz")
         places = [self._root.folder.glob(deep) for deep in ("*", "*/*")] if self._root else []
         return any(path.name.endswith(ends) for place in places for path in place)
 
     def load(self, name: str) -> dict[str, Any]:
-        """The part of an input that shows it: ``image``, in RGB, or ``video``, a list of frames.
+        """Return ``{"image": RGB image}`` or ``{"video": list of frames}`` for a path in the data.
 
         Raises:
-            ValueError, FileNotFoundError: as in ``path``; BrokenMediaError: it cannot be read.
+            ValueError, FileNotFoundError: as in ``path``.
+            BrokenMediaError: it cannot be read.
         """
         path = self.path(name)
-        # The name's suffix: in the hub's cache the file itself has none.
+        # The suffix is taken from the name. In the hub's cache the file itself has none.
         kind = "video" if Path(name).suffix.lower() in VIDEO_SUFFIXES or path.is_dir() else "image"
         try:
             with ExitStack() as stack:
@@ -94,9 +99,9 @@ class Media:
 
 
 def make_input(text: str, path: str, media: Media) -> str | dict[str, Any]:
-    """What ``model.encode`` takes: the text, or a dict with the opened image or video.
+    """Return an input for ``model.encode``: the text, or a dict with the opened image or video.
 
-    ``<|image_1|>`` stays in the text: the model's chat template takes it out.
+    ``<|image_1|>`` stays in the text. The model's chat template handles it.
     """
     if not path:
         return text_input(text)
@@ -105,16 +110,16 @@ def make_input(text: str, path: str, media: Media) -> str | dict[str, Any]:
 
 
 def pixel_count(item: str | dict[str, Any]) -> int:
-    """How many pixels the image or the frames of an input have."""
+    """Return the number of pixels in an input's image or frames."""
     return sum(picture.width * picture.height for picture in _pictures(item))
 
 
 def input_batches(
     items: Sequence[tuple[str, str]], media: Media, size: int
 ) -> Iterator[tuple[list[tuple[str, str]], list[Any]]]:
-    """(text, path) pairs and what ``make_input`` makes of them, at most ``size`` at a time.
+    """Yield batches of at most ``size`` (text, path) pairs with their inputs from ``make_input``.
 
-    A batch ends early where its images and frames have LLAVE_MAX_PIXELS or more.
+    A batch ends early once its images and frames have LLAVE_MAX_PIXELS or more.
     """
     most = limits.value("LLAVE_MAX_PIXELS")
     taken, made, pixels = [], [], 0
@@ -135,7 +140,7 @@ def _pictures(item: str | dict[str, Any]) -> list[Any]:
 
 
 def content_id(item: str | dict[str, Any]) -> int:
-    """63 bits of what an input says and shows, its text and pixels, in every process and run."""
+    """Return a 63-bit hash of an input's text and pixels, the same in every process and run."""
     parts = {"text": item} if isinstance(item, str) else item
     digest = hashlib.blake2b(json.dumps(parts.get("text", "")).encode(), digest_size=8)
     for picture in _pictures(item):

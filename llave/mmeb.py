@@ -8,7 +8,7 @@ from llave.images import Pixels
 
 
 class Task(NamedTuple):
-    """A set's meta-task, and whether its training set is among the 20 of the training mix."""
+    """A set's meta-task, and whether the mix of 20 training sets contains its training set."""
 
     meta: str
     in_distribution: bool
@@ -36,9 +36,9 @@ TASKS: dict[str, Task] = {
     for name in names.split()
 }
 METAS = tuple(_SETS)
-# The training subsets have the same names, but for one.
+# The training subsets have the same names, except for one.
 _NAMES = {*TASKS, "ImageNet_1K"}
-# Precision@1 per meta-task, in distribution, out of distribution, overall.
+# Precision@1 per meta-task (in the order of METAS), in distribution, out of distribution, overall.
 PUBLISHED: dict[str, tuple[float, ...]] = {
     "VLM2Vec 0.5B": (54.6, 44.7, 56.8, 76.5, 59.8, 49.1, 55.0),
     "VLM2Vec 2B": (61.1, 57.3, 62.1, 85.5, 67.2, 58.1, 63.1),
@@ -55,8 +55,9 @@ PUBLISHED_VIDEO: dict[str, tuple[float, ...]] = {
 
 
 def pixels(name: str) -> Pixels:
-    """What the pixels of a subset's or a task's images mean: MMEB's are taken as they are stored.
+    """Say how to read the images of a subset or task.
 
-    So its authors and the published scores take them; a user's own are as a person sees them.
+    MMEB's own are read as they are stored. MMEB's authors read them so, and the published scores
+    depend on it. A user's own are read as a person sees them.
     """
     return "stored" if name in _NAMES else "seen"

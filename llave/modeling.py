@@ -1,9 +1,9 @@
 """A vision-language model as a SentenceTransformer, in the format of LLaVE (arXiv 2503.04812).
 
-The model is made of sentence-transformers' own modules (``Transformer``, ``Pooling``,
-``Normalize``), so a folder it is saved to loads with ``SentenceTransformer(path)`` where this
-package is not installed. What is particular to LLaVE is data inside that folder: the input format
-(``llave.chat``), the image grids, the padding side and the maximum length.
+The model consists of sentence-transformers' own modules (``Transformer``, ``Pooling``,
+``Normalize``). A saved folder therefore loads with ``SentenceTransformer(path)`` where this package
+is not installed. LLaVE's specifics are data in that folder: the input format (``llave.chat``), the
+image grids, the padding side and the maximum length.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from llave.video import load_frames
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
-_REFUSALS = (ValueError, TemplateError)  # what a model raises against an input
+_REFUSALS = (ValueError, TemplateError)  # what a model raises for an input that it refuses
 
 
 def build(
@@ -45,26 +45,27 @@ def build(
     model_kwargs: dict[str, Any] | None = None,
     device: str | None = None,
 ) -> SentenceTransformer:
-    """A new embedding model on a vision-language backbone, in LLaVE's format.
+    """Build a new embedding model on a vision-language backbone, in LLaVE's format.
 
-    The backbone loses its language-model head; its last hidden state at the last token, normalised,
-    is the embedding. Weights and dtype are the backbone's.
+    The language-model head is dropped. The embedding is the last hidden state at the last token,
+    normalised. Weights and dtype are the backbone's.
 
     Args:
-        backbone: a folder or hub name with model and processor, or a (model, processor) pair, which
-            is copied by way of a temporary folder. Its type is one of :mod:`llave.backbones`:
-            LLaVA-OneVision, Qwen2-VL or Qwen2.5-VL. Its tokenizer knows ``<|im_start|>`` and
-            ``<|im_end|>``.
-        pinpoints: the (height, width) grids an image may be cut into, for a backbone that cuts
-            images into tiles (LLaVA-OneVision).
-            Default: {1, 2} x {1, 2} tiles of the vision tower, the paper's {384, 768}^2 for its
-            tower. The released LLaVA-OneVision allows up to 6 x 6, far more tokens.
-        max_seq_length: tokens of an input with all its images, default the paper's 4096; for video
-            it has 8192. Images or videos that do not fit raise an error when they are encoded.
-            Qwen-VL's image size is bounded by ``size`` of its image processor alone.
+        backbone: a folder or hub name with model and processor, or a (model, processor) pair. A
+            pair is copied by way of a temporary folder. The model's type is one of
+            :mod:`llave.backbones`: LLaVA-OneVision, Qwen2-VL or Qwen2.5-VL. The tokenizer must know
+            ``<|im_start|>`` and ``<|im_end|>``.
+        pinpoints: the (height, width) grids an image may be cut into, in pixels. Only a backbone
+            that cuts images into tiles has them (LLaVA-OneVision). Default: {1, 2} x {1, 2} tiles
+            of the vision tower. For the paper's tower they are its {384, 768}^2. The released
+            LLaVA-OneVision allows up to 6 x 6 tiles, which gives far more tokens.
+        max_seq_length: the most tokens of an input with all its images. The default 4096 is the
+            paper's; the paper has 8192 for video. Images or videos that do not fit raise an error
+            when they are encoded. For Qwen-VL only ``size`` of its image processor limits the size
+            of an image.
         model_kwargs: passed to ``AutoModel.from_pretrained``, e.g. ``dtype``,
             ``attn_implementation``.
-        device: where the model goes; default as sentence-transformers chooses.
+        device: the model's device. Default: sentence-transformers' choice.
 
     Raises:
         ValueError: the backbone's type is not one of those, its tokenizer lacks the ChatML tokens,
@@ -86,7 +87,7 @@ def build(
             )
     backbone = os.fspath(backbone)
     refuse_changed(Path(backbone))
-    # Not AutoConfig, which knows no llava_qwen and so could not point to its conversion.
+    # AutoConfig does not know llava_qwen, so its error could not point to llave.convert.
     model_type = PretrainedConfig.get_config_dict(backbone)[0].get("model_type")
     kind = backbone_of(model_type)
     with all_weights(backbone):
@@ -99,7 +100,7 @@ def build(
                 "truncation_side": "right",
                 "model_max_length": max_seq_length,
             },
-            unpad_inputs=None if kind.packs_texts else False,  # None: where attention can
+            unpad_inputs=None if kind.packs_texts else False,  # None: if the attention supports it
         )
     if kind.tiled:
         _set_pinpoints(transformer, pinpoints)
@@ -108,7 +109,7 @@ def build(
             f"pinpoints={pinpoints!r} does not apply to a {model_type} backbone, which takes "
             "images in their own resolution; leave it out"
         )
-    # Some processors sample: from frames without times they drop some, or fail.
+    # The frames are sampled already. Some processors would sample again, and drop frames or fail.
     transformer.processor.video_processor.do_sample_frames = False
     tokenizer = formatted(transformer.tokenizer, max_seq_length)
     transformer.processor.tokenizer = tokenizer
@@ -121,20 +122,21 @@ def build(
 
 
 def load(path: str | os.PathLike[str], **kwargs: Any) -> SentenceTransformer:
-    """``SentenceTransformer(path, **kwargs)``, refusing a model that does not pool the last token.
+    """Return ``SentenceTransformer(path, **kwargs)``, and refuse a model that is not one of ours.
 
-    The model can be pickled after use, as ``start_multi_process_pool`` does. One that
-    ``SentenceTransformer`` loaded cannot once it has encoded an image, for transformers' hooks.
+    The model can be pickled after use, as ``start_multi_process_pool`` does. A model loaded by
+    ``SentenceTransformer`` itself cannot be pickled once it has encoded an image, because of
+    transformers' hooks.
 
     Args:
         path: a folder saved from :func:`build` or by :func:`llave.convert.convert`, or a hub name.
         kwargs: those of ``SentenceTransformer``.
 
     Raises:
-        ValueError: the model is not one of ours: a bare backbone, for which sentence-transformers
-            falls back to mean pooling, or an embedding model with other pooling; or a file of it
-            is missing, cut short, not what its name says or, where its folder has a ``seal.json``,
-            other than it was written; or what was loaded does not tell two texts apart.
+        ValueError: the model does not pool the last token (sentence-transformers gives a bare
+            backbone mean pooling); it takes no texts or no images; a file of it is missing, cut
+            short or not what its name says; its folder has a ``seal.json`` and a file has changed;
+            or it does not tell two texts apart.
     """
     path = os.fspath(path)
     folder = Path(path)
@@ -152,7 +154,7 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> SentenceTransformer:
             raise
         refuse_damaged(folder)
         raise unloadable(path, error) from error
-    # A tokenizer saved after use remembers how it truncated, over any ``max_seq_length`` set later.
+    # A tokenizer saved after use keeps its truncation, which would override ``max_seq_length``.
     for setting in ("max_length", "stride", "truncation_strategy"):
         getattr(model.tokenizer, "init_kwargs", {}).pop(setting, None)
     modes = [module.pooling_mode for module in model if isinstance(module, Pooling)]
@@ -173,7 +175,7 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> SentenceTransformer:
 
 
 def _probe(model: SentenceTransformer) -> None:
-    """Embed two texts; ValueError where the model does not tell them apart."""
+    """Embed two texts. Raise ValueError for equal embeddings, or ones not of length 1."""
     vectors = []
     for text in ("a cat", "two dogs"):
         message = {"role": "user", "content": [{"type": "text", "text": text}]}
@@ -184,12 +186,13 @@ def _probe(model: SentenceTransformer) -> None:
     first, second = vectors
     if torch.allclose(first, second, rtol=0, atol=1e-6):
         raise ValueError("two texts have the same embedding")
-    if any(abs(float(vector.norm()) - 1) > 0.05 for vector in vectors):  # NaN is for who embeds
+    # NaN passes here. The code that encodes inputs refuses it.
+    if any(abs(float(vector.norm()) - 1) > 0.05 for vector in vectors):
         raise ValueError("its embeddings do not have the length 1")
 
 
 def _check_tokens(model: SentenceTransformer, folder: Path) -> None:
-    """Raise for files without which every row would fail, or have the same tokens."""
+    """Raise ValueError for a tokenizer without padding, or a chat template that loses the text."""
     processor = model[0].processor
     with reading(folder / "tokenizer_config.json"):
         if model.tokenizer.pad_token is None:
@@ -203,10 +206,10 @@ def _check_tokens(model: SentenceTransformer, folder: Path) -> None:
 
 
 def set_length(model: SentenceTransformer, max_seq_length: int) -> None:
-    """Set ``model.max_seq_length``, the tokens of an input with all its images.
+    """Set ``model.max_seq_length``, the most tokens of an input with all its images.
 
     Raises:
-        ValueError: the closing turn takes as many; the tokenizer would not cut at all.
+        ValueError: it is not larger than the closing turn. The tokenizer would not truncate at all.
     """
     closing = model.tokenizer.num_special_tokens_to_add()
     if max_seq_length <= closing:
@@ -222,27 +225,30 @@ def inputs(
     images: Any = None,
     video: Any = None,
 ) -> dict[str, Any]:
-    """One input for ``model.encode([...])`` from what ``encode`` does not take as it is.
+    """Make one input for ``model.encode([...])`` of things that ``encode`` does not take directly.
 
     ``encode`` itself takes a text, an image, and dicts of ``text``, ``image`` (one or a list) and
-    ``video``. This helper adds grey arrays, ``pathlib`` paths, the paper's sampling of a video, and
-    one conversion to RGB for every kind of image, as a person sees it (:mod:`llave.images`): the
-    alpha channel dropped, as the authors do. (Given a PIL image, ``encode`` lays an alpha channel
-    on white, turns nothing and cuts 16 bits off at 255.)
+    ``video``. This function also takes grey arrays and ``pathlib`` paths. It samples a video's
+    frames as the paper does. It converts every image to RGB as a person sees it
+    (:mod:`llave.images`), and drops an alpha channel as the authors do. ``encode`` treats a PIL
+    image differently: it puts an alpha channel on white, ignores the orientation and clips 16-bit
+    values at 255.
 
     Args:
-        text: the user's text. ``<|image_1|>``, ``<|image_2|>``, ..., which count images and videos
-            together, are taken out: images, then videos go first, each with a newline. One that
-            begins the text of a single image stays there, without a newline of ours. All else is
-            text, names of the tokenizer's tokens such as ``<image>`` included. Without a text an
-            image gets "Represent the given image.", a video "Represent the given video.".
+        text: the user's text. The placeholders ``<|image_1|>``, ``<|image_2|>``, ... count images
+            and videos together. They are removed: images, then videos come before the text, each
+            with a newline. A placeholder at the start of a single image's text is where the image
+            goes, without the newline. Everything else is text, also a token's name such as
+            ``<image>``. Without a text an image gets "Represent the given image." and a video
+            "Represent the given video.".
         images: one image or a list: PIL, path, URL, or an array (height, width[, channels]).
-            Several images get one tile each; a single one is cut into up to four.
-        video: a file, a folder of frames or a list of frames, of which
-            :func:`llave.video.load_frames` takes at most 32, 3 a second of a file; no URL. 32
-            frames of a released size are 6273 tokens, so ``max_seq_length`` must be the paper's
-            8192. Videos of different lengths go through :func:`encode`. Frames carry no times:
-            Qwen2.5-VL takes them for 24 a second.
+            With LLaVA-OneVision, several images get one tile each, and a single one is cut into up
+            to four.
+        video: a file, a folder of frames or a list of frames; no URL.
+            :func:`llave.video.load_frames` takes at most 32 frames, and 3 a second of a file. 32
+            frames take 6273 tokens in the released models, so ``max_seq_length`` must be the
+            paper's 8192. :func:`encode` takes videos of different lengths. Frames carry no times,
+            so Qwen2.5-VL assumes 24 frames a second.
 
     Raises:
         ValueError: nothing was given, a file does not exist or cannot be read, an array is no image
@@ -266,22 +272,22 @@ def inputs(
 
 
 def text_input(text: str, modalities: list[Any] | None = None) -> str | dict[str, str]:
-    """What makes ``encode`` take a text for one: as it is, or in a dict.
+    """Return a text in a form that ``encode`` treats as text: unchanged, or in a dict.
 
-    A text that looks like an address of an image would be fetched and embedded as one.
+    ``encode`` would download a text that looks like an image's URL, and embed the image.
 
     Args:
         text: the text.
-        modalities: those of the model, where they are known.
+        modalities: the model's modalities, if known.
     """
     return text if infer_modality(text, modalities) == "text" else {"text": text}
 
 
 class RefusedItemError(ValueError):
-    """An item that the model does not take.
+    """The model refuses an item.
 
     Attributes:
-        place: of the item.
+        place: the item's index.
         reason: the model's error.
     """
 
@@ -291,10 +297,10 @@ class RefusedItemError(ValueError):
 
 
 def encode(model: SentenceTransformer, items: Sequence[Any], **kwargs: Any) -> np.ndarray:
-    """``model.encode(items, **kwargs)`` with videos of different lengths, naming a refused item.
+    """Call ``model.encode(items, **kwargs)``, also for videos of different lengths.
 
-    LLaVA-OneVision stacks the videos of a batch, which must then have the same number of frames;
-    items are encoded together with those of their own number.
+    LLaVA-OneVision stacks the videos of a batch, so they must have the same number of frames. Items
+    are grouped by their number of frames, and each group is encoded separately.
 
     Args:
         model: from :func:`build` or :func:`load`.
@@ -302,7 +308,7 @@ def encode(model: SentenceTransformer, items: Sequence[Any], **kwargs: Any) -> n
         kwargs: those of ``encode``, except the ones that make it return no array.
 
     Returns:
-        The embeddings, of shape (items, D) and ``encode``'s dtype.
+        (items, D) embeddings in ``encode``'s dtype.
 
     Raises:
         RefusedItemError: the model does not take an item.
@@ -326,7 +332,10 @@ def encode(model: SentenceTransformer, items: Sequence[Any], **kwargs: Any) -> n
 
 
 def _set_pinpoints(transformer: Transformer, pinpoints: list[list[int]] | None) -> None:
-    """Model and processor must agree on the grids: one cuts the image, the other puts it back."""
+    """Set the grids of model and processor. The processor cuts an image, the model reassembles it.
+
+    The two must therefore have the same grids.
+    """
     tile = transformer.config.vision_config.image_size
     if pinpoints is None:
         pinpoints = [[rows * tile, columns * tile] for rows in (1, 2) for columns in (1, 2)]

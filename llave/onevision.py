@@ -1,4 +1,4 @@
-"""A LLaVA-OneVision put together of its parts, for converted checkpoints and for random weights."""
+"""Assemble a LLaVA-OneVision config and processor, for converted checkpoints and random weights."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def configuration(
     tokenizer: PreTrainedTokenizerBase,
     **settings: Any,
 ) -> LlavaOnevisionConfig:
-    """The config of a vision tower and a language model.
+    """Return the config for a vision tower and a language model.
 
     Args:
-        vision, text: the configs of the two.
-        tokenizer: one that has the tokens of images and videos.
-        settings: further ones of ``LlavaOnevisionConfig``.
+        vision, text: their configs.
+        tokenizer: a tokenizer with the image and video tokens.
+        settings: other arguments of ``LlavaOnevisionConfig``.
     """
     for name in ("image", "video"):
         token = getattr(LLAVA_ONEVISION, name)
@@ -38,7 +38,7 @@ def configuration(
 def processor(
     config: LlavaOnevisionConfig, tokenizer: PreTrainedTokenizerBase
 ) -> LlavaOnevisionProcessor:
-    """The processor of a config, with SigLIP's mean and deviation of the pixels."""
+    """Return the processor for a config, with SigLIP's pixel mean and deviation."""
     vision: Any = config.vision_config
     pixels: dict[str, Any] = {
         "size": {"height": vision.image_size, "width": vision.image_size},

@@ -1,4 +1,4 @@
-"""Files that data name: only those inside a chosen folder, only regular ones, never waiting."""
+"""Open files that data name: only regular files in a chosen folder, and without blocking."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from llave.files import refuse_other_kinds, snapshot
 
-# A FIFO or a device that takes a file's place after the check does not make the open wait.
+# O_NONBLOCK: a FIFO or device may replace the file after the check, and must not block the open.
 _FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -18,20 +18,21 @@ class OutsideError(ValueError):
 
 
 def opened(path: str | os.PathLike[str], *, beside: int | None = None) -> BinaryIO:
-    """A regular file, opened for reading.
+    """Open a regular file for reading.
 
     Args:
-        path: the file's.
-        beside: the descriptor of the folder ``path`` is in, where it must not be a link.
+        path: the file's path.
+        beside: a descriptor of the file's folder. If it is given, the file must not be a link.
 
     Raises:
         ValueError: it is a folder, a FIFO, a socket or a device.
-        OSError: as ``open``.
+        OSError: as in ``open``.
     """
     flags, name, follow = _FILE, os.fspath(path), beside is None
     if beside is not None:
         flags, name = flags | os.O_NOFOLLOW, os.path.basename(name)
-    # Looked at before, because some devices act when they are opened, and again once it is open.
+    # Some devices act when they are opened, so the file is checked before the open. It is checked
+    # again after the open, because it may have been replaced.
     refuse_other_kinds(os.stat(name, dir_fd=beside, follow_symlinks=follow), path)
     descriptor = os.open(name, flags, dir_fd=beside)
     try:
@@ -39,30 +40,30 @@ def opened(path: str | os.PathLike[str], *, beside: int | None = None) -> Binary
     except ValueError:
         os.close(descriptor)
         raise
-    return open(path, "rb", opener=lambda *_: descriptor)  # its name is the path
+    return open(path, "rb", opener=lambda *_: descriptor)  # so that its ``name`` is the path
 
 
 class Root:
-    """A folder in which all files lie that data name.
+    """A folder that must contain every file that data name.
 
-    A name is a path in the folder, or an absolute one that leads into it. Whatever links and ``..``
-    it has, where they end must be inside. Links inside a snapshot of the hub's cache may lead to
-    its blobs. Nothing else is read into a name: ``~``, ``%2e`` and ``http:`` are such characters.
+    A name is a path in the folder, or an absolute path that leads into it. It may have links and
+    ``..``, but it must end inside the folder. Links in a snapshot of the hub's cache may lead to
+    the cache's blobs. ``~``, ``%2e`` and ``http:`` have no special meaning in a name.
 
     Args:
         folder: the folder.
-        argument: the setting that chooses it, for the errors.
+        argument: the name of the setting that chooses it, for the errors.
     """
 
     def __init__(self, folder: str | os.PathLike[str], argument: str) -> None:
         self.folder, self.argument = snapshot(Path(folder)), argument
 
     def path(self, name: str | os.PathLike[str]) -> Path:
-        """The file or folder that a name leads to, free of links.
+        """Return the path of the file or folder that a name leads to, with links resolved.
 
         Raises:
-            OutsideError: it is outside.
-            FileNotFoundError: no such file, nor could there be.
+            OutsideError: it is outside the folder.
+            FileNotFoundError: there is no such file, or the name is not a possible path.
         """
         name = os.fspath(name)
         there = True
@@ -71,7 +72,7 @@ class Root:
             found.stat()
         except (FileNotFoundError, NotADirectoryError):
             there = False
-        except (ValueError, OSError) as error:  # it has a null byte, is too long, links in a circle
+        except (ValueError, OSError) as error:  # a null byte, too long, or links in a circle
             problem = f"{name!r:.80} cannot be a path: {error!s:.80}"
             raise FileNotFoundError(problem) from error
         if self._base(found) is None:
@@ -84,19 +85,20 @@ class Root:
         return found
 
     def holds(self, name: str | os.PathLike[str]) -> bool:
-        """Whether a name leads inside, be there something or not."""
+        """Whether a name leads inside the folder. The file need not exist."""
         try:
             return self._base(Path(os.path.realpath(self.folder / name))) is not None
         except (ValueError, OSError):  # as in ``path``
             return False
 
     def open(self, name: str | os.PathLike[str]) -> BinaryIO:
-        """The file that a name leads to, opened for reading.
+        """Open the file that a name leads to, for reading.
 
-        It is reached folder by folder, so that no link is followed that appears meanwhile.
+        It is opened folder by folder, so that a link that appears meanwhile is not followed.
 
         Raises:
-            OutsideError, FileNotFoundError: as in ``path``; ValueError, OSError: as ``opened``.
+            OutsideError, FileNotFoundError: as in ``path``.
+            ValueError, OSError: as in ``opened``.
         """
         path = self.path(name)
         base = self._base(path)

@@ -1,4 +1,4 @@
-"""Pickles of models that have encoded images, in spite of what transformers leaves in them."""
+"""Let pickle take models that have encoded images. transformers leaves local functions in them."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from torch import nn
 from transformers import PreTrainedModel
 
 _CAPTURING = "transformers.utils.output_capturing"
-_HOOKED = "_output_capturing_hooks_installed"  # by which transformers knows that it was there
+_HOOKED = "_output_capturing_hooks_installed"  # transformers' flag for a model with its hooks
 
 
 def make_picklable(model: nn.Module) -> None:
-    """Let pickle take a model after use: for ``torch.save``, ``copy``, and processes that spawn.
+    """Let pickle take a model after use: for ``torch.save``, ``copy`` and spawned processes.
 
-    transformers hooks a function into a layer when its output is first asked for, as
-    LLaVA-OneVision does for an image. Such a function is local to another, so pickle refuses it. A
-    copy does without: transformers hooks it in again when it needs it.
+    transformers adds a forward hook to a layer when its output is first requested.
+    LLaVA-OneVision requests one for an image. The hook is a local function, so pickle refuses it.
+    The pickle leaves the hook out, and transformers adds it again when the copy needs it.
 
-    How to pickle is registered by class, so this holds for other models of the same classes too.
-    Reading such a pickle takes this package.
+    Pickling is registered by class, so it changes for other models of the same classes too. Reading
+    such a pickle needs this package.
     """
     for kind in {type(module) for module in model.modules()} - copyreg.dispatch_table.keys():
         copyreg.pickle(kind, _reduce)
 
 
 class _Hooks(OrderedDict[int, Any]):
-    """Hooks that are pickled without those of transformers."""
+    """A layer's hooks. Their pickle leaves out transformers' hooks."""
 
     def __reduce__(self) -> Any:
         kept = [(k, hook) for k, hook in self.items() if _module(hook) != _CAPTURING]
@@ -37,7 +37,7 @@ class _Hooks(OrderedDict[int, Any]):
 
 
 class _Hooked(int):
-    """A true value that pickles as a false one; ``copy.copy``, which shares the hooks, keeps it."""
+    """A true value that pickles as False. ``copy.copy`` shares the hooks and keeps the value."""
 
     def __reduce__(self) -> Any:
         return bool, ()
@@ -60,7 +60,8 @@ def _reduce(module: nn.Module) -> tuple[Any, ...]:
 def _make(kind: type[nn.Module], config: Any) -> nn.Module:
     copyreg.pickle(kind, _reduce)
     if config is not None:
-        # A process must have constructed one of a class before its outputs can be captured.
+        # transformers can capture a class's outputs only after one instance was constructed in the
+        # process.
         constructed: Any = kind.__new__(kind)
         PreTrainedModel.__init__(constructed, deepcopy(config))
     return kind.__new__(kind)

@@ -1,4 +1,4 @@
-"""What the processes of one training agree on. Outside torch.distributed there is one process."""
+"""Let the processes of a training agree. Without torch.distributed there is one process."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def several() -> bool:
 
 
 def from_first(work: Callable[[], T]) -> T:
-    """What ``work`` finds in the first process, given to all. Every process must call it.
+    """Call ``work`` on rank 0 and return its result on all ranks. Every process must call this.
 
     Args:
-        work: called in the first process alone; what it returns must be JSON.
+        work: a function that returns a JSON value.
 
     Raises:
-        ValueError, OSError: what ``work`` raised, in every process.
+        ValueError, OSError: ``work`` raised it. Every process raises it.
     """
     if not several():
         return work()
@@ -51,7 +51,7 @@ def from_first(work: Callable[[], T]) -> T:
 
 
 def largest(number: int) -> int:
-    """The largest of the processes' numbers. Every process must call it."""
+    """Return the largest of the processes' numbers. Every process must call this."""
     if not several():
         return number
     found = torch.tensor(number, device=PartialState().device)
@@ -60,15 +60,15 @@ def largest(number: int) -> int:
 
 
 def part_at_exit() -> None:
-    """Let go of the other processes when this one ends, as all of them are about to."""
+    """Destroy the process group when this process exits. All processes must be about to exit."""
     if several():
         atexit.unregister(_part)
         atexit.register(_part)
 
 
 def _part() -> None:
-    # A thread of gloo's holds the last collective a moment longer than it takes. A process that
-    # ends meanwhile is aborted, whatever its exit status.
+    # A gloo thread holds the last collective for a moment after it completes. A process that exits
+    # in that moment is aborted, whatever its exit status.
     time.sleep(0.5)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Recipes: what a training run may set, with types and defaults, and the reading of their files."""
+"""Recipes: the settings of a training run with their types and defaults, and their YAML files."""
 
 from __future__ import annotations
 
@@ -48,16 +48,17 @@ OURS = Path(__file__).with_name("recipes")
 class Model:
     """The section ``model``."""
 
-    backbone: Text | None = None  # folder or hub name, or:
+    backbone: Text | None = None  # folder or hub name; exclusive with scratch
     scratch: dict[str, Any] | None = None  # arguments of llave.scratch.llava_onevision
     pinpoints: Annotated[list[Grid], Field(min_length=1)] | None = None
     max_seq_length: PositiveInt = 4096
-    # Of the weights, which the optimizer updates in it: half precision, in which backbones are
-    # published, loses small updates. With trainer.bf16 the products are in bfloat16 anyway.
+    # The dtype of the weights. The optimizer updates them in this dtype. Backbones are published in
+    # half precision, which loses small updates. With trainer.bf16 the matrix products are in
+    # bfloat16 anyway.
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     frozen: Text | None = None  # parameters with this in their name are not trained
-    # Arguments of peft.LoraConfig. Checkpoints hold the adapters alone; the model that is saved
-    # at the end has them merged into its weights and needs neither peft nor the backbone.
+    # Arguments of peft.LoraConfig. Checkpoints hold only the adapters. The model saved at the end
+    # has them merged into its weights. It needs neither peft nor the backbone.
     lora: dict[str, Any] | None = None
 
 
@@ -67,12 +68,12 @@ class Data:
 
     train: Text | None = None  # folder of MMEB training files, or hub name
     images: Text | None = None
-    split: Text | None = None  # default train; of a folder where its files say theirs
+    split: Text | None = None  # default train; a folder needs it only if its files state a split
     subsets: Annotated[list[Text], Field(min_length=1)] | None = None  # default all of a folder
     cap: PositiveInt | None = 50_000
     batch_size: PositiveInt = 256  # of all processes together
-    # Every batch from one subset; otherwise subsets are mixed, and mined negatives, which not
-    # all of them have, are left out.
+    # True: every batch comes from one subset. False: a batch mixes subsets. Mined negatives are
+    # then left out, because not all subsets have them.
     homogeneous: bool = True
     held_out: NonNegativeInt = 0  # pairs of each subset kept for the similarity overlap
     on_error: Literal["raise", "skip"] = "raise"
@@ -89,9 +90,9 @@ class Loss:
     backend: Backend = "auto"
 
 
-# fsdp (version 2) and deepspeed (untried) shard the weights. Parts that are frozen as a whole
-# FSDP leaves unsharded; the others every process must run in each forward, so a column of a
-# subset should have images in all its rows or in none.
+# trainer.fsdp (version 2) and trainer.deepspeed (untried) shard the weights. FSDP leaves parts that
+# are wholly frozen unsharded. Every process must run the sharded parts in each forward. A column of
+# a subset should therefore have images in all its rows or in none.
 KINDS = {
     "model": Model,
     "data": Data,
@@ -108,21 +109,23 @@ def _defaults(name: str) -> dict[str, Any]:
     }
 
 
-# What a recipe may say, with defaults; None: no default, the recipe must say it or leave it out.
+# All settings of a recipe with their defaults. None: there is no default value.
 SECTIONS: dict[str, dict[str, Any]] = {name: _defaults(name) for name in KINDS}
 
 
 def read_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
-    """A recipe from a YAML file or by the name of one of ours, checked and completed.
+    """Read a recipe from a YAML file, or one of ours by name, and check it.
 
-    Every setting has a type: a number may be written ``2e-5``, ``9e0`` or in quotes. A recipe
-    extends another that it names as its ``base``: one of ours, or a path relative to its own file.
-    Its settings replace those of the base one by one.
+    Defaults complete the sections model, data and loss. Every setting has a type. A number may be
+    written ``2e-5``, ``9e0`` or in quotes.
+
+    A recipe may extend another one. It names that recipe as its ``base``: one of ours, or a path
+    relative to its own file. Its settings replace those of the base one by one.
 
     Args:
-        name: a path, or ``llave-0.5b``, ``llave-2b``, ``llave-7b``, ``tiny``, or ``llave``, which
-            has what the three share and lacks a backbone.
-        overrides: ``["--loss.alpha", "5", ...]``; values are read as YAML.
+        name: a path, or ``llave-0.5b``, ``llave-2b``, ``llave-7b``, ``tiny`` or ``llave``. The last
+            one has what the first three share, and it lacks a backbone.
+        overrides: ``["--loss.alpha", "5", ...]``. Values are read as YAML.
 
     Raises:
         ValueError: an unknown section or setting, a value of another type or out of range, a
@@ -153,7 +156,7 @@ def read_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
 
 
 def lora_config(settings: dict[str, Any]) -> Any:
-    """The ``peft.LoraConfig`` of ``model.lora``.
+    """Return the ``peft.LoraConfig`` for ``model.lora``.
 
     Raises:
         ImportError: peft is not installed.
@@ -167,7 +170,7 @@ def lora_config(settings: dict[str, Any]) -> Any:
 
 
 def _layers(name: str) -> list[tuple[str, dict[Any, Any]]]:
-    """The recipes that a recipe extends, the first base first, and itself: names and contents."""
+    """Return names and contents of a recipe and its bases, from the first base to the recipe."""
     layers: list[tuple[str, dict[Any, Any]]] = []
     seen: dict[str, str] = {}
     path = _path(name, Path())
@@ -194,7 +197,7 @@ def _layers(name: str) -> list[tuple[str, dict[Any, Any]]]:
 
 
 def _path(name: str, folder: Path) -> Path:
-    """The file of a recipe: of ours by its name, or a path relative to a folder."""
+    """Return a recipe's file. The recipe is a name of ours, or a path relative to a folder."""
     if Path(name).suffix not in (".yaml", ".yml"):
         path, names = OURS / f"{name}.yaml", sorted(path.stem for path in OURS.glob("*.yaml"))
         if name not in names:
@@ -209,8 +212,8 @@ def _path(name: str, folder: Path) -> Path:
 
 
 def _given(path: Path, name: str) -> dict[Any, Any]:
-    """What a recipe's file says."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
+    """Read a recipe's file."""
+    if path.exists() and not path.is_file():  # reading a pipe would block
         raise ValueError(f"{name} is no file")
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -223,7 +226,7 @@ def _given(path: Path, name: str) -> dict[Any, Any]:
 
 
 def _overriding(words: list[str]) -> dict[str, dict[str, Any]]:
-    """What overrides say, by section."""
+    """Return the settings in the overrides, by section."""
     if len(words) % 2:
         raise ValueError(f"overrides come in pairs, --section.setting value; got {words}")
     given: dict[str, dict[str, Any]] = {}
@@ -238,7 +241,7 @@ def _overriding(words: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _merged(layers: list[tuple[str, dict[Any, Any]]]) -> dict[str, dict[str, tuple[Any, str]]]:
-    """By section, each setting's last value, and the name of where that stands."""
+    """Merge recipes. Return by section each setting's last value, and the recipe it is from."""
     merged: dict[str, dict[str, tuple[Any, str]]] = {}
     for name, given in layers:
         for section, settings in given.items():
@@ -252,7 +255,16 @@ def _merged(layers: list[tuple[str, dict[Any, Any]]]) -> dict[str, dict[str, tup
 
 
 def _arguments(where: str, given: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
-    """What is given to a function or class, in its types."""
+    """Convert the arguments of a function or class to their types.
+
+    Args:
+        where: what holds the arguments, for the errors.
+        given: the arguments.
+        types: the types, by argument.
+
+    Raises:
+        ValueError: an argument is unknown or of another type.
+    """
     for setting in given:
         if setting not in types:
             raise ValueError(f"{where}.{setting} is no setting; there are {', '.join(types)}")
@@ -260,15 +272,15 @@ def _arguments(where: str, given: dict[str, Any], types: dict[str, Any]) -> dict
 
 
 def _typed(where: str, value: Any, kind: Any, of: str = "") -> Any:
-    """The value in the type of its setting; ValueError where it is of another."""
+    """Convert a value to its setting's type. Raise ValueError where it is of another type."""
     if get_origin(kind) in (Union, UnionType):
         kinds = get_args(kind)
         if any(isinstance(k, type) and issubclass(k, Enum) for k in kinds):
-            kinds = tuple(k for k in kinds if k is not str)  # nothing but the names
+            kinds = tuple(k for k in kinds if k is not str)  # allow only the Enum's names
         kind = Union[kinds]  # noqa: UP007
     config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False, extra="forbid")
     try:
-        # Strings of numbers are numbers, but true is not 1.
+        # A quoted number counts as a number, but true does not count as 1.
         found = TypeAdapter(kind, config=config).validate_python(
             value, strict=isinstance(value, bool)
         )
@@ -281,7 +293,7 @@ def _typed(where: str, value: Any, kind: Any, of: str = "") -> Any:
 
 
 def _check(recipe: Recipe, name: str) -> None:
-    """Refuse what does not go together, or would have no effect."""
+    """Refuse settings that conflict, or that would have no effect."""
     model, data, trainer = recipe["model"], recipe["data"], recipe["trainer"]
     if (model["backbone"] is None) == (model["scratch"] is None):
         has = "neither" if model["backbone"] is None else "both"

@@ -1,4 +1,4 @@
-"""Training runs on disk: whose a folder is, where one goes on, the settings it was started with."""
+"""Training runs on disk: the run that a folder belongs to, its settings and its checkpoints."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from llave_kernels.atomic_files import leftovers, lock
 
 RECORD = "run.json"
 MODEL = "model"
-HUB = "hub"  # what is sent to the hub during the training
+HUB = "hub"  # folder of what the training uploads to the hub
 _LOCK = ".run.lock"
-_PATIENCE = 10  # seconds in which a process that was killed lets go of the lock
-# What a run may go on with others of: its losses stay what they would have been, or its length is
-# what was meant to change.
+_PATIENCE = 10  # seconds to wait until a killed process releases the lock
+# Settings that may change when a run goes on. They do not change its losses, or they change its
+# length on purpose.
 MAY_CHANGE = {
     *("data.images", "data.on_error", "loss.backend", "loss.mini_batch_size"),
     *(
@@ -44,18 +44,18 @@ MAY_CHANGE = {
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keep others from training in a folder meanwhile.
+    """Hold a lock that keeps other processes from training in a folder.
 
     Raises:
-        ValueError: another process does.
+        ValueError: another process trains in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # which Windows lacks
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # Windows lacks O_NOFOLLOW
     descriptor = os.open(folder / _LOCK, flags, 0o666)
     try:
         until = time.monotonic() + _PATIENCE
-        with suppress(OSError):  # of a file system that has no locks
-            # A data loader's worker that outlives its process holds no lock.
+        with suppress(OSError):  # some file systems have no locks
+            # inherited=False: a data loader's worker that outlives its process holds no lock.
             while not lock(descriptor, inherited=False):
                 if time.monotonic() > until:
                     raise ValueError(
@@ -69,16 +69,19 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def check(folder: Path, recipe: Recipe, rows: dict[str, int] | None = None) -> list[str]:
-    """A line for each setting that a run goes on with others of than it had. Nothing is written.
+    """Check that a recipe can start or continue a run in a folder. Nothing is written.
 
     Args:
-        folder: the run's, ``trainer.output_dir``.
+        folder: the run's folder, ``trainer.output_dir``.
         recipe: its sections, completed.
-        rows: of each subset, once they are loaded.
+        rows: rows of each subset, once they are loaded.
+
+    Returns:
+        A line for each setting that differs from before and may differ.
 
     Raises:
-        ValueError: settings or rows differ that must not; the folder holds what another wrote and
-            this run would replace, or what this run reads; or it cannot be written to.
+        ValueError: settings or rows differ that must not, the run would replace what it did not
+            write, it would write into what it reads, or the folder cannot be written to.
     """
     _refuse_inputs(folder, recipe)
     there = _read(folder)
@@ -93,7 +96,7 @@ def check(folder: Path, recipe: Recipe, rows: dict[str, int] | None = None) -> l
         return []
     here = _flat(recipe, rows)
     both = [name for name in here if name in there]
-    if rows is not None:  # of subsets that one of the two lacks, too
+    if rows is not None:  # also subsets that only one of the two has
         both += sorted(n for n in here.keys() ^ there.keys() if n.startswith("rows."))
     changed = {
         name: f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
@@ -109,17 +112,21 @@ def check(folder: Path, recipe: Recipe, rows: dict[str, int] | None = None) -> l
 
 
 def take_up(folder: Path, *, best: bool) -> dict[str, Any]:
-    """Put a run's folder in order: what killed processes left goes, what is damaged is set aside.
+    """Put a run's folder in order, and find where the run goes on.
 
-    One process calls it, under ``alone`` and after ``check``.
+    What killed processes left is removed. Damaged checkpoints are set aside. Only one process calls
+    this, under ``alone`` and after ``check``.
 
     Args:
-        folder: the run's.
-        best: whether the run ends with its best model, so that a checkpoint needs the best before.
+        folder: the run's folder.
+        best: whether the run ends with its best model. A checkpoint then needs the best one so far.
 
     Returns:
-        ``run``, its id; ``checkpoint`` to go on from, or None; ``saved``, the step of its saved
-        model, or 0; and ``lines`` about what was found damaged.
+        A dict of ``run`` (the run's id), ``checkpoint`` (the one to go on from, or None), ``saved``
+        (the step of the saved model, or 0) and ``lines`` (messages about damage).
+
+    Raises:
+        ValueError: the saved model is damaged.
     """
     there = _read(folder) or {}
     if "run" not in there:
@@ -130,7 +137,7 @@ def take_up(folder: Path, *, best: bool) -> dict[str, Any]:
     for left in leftovers(workplace(folder, run)):
         if left.is_symlink() or not left.is_dir():
             continue
-        for name in (MODEL, f"{MODEL}.old"):  # killed between two renames
+        for name in (MODEL, f"{MODEL}.old"):  # the run may have been killed between two renames
             ours = _wrote(there, left / name) and sealing.problem(left / name) is None
             if ours and not os.path.lexists(folder / MODEL):
                 (left / name).rename(folder / MODEL)
@@ -149,13 +156,13 @@ def take_up(folder: Path, *, best: bool) -> dict[str, Any]:
 
 
 def record(folder: Path, recipe: Recipe, rows: dict[str, int], run: str | None = None) -> None:
-    """Write down what a run is started with, for ``check``.
+    """Write down a run's settings and rows, for ``check``.
 
     Args:
-        folder: the run's.
+        folder: the run's folder.
         recipe: its sections, completed.
-        rows: of each subset.
-        run: its id. Default: a new one.
+        rows: rows of each subset.
+        run: the run's id. Default: a new one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     models = (_read(folder) or {}).get("models", [])
@@ -163,24 +170,25 @@ def record(folder: Path, recipe: Recipe, rows: dict[str, int], run: str | None =
 
 
 def workplace(folder: Path, run: str) -> Path:
-    """The place beside which a run makes its folders: their names say whose they are."""
+    """Return the prefix path of a run's temporary folders. It contains the run's id."""
     return folder / f".{run}"
 
 
 def is_of(folder: Path, run: str) -> bool:
-    """Whether a folder is still the one that a run was begun in."""
+    """Whether a folder still belongs to a run."""
     return (_read(folder) or {}).get("run") == run
 
 
 def wrote(folder: Path, path: Path) -> bool:
-    """Whether the run of a folder wrote another folder, which may have been changed since."""
+    """Whether the run of ``folder`` wrote the folder ``path``. It may have changed since."""
     return _wrote(_read(folder) or {}, path)
 
 
 def seal(folder: Path, path: Path, step: int) -> None:
-    """Seal a checkpoint with the run's id, or a model, which the run's record then lists.
+    """Seal a checkpoint or a model.
 
-    So models are the same, to the byte, whatever run of the same settings made them.
+    A checkpoint's seal has the run's id. A model's seal does not, so that runs with the same
+    settings make models with the same bytes. The run's record lists its models instead.
     """
     there = _read(folder) or {}
     if path.name.startswith("checkpoint-"):
@@ -193,25 +201,25 @@ def seal(folder: Path, path: Path, step: int) -> None:
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
-    """By step, the folders that have a checkpoint's name, the newest first."""
+    """Return the folders named like checkpoints, by step, the newest first."""
     named = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
     return dict(sorted(((int(n), p) for n, p in named.items() if n.isdigit()), reverse=True))
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that is as it was written; newer ones are set aside."""
+    """Return the newest checkpoint that is as it was written. Newer ones are set aside."""
     found, _ = newest(folder)
     return None if found is None else str(found)
 
 
 def newest(folder: Path, *, best: bool = False) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is as it was written, and a line for each newer one.
+    """Return the newest checkpoint that is as it was written, and a line for each newer one.
 
-    What is wrong with those is said, and they are kept under other names.
+    The line says what is wrong with the newer one. A damaged checkpoint is renamed and kept.
 
     Args:
-        folder: the run's.
-        best: whether the best checkpoint before it must be whole, too.
+        folder: the run's folder.
+        best: whether the best checkpoint so far must be whole, too.
     """
     older = "run" not in (_read(folder) or {})
     lines: list[str] = []
@@ -231,7 +239,7 @@ def newest(folder: Path, *, best: bool = False) -> tuple[Path | None, list[str]]
 
 
 def step_of(checkpoint: str | Path) -> int:
-    """The step a checkpoint was made at."""
+    """Return the step of a checkpoint."""
     step: int = _state(Path(checkpoint))["global_step"]
     return step
 
@@ -242,7 +250,13 @@ def _state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _problem(checkpoint: Path, step: int, older: bool) -> str | None:
-    """What is wrong with a checkpoint; before runs had an id, theirs had no seals."""
+    """Return what is wrong with a checkpoint, or None.
+
+    Args:
+        checkpoint: its folder.
+        step: the step in its name.
+        older: whether the run is from before runs had ids. Such a checkpoint may have no seal.
+    """
     if older and not (checkpoint / sealing.MARKER).exists():
         try:
             with reading(checkpoint / "trainer_state.json"):
@@ -262,7 +276,7 @@ def _problem(checkpoint: Path, step: int, older: bool) -> str | None:
 
 
 def _adopt(folder: Path, there: dict[str, Any]) -> None:
-    """Give a run from before runs had ids one, and seals to what it wrote."""
+    """Give a run from before runs had ids its id, and seal what it wrote."""
     for step, path in checkpoints(folder).items():
         if _problem(path, step, older=True) is None:
             sealing.seal(path, run=there["run"], step=step)
@@ -281,7 +295,7 @@ def _wrote(there: dict[str, Any], path: Path) -> bool:
 
 
 def _refuse_inputs(folder: Path, recipe: Recipe) -> None:
-    """Raise where the run would write into what it reads, whatever links and names lead there."""
+    """Raise ValueError where the run would write into what it reads. Links are followed."""
     places = [("model", "backbone"), ("data", "train"), ("data", "images")]
     places += [("trainer", "deepspeed"), ("trainer", "fsdp_config")]
     outputs = [folder / name for name in (MODEL, RECORD, HUB, "eval")]
@@ -290,7 +304,7 @@ def _refuse_inputs(folder: Path, recipe: Recipe) -> None:
         value = recipe.get(section, {}).get(setting)
         if not isinstance(value, str) or not os.path.exists(value):
             continue
-        # Their own files, and those below, would be taken for data and weights.
+        # The output folder must not be in these two. Its files would be read as weights or data.
         taken = setting in ("backbone", "train") and _within(folder, Path(value)) and value
         written = next((str(path) for path in outputs if _within(Path(value), path)), None)
         if there := taken or written:
@@ -301,7 +315,7 @@ def _refuse_inputs(folder: Path, recipe: Recipe) -> None:
 
 
 def _within(path: Path, folder: Path) -> bool:
-    """Whether a path, followed through links, is a folder or file or lies in it."""
+    """Whether a path equals ``folder`` or lies in it. Links are followed."""
     real = Path(os.path.realpath(path))
     return folder.exists() and any(
         place.exists() and place.samefile(folder) for place in (real, *real.parents)
@@ -309,14 +323,14 @@ def _within(path: Path, folder: Path) -> bool:
 
 
 def _refuse_others(folder: Path, there: dict[str, Any] | None, recipe: Recipe) -> None:
-    """Raise where anything of another's stands at a name that the run would write to."""
+    """Raise ValueError where the run would write over what it did not write."""
     numbered = list(checkpoints(folder).values())
     if there is None:
         names = [RECORD, MODEL, *(["eval"] if recipe["data"]["held_out"] else [])]
         names += [HUB] if recipe["trainer"].get("push_to_hub") else []
         found = [name for name in names if os.path.lexists(folder / name)]
         found += [path.name for path in numbered]
-    elif "run" not in there:  # begun before runs had ids: only a finished one wrote a model
+    elif "run" not in there:  # a run from before runs had ids; only a finished one wrote a model
         found = [] if there.get("finished") or not os.path.lexists(folder / MODEL) else [MODEL]
     else:
         found = [p.name for p in numbered if sealing.identity(p) and not _wrote(there, p)]
@@ -334,7 +348,7 @@ def _refuse_others(folder: Path, there: dict[str, Any] | None, recipe: Recipe) -
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
-    """A run's record, or None where there is none of one."""
+    """Return a run's record, or None where the folder has none."""
     file = folder / RECORD
     try:
         there = sealing.unsigned(file, must=False)

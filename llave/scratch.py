@@ -1,4 +1,4 @@
-"""A small LLaVA-OneVision from nothing: random weights, a tokenizer trained on given texts."""
+"""Make a small LLaVA-OneVision with random weights and a tokenizer trained on given texts."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from llave.backbones import LLAVA_ONEVISION
 
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SPECIAL = (*CHATML, LLAVA_ONEVISION.image, LLAVA_ONEVISION.video)
-SMALLEST = 256 + len(SPECIAL)  # a byte-level vocabulary has all bytes
+SMALLEST = 256 + len(SPECIAL)  # a byte-level vocabulary contains all 256 bytes
 
 
 def tokenizer(
     texts: Iterable[str], vocabulary: int, special: tuple[str, ...] = SPECIAL
 ) -> Qwen2Tokenizer:
-    """Qwen2's normalising and splitting with a byte-level BPE of these texts.
+    """Train a byte-level BPE tokenizer with Qwen2's normaliser and pre-tokenizer.
 
     Args:
-        texts: what the merges are learned from.
-        vocabulary: entries at most, the special ones among them; 256 bytes are needed.
-        special: ChatML's and the image tokens.
+        texts: the texts to learn merges from.
+        vocabulary: the most entries, special tokens included. The 256 bytes must fit.
+        special: the special tokens. Default: ChatML's and the image and video tokens.
     """
     qwen = Qwen2Tokenizer().backend_tokenizer
     small = Tokenizer(models.BPE())
@@ -63,11 +63,12 @@ def configurations(
     vision: dict[str, Any] | None = None,
     text: dict[str, Any] | None = None,
 ) -> dict[str, PreTrainedConfig]:
-    """``vision_config`` and ``text_config`` of ``llava_onevision``, whose arguments these are.
+    """Return ``vision_config`` and ``text_config``. The arguments are as in ``llava_onevision``.
 
     Raises:
-        ValueError: ``tile`` is no multiple of ``patch``, or ``vision`` or ``text`` has a setting
-            that is unknown, of another type or follows from the other arguments.
+        ValueError: ``tile`` is no multiple of ``patch``, a ``hidden_size`` is no multiple of
+            ``num_attention_heads``, or ``vision`` or ``text`` has a setting that is unknown, of
+            another type or follows from the other arguments.
     """
     if tile % patch:
         raise ValueError(f"tile={tile} must be a multiple of patch={patch}")
@@ -111,14 +112,14 @@ def llava_onevision(
     text: dict[str, Any] | None = None,
     seed: NonNegativeInt = 0,
 ) -> tuple[LlavaOnevisionModel, LlavaOnevisionProcessor]:
-    """A randomly initialised backbone without a language-model head, and its processor.
+    """Return a randomly initialised backbone without a language-model head, and its processor.
 
     Args:
-        texts: what the tokenizer is trained on.
+        texts: the texts to train the tokenizer on.
         vocabulary: size of the token embedding, at least 261.
-        tile, patch: side of an image tile and of its patches, pixels.
-        vision, text: settings of ``SiglipVisionConfig`` and ``Qwen2Config`` beside those.
-        seed: of the weights.
+        tile, patch: sides of an image tile and of its patches, in pixels.
+        vision, text: other settings of ``SiglipVisionConfig`` and ``Qwen2Config``.
+        seed: seed of the weights.
 
     Raises:
         ValueError: as in ``configurations``.

@@ -1,4 +1,4 @@
-"""Folders that tell whether they are whole, and who wrote them: a marker, written last, says so."""
+"""Seal folders with a marker file, written last. It has checksums and facts (run, step)."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from llave.jsonl import whole
 from llave_kernels.atomic_files import sync
 
 MARKER = "seal.json"
-CARD = "README.md"  # of a model
+CARD = "README.md"  # a model's card
 _BLOCK = 1 << 20  # bytes read at a time
 
 
 def signed(content: dict[str, Any]) -> str:
-    """JSON that ``unsigned`` reads, with a checksum of itself."""
+    """Return JSON with a checksum of its content, for ``unsigned``."""
     return json.dumps(content | {"checksum": checksum(content)}, indent=1)
 
 
 def unsigned(file: Path, *, must: bool = True) -> dict[str, Any]:
-    """What a file of ``signed`` holds.
+    """Read a file that ``signed`` made, without its checksum.
 
     Args:
         file: the file.
-        must: whether it must have a checksum. One that is there must be right.
+        must: whether it must have a checksum. A checksum that is there must be right.
 
     Raises:
-        ValueError: it is damaged, or no such file.
+        ValueError: it is damaged, or not such a file.
         OSError: it cannot be read.
     """
     try:
@@ -47,16 +47,16 @@ def unsigned(file: Path, *, must: bool = True) -> dict[str, Any]:
 
 
 def checksum(content: dict[str, Any]) -> str:
-    """Of what JSON says, however it is written."""
+    """Return a checksum of a JSON value. Formatting and the order of keys do not matter."""
     return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def seal(folder: Path, **facts: Any) -> None:
-    """Let a folder's contents stay through a power loss, then write its marker.
+    """Sync a folder's contents to the disk, then write its marker.
 
     Args:
-        folder: its files are read once more.
-        facts: what ``facts`` gives, e.g. ``run`` and ``step``.
+        folder: the folder. Its files are read again for their checksums.
+        facts: what ``facts`` returns later, e.g. ``run`` and ``step``.
     """
     files = {name: path for name, path in _entries(folder).items() if name != MARKER}
     for path in files.values():
@@ -74,7 +74,7 @@ def seal(folder: Path, **facts: Any) -> None:
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """What a folder's marker says of it; nothing where it has none that can be read."""
+    """Return the facts in a folder's marker, or an empty dict where it cannot be read."""
     try:
         return dict(unsigned(folder / MARKER)["facts"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -82,7 +82,10 @@ def facts(folder: Path) -> dict[str, Any]:
 
 
 def identity(folder: Path) -> str | None:
-    """The checksum of a folder's marker, and so of all it holds; None where that is damaged."""
+    """Return the checksum of a folder's marker, or None where the marker is damaged or missing.
+
+    The marker has every file's checksum, so this identifies the folder's contents.
+    """
     try:
         return checksum(unsigned(folder / MARKER))
     except (OSError, ValueError):
@@ -90,11 +93,11 @@ def identity(folder: Path) -> str | None:
 
 
 def problem(folder: Path, *, contents: bool = True) -> str | None:
-    """What is not as it was when the folder was sealed: the first such thing, or None.
+    """Return the first difference between a folder and its seal, or None.
 
     Args:
-        folder: it is only read.
-        contents: whether the checksums are compared, too, not the names and sizes alone.
+        folder: the folder.
+        contents: whether to compare checksums, too. Otherwise names and sizes are compared.
     """
     if not (folder / MARKER).is_file():
         return f"it has no {MARKER}, so it was not written to its end"
@@ -113,10 +116,10 @@ def problem(folder: Path, *, contents: bool = True) -> str | None:
 
 
 def refuse_changed(folder: Path) -> None:
-    """ValueError where a sealed model's files are not as they were written; it names the first.
+    """Raise ValueError with the first file of a sealed model that is not as it was written.
 
-    The model card may be another, links such as those of the hub's cache are followed, and other
-    files may be there, too. Folders without a marker are passed over.
+    The model card may have changed, and there may be other files. Links are followed, because the
+    hub's cache has links. Folders without a marker are passed over.
     """
     if not os.path.lexists(folder / MARKER):
         return
@@ -148,7 +151,7 @@ def _difference(folder: Path, known: dict[str, Any], contents: bool) -> str | No
 
 
 def _entries(folder: Path) -> dict[str, Path]:
-    """By relative name, everything in a folder that is no folder; links are not followed."""
+    """Return a folder's files and links by relative name. Links are not followed."""
     found = {}
     for root, folders, names in os.walk(folder):
         for path in (Path(root, name) for name in (*folders, *names)):

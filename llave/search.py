@@ -1,4 +1,4 @@
-"""The nearest rows of a folder of embeddings, exactly, one shard in memory at a time."""
+"""Search a folder of embeddings for the nearest rows, exactly. One shard at a time is in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llave.files import shown
 from llave.modeling import encode
 from llave.shards import Shard, ranges, read_manifest, read_shard, refuse_not_finite
 
-# Queries scored at a time, which bounds the scores in memory to this times a shard's rows.
+# Queries scored at a time. The scores in memory are at most this times a shard's rows.
 QUERY_BLOCK = 256
 
 
@@ -36,30 +36,32 @@ def search(
     prompt: str | None = None,
     partial: bool = False,
 ) -> list[list[Hit]]:
-    """The ``k`` rows of highest inner product with each query, best first.
+    """Return for each query the ``k`` rows with the highest inner product, best first.
 
     Args:
-        folder: written by ``llave.embedding.embed``.
-        queries: embeddings of shape (queries, D), used as they are; or a list of inputs (texts,
-            images, dicts of both), which ``model`` embeds, normalised if the folder's are.
-        model: what the folder was embedded with; needed for inputs, else unused.
-        k: results per query. 10 by default; fewer where there are fewer rows.
-        backend: ``"exact"`` (default) reads one shard at a time; products are summed in float64 and
-            rounded to float32, so that equal rows score the same wherever they stand, and ties are
-            in order of id. ``"faiss"`` holds the whole corpus in memory, in an ``IndexFlatIP``, and
-            computes in float32; which of the rows tied at the end are returned is up to faiss.
-        prompt: the prompt the inputs are embedded with. By default the model's own.
-        partial: search a folder of which files are missing. By default that is refused.
+        folder: a folder that ``llave.embedding.embed`` wrote.
+        queries: (queries, D) embeddings, used as they are; or a list of inputs (texts, images,
+            dicts of both). ``model`` embeds the inputs. It normalises them if the folder's
+            embeddings are normalised.
+        model: the model that embedded the folder. Only inputs need it.
+        k: results per query, 10 by default. There are fewer if the folder has fewer rows.
+        backend: ``"exact"`` (default) reads one shard at a time. It sums products in float64 and
+            rounds them to float32, so equal rows have equal scores in every shard. Ties are in
+            order of id. ``"faiss"`` holds the whole corpus in memory in an ``IndexFlatIP``, and
+            computes in float32. Rows may tie for the last place, and faiss decides which of them
+            to return.
+        prompt: the prompt for the inputs. By default the model's own.
+        partial: whether to search a folder with missing files. By default it is refused.
 
     Returns:
         For each query a list of ``Hit(id, score)``.
 
     Raises:
         ImportError: ``backend="faiss"`` without faiss.
-        ValueError: ``folder`` has no embeddings, damaged files or missing ones; ``queries`` have
+        ValueError: ``folder`` has no embeddings, or has damaged or missing files; ``queries`` have
             another dimension, are not finite or came without ``model``; ``model`` refuses one of
-            them, which is named, or is not the one of the folder; ``k`` or ``backend`` is out of
-            range.
+            them (the message names it), or is not the folder's model; ``k`` or ``backend`` is out
+            of range.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
@@ -127,7 +129,7 @@ def _order(hit: Hit) -> tuple[float, str]:
 def _exact(shards: Iterator[Shard], queries: np.ndarray, k: int) -> list[list[Hit]]:
     queries = queries.astype(np.float64)
     best: list[list[Hit]] = [[] for _ in queries]
-    worst = np.full(len(queries), -np.inf, np.float32)  # a score that k rows have reached
+    worst = np.full(len(queries), -np.inf, np.float32)  # the k-th best score so far
     for shard in shards:
         count = len(shard.ids)
         if not count:
@@ -139,7 +141,7 @@ def _exact(shards: Iterator[Shard], queries: np.ndarray, k: int) -> list[list[Hi
             least = worst[block]
             if count > k:
                 least = np.maximum(least, np.partition(scores, count - k, axis=1)[:, count - k])
-            # Ties with the k-th are kept, for the ids to decide.
+            # Ties with the k-th best are kept. The order of ids decides between them.
             candidates = scores >= least[:, None]
             for number in np.flatnonzero(candidates.any(axis=1)):
                 row, hits = scores[number], best[first + number]
@@ -161,7 +163,7 @@ def _faiss(shards: Iterator[Shard], queries: np.ndarray, k: int) -> list[list[Hi
             "backend='faiss' needs faiss: pip install faiss-cpu, or use backend='exact'"
         ) from error
     index = faiss.IndexFlatIP(queries.shape[1])
-    names: list[pa.Array] = []  # as Arrow strings, which take a fraction of the memory
+    names: list[pa.Array] = []  # Arrow strings take much less memory than Python's
     for shard in shards:
         index.add(shard.vectors.astype(np.float32))
         names.append(pa.array(shard.ids, pa.string()))

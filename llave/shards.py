@@ -1,4 +1,4 @@
-"""A folder of embeddings on disk: its manifest, its parquet files, what may be written there."""
+"""A folder of embeddings on disk: its manifest, its parquet files, and checks before writing."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from llave.sealing import checksum, signed, unsigned
 from llave_kernels.atomic_files import sweep
 
 MANIFEST = "manifest.json"
-BATCH_ROWS = 64  # read at a time
-PARQUET = b"PAR1"  # how every parquet file begins
-# What embed may write; all else is another program's, or damage.
+BATCH_ROWS = 64  # rows read at a time
+PARQUET = b"PAR1"  # the first bytes of every parquet file
+# The manifest's fields. Any other field comes from another program, or from damage.
 FIELDS = {
     *("source", "image_root", "model", "dimension"),
     *("shard_rows", "normalised", "dtype", "prompt"),
@@ -38,7 +38,7 @@ MANIFEST_VALUES = {"dtype": ("float32", "float16"), "normalised": (True, False)}
 
 
 class Shard(NamedTuple):
-    """One parquet file's contents: ids, embeddings of shape (rows, D), and rows left out."""
+    """One parquet file's contents: ids, (rows, D) embeddings, and the rows left out."""
 
     ids: list[str]
     vectors: np.ndarray
@@ -59,10 +59,10 @@ class Range(NamedTuple):
 def refuse_out(
     out: str | Path, source: str | Path, model: str | os.PathLike[str] | None = None
 ) -> None:
-    """ValueError where ``out`` is no place for embeddings of ``source``, before anything is loaded.
+    """Raise ValueError where ``out`` cannot take embeddings of ``source``. Nothing is loaded.
 
-    It must be apart from the source and from the model's folder, and it holds embeddings, or
-    nothing but what a system leaves.
+    ``out`` must not overlap the source or the model's folder. It must hold embeddings or be empty,
+    apart from hidden and system files.
     """
     folder = Path(out)
     others: dict[str, str | os.PathLike[str]] = {"source": source}
@@ -72,7 +72,7 @@ def refuse_out(
     if os.path.lexists(folder) and not folder.is_dir():
         raise ValueError(f"out={shown(folder)} is no folder; choose another")
     there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    # A listing may miss what another process makes meanwhile.
+    # The listing may miss a manifest that another process makes meanwhile.
     if MANIFEST in there or os.path.lexists(folder / MANIFEST):
         read_manifest(folder)
         return
@@ -86,9 +86,9 @@ def refuse_out(
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The settings of a folder of embeddings; ValueError where there are none."""
+    """Return the settings of a folder of embeddings. Raise ValueError where they cannot be used."""
     try:
-        manifest = unsigned(Path(folder) / MANIFEST, must=False)  # older ones have no checksum
+        manifest = unsigned(Path(folder) / MANIFEST, must=False)  # older manifests have no checksum
         if unknown := sorted(manifest.keys() - FIELDS):
             raise ValueError(f"it has {', '.join(unknown)!r:.80}")
         values = manifest | {"rows": manifest["source"]["rows"]}
@@ -109,13 +109,13 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def ranges(manifest: dict[str, Any]) -> list[Range]:
-    """The ranges a corpus is cut into, of which each has one file."""
+    """Return the ranges that a corpus is cut into. Each range has one file."""
     rows, step = manifest["source"]["rows"], manifest["shard_rows"]
     return [Range(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
 def read_shard(path: Path, span: Range, manifest: dict[str, Any]) -> Shard:
-    """One range's file; ValueError where it is damaged, not finite or comes from another run."""
+    """Read one range's file. Raise ValueError if it is damaged, not finite or from another run."""
     refuse_foreign(path, span, manifest)
     try:
         table = _table(regular(path), span)
@@ -143,26 +143,27 @@ def _schema(manifest: dict[str, Any]) -> pa.Schema:
 
 
 def _table(path: Path, span: Range) -> pa.Table:
-    """A file's rows; ValueError for one that takes far more memory than it has bytes."""
+    """Read a file's rows. Raise ValueError where they take far more memory than the file's size."""
     size = path.stat().st_size
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         if file.metadata.num_rows > span.stop - span.first:
             raise ValueError(f"it has {file.metadata.num_rows} rows")
-        # Not by what the footer says of its columns: pyarrow ends the process where that is bent.
+        # The size is measured on the batches. pyarrow aborts the process where it reads the column
+        # sizes of a damaged footer.
         batches, taken = [], 0
         for batch in file.iter_batches(BATCH_ROWS):
             batches.append(batch)
             taken += batch.nbytes
-            # As embed stores them they take no more memory than room on the disk.
+            # Rows that embed stored take no more memory than the file's size.
             if taken > 4 * size:
                 limits.check("LLAVE_MAX_SHARD_BYTES", taken, "bytes or more unpacked")
         return pa.Table.from_batches(batches, file.schema_arrow)
 
 
 def refuse_foreign(path: Path, span: Range, manifest: dict[str, Any]) -> None:
-    """ValueError where another run's file, or no shard at all, has the name of a range's.
+    """Raise ValueError where a range's file is from another run, or is no shard.
 
-    A file that was ours and is cut or bent is not refused: it is to be written again.
+    A damaged file of this run is not refused, because it will be written again.
     """
     if not os.path.lexists(path):
         return
@@ -174,7 +175,7 @@ def refuse_foreign(path: Path, span: Range, manifest: dict[str, Any]) -> None:
     try:
         note = json.loads(pq.read_schema(path).metadata[b"llave"])
         known = note["manifest"], note["first"]
-    except (TypeError, KeyError) as error:  # a whole file
+    except (TypeError, KeyError) as error:  # a readable parquet file without our metadata
         raise ValueError(f"{shown(path)} is not of embed; {remedy}") from error
     except (pa.ArrowException, OSError, ValueError):
         return
@@ -183,7 +184,12 @@ def refuse_foreign(path: Path, span: Range, manifest: dict[str, Any]) -> None:
 
 
 def refuse_not_finite(vectors: np.ndarray, name: Callable[[int], str]) -> None:
-    """ValueError with ``name(row)`` of the first row of ``vectors`` (rows, D) with inf or NaN."""
+    """Raise ValueError for embeddings with inf or NaN.
+
+    Args:
+        vectors: (rows, D) embeddings.
+        name: returns a row's name. The message has that of the first row with inf or NaN.
+    """
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         raise ValueError(
@@ -197,7 +203,7 @@ def enter_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     path = folder / MANIFEST
     if not path.exists():
         create(path, partial(Path.write_text, data=text, encoding="utf-8"))
-    # Read back, for the case that another process was first.
+    # Another process may have been first, so the manifest is read back.
     there = read_manifest(folder)
     sweep(path)
     differing = [
@@ -225,11 +231,11 @@ def finished(path: Path, span: Range, manifest: dict[str, Any], on_error: OnErro
 def put(path: Path, span: Range, shard: Shard, manifest: dict[str, Any]) -> None:
     note = {"manifest": checksum(manifest), "first": span.first, "skipped": shard.skipped}
     write = partial(_write_shard, shard=shard, note=note, schema=_schema(manifest))
-    if os.path.lexists(path):  # ours, which could not be used
+    if os.path.lexists(path):  # this run's file, damaged or with rows that were skipped
         refuse_foreign(path, span, manifest)
         publish(path, write)
     elif not create(path, write):
-        read_shard(path, span, manifest)  # another process's of this run, or nobody's we know
+        read_shard(path, span, manifest)  # raises unless another process of this run wrote it
 
 
 def _write_shard(path: Path, *, shard: Shard, note: dict[str, Any], schema: pa.Schema) -> None:

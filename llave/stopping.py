@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as an exception, so that what is under way can be kept."""
+"""Turn SIGINT and SIGTERM into an exception, so that finished work can be kept."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# A terminal tells every process of a stop, and torchrun tells its own again: it is one request.
-SAME_REQUEST = 1.0  # seconds in which a second signal is the first one, sent by another, too
+# A terminal signals every process, and torchrun then signals its own again. Signals within this
+# many seconds count as one request.
+SAME_REQUEST = 1.0
 
 
 class Stopped(KeyboardInterrupt):
     """A signal asked this process to stop.
 
     Attributes:
-        number: of the signal.
+        number: the signal's number.
     """
 
     def __init__(self, number: int) -> None:
@@ -30,10 +31,10 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Raise :class:`Stopped` at the first SIGINT or SIGTERM; one that comes later acts at once.
+    """Raise :class:`Stopped` at the first SIGINT or SIGTERM. A later one ends the process at once.
 
-    Whatever error a library makes of it on the way, :class:`Stopped` is what leaves. Outside the
-    main thread, where Python takes no signals, nothing changes.
+    A library may turn :class:`Stopped` into another error. This turns it back. Outside the main
+    thread nothing changes, because Python handles no signals there.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -52,7 +53,8 @@ def stoppable() -> Iterator[None]:
 
     def unheard(lost: Any) -> None:
         if isinstance(lost.exc_value, Stopped):
-            # It was raised in a finaliser, where Python drops exceptions: once more, a bit later.
+            # It was raised in a finaliser, and Python drops exceptions there. Send the signal again
+            # a little later.
             received.clear()
             again = threading.main_thread().ident, lost.exc_value.number
             threading.Timer(0.02, signal.pthread_kill, again).start()

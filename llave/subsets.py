@@ -1,9 +1,11 @@
-"""Subsets of a folder: which files are one, and their columns, each of one type.
+"""Find the subsets in a folder, and read their files with one type per column.
 
-A folder is a user's own (a file or a folder of files per subset), or what the hub's tools make: a
-download or a clone, with or without the dataset card that lists its configurations; the hub's
-cache, whose files are links; the files that the hub converts to parquet, a folder per split; or
-what ``save_to_disk`` writes.
+A user's own folder has a file or a folder of files per subset. The hub's tools make other folders:
+
+* a download or a clone, with or without the dataset card that lists its configurations;
+* the hub's cache, with links as files;
+* the hub's parquet conversion, with a folder per split;
+* what ``save_to_disk`` writes.
 """
 
 from __future__ import annotations
@@ -33,25 +35,26 @@ from llave.jsonl import lines, parsed, whole
 from llave.opening import Root, opened
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
-PROBLEM = "problem"  # the column that says why a row cannot be used, in subsets with such rows
-# Data of other kinds, which are not passed over in silence.
+PROBLEM = "problem"  # column that says why a row cannot be used, in subsets with such rows
+# Data files of other formats. A message says that they are not read.
 _UNREAD = (".arrow", ".csv", ".feather", ".gz", ".tar", ".tsv", ".xlsx", ".xz", ".zst")
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
 _SPLITS = ("train", "training", "test", "testing", "validation", "valid", "dev", "eval")
-# What the hub and ``save_to_disk`` keep beside the data.
+# Metadata files of the hub and of ``save_to_disk``.
 _OTHERS = ("state.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
 
 
 def subset_files(source: Path, names: list[str] | None, split: str) -> dict[str, list[Path]]:
-    """Each subset's files, or its folder where ``save_to_disk`` wrote it.
+    """Return each subset's files, or its folder where ``save_to_disk`` wrote it.
 
-    Hidden entries, what systems leave behind and folders without data files are passed over.
+    Hidden entries, files that systems make and folders without data files are passed over.
 
     Args:
         source: the folder.
-        names: the subsets to give. Default: all.
-        split: the split to take where files say theirs: ``SPLIT-00000-of-00001.parquet``,
-            ``SPLIT/0000.parquet``, or as the folder's dataset card has it.
+        names: the subsets to return, or None for all.
+        split: the split to take where files state theirs. They do so by their names
+            (``SPLIT-00000-of-00001.parquet``, ``SPLIT/0000.parquet``) or in the folder's dataset
+            card.
 
     Raises:
         ValueError: no subsets, an unknown name, two of the same name, or other splits only.
@@ -73,7 +76,7 @@ def subset_files(source: Path, names: list[str] | None, split: str) -> dict[str,
 
 
 def has_splits(source: Path) -> bool:
-    """Whether any file of a folder says its split."""
+    """Whether any file of a folder states its split."""
     folder = snapshot(source)
     return any(
         label or _SHARD.fullmatch(file.stem) or (file / "dataset_dict.json").is_file()
@@ -84,14 +87,14 @@ def has_splits(source: Path) -> bool:
 
 
 def read_files(files: list[Path], columns: Features, split: str) -> Dataset:
-    """The rows of a subset's files, with those of the columns that are there, in their types.
+    """Read a subset's files into one dataset with those of ``columns`` that the files have.
 
-    Text columns take numbers too. Where JSON rows hold anything else, or text that is no Unicode,
-    the dataset has a column ``problem``, which says so for the row. It is there too, and empty,
-    where a file has none of the columns.
+    Text columns accept numbers too. A JSON row may have other values, or text that is not valid
+    Unicode. The dataset then has a column ``problem`` that says so for the row. A file may have
+    none of the columns. The dataset then has an empty ``problem`` column.
 
     Raises:
-        ValueError: a file cannot be read, a column is of another type, or there are no rows.
+        ValueError: a file cannot be read, a column has another type, or there are no rows.
     """
     parts = [_read(file, columns, split) for file in files]
     there = [name for name in (*columns, PROBLEM) if any(name in p.column_names for p in parts)]
@@ -101,7 +104,11 @@ def read_files(files: list[Path], columns: Features, split: str) -> Dataset:
 
 
 def typed(rows: Dataset, columns: Features, where: object) -> Dataset:
-    """A dataset with those of the columns that are there; ValueError names one of another type."""
+    """Return a dataset with those of ``columns`` that it has, cast to their types.
+
+    Raises:
+        ValueError: a column has a type that is not accepted. The message names it.
+    """
     if not set(columns) & set(rows.column_names):
         return _without_columns(len(rows))
     rows = rows.select_columns([name for name in columns if name in rows.column_names])
@@ -111,7 +118,10 @@ def typed(rows: Dataset, columns: Features, where: object) -> Dataset:
 
 
 def aligned(parts: list[Dataset]) -> list[Dataset]:
-    """Datasets whose columns of the same name have the same type: nulls and large text give way."""
+    """Cast datasets so that columns of the same name have the same type.
+
+    A null column takes the type of the others. Large strings become strings.
+    """
     kinds: dict[str, Any] = {}
     for part in parts:
         for name, kind in part.features.items():
@@ -125,7 +135,7 @@ def aligned(parts: list[Dataset]) -> list[Dataset]:
 
 
 def _of_card(folder: Path) -> dict[str, dict[str, list[Path]]]:
-    """By configuration and split, the files that a dataset card lists and that are there."""
+    """Return the existing files that a dataset card lists, by configuration and split."""
     card = folder / "README.md"
     try:
         known = DatasetCard.load(card).data.to_dict() if card.is_file() else {}
@@ -144,7 +154,7 @@ def _of_card(folder: Path) -> dict[str, dict[str, list[Path]]]:
 
 
 def _listed(folder: Path, configuration: dict[str, Any]) -> dict[str, list[Path]]:
-    """By split, the files of a configuration that are there."""
+    """Return the existing files of a configuration, by split."""
     listed = configuration.get("data_files") or []
     if not listed and "data_dir" in configuration:
         return _of_folder(_inside(folder, configuration["data_dir"]))
@@ -155,7 +165,7 @@ def _listed(folder: Path, configuration: dict[str, Any]) -> dict[str, list[Path]
         entry = entry if isinstance(entry, dict) else {"split": "train", "path": entry}
         paths = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
         local = [path for path in paths if "://" not in path and not Path(path).is_absolute()]
-        # On the hub ** ends in files, here in folders.
+        # On the hub a final ** matches files. In pathlib it matches folders.
         patterns = [f"{path}/*" if path.endswith("**") else path for path in local]
         for pattern in patterns:
             _inside(folder, pattern)
@@ -167,14 +177,14 @@ def _listed(folder: Path, configuration: dict[str, Any]) -> dict[str, list[Path]
 
 
 def _inside(folder: Path, path: str | Path) -> Path:
-    """A path that a file of a folder names; ValueError where it leads out of the folder."""
+    """Return a path that a file in a folder names. Raise ValueError where it leads out of it."""
     if not Root(folder, "source").holds(path):
         raise ValueError(f"{folder} names {str(path)!r}, which is outside of it; remove the entry")
     return folder / path
 
 
 def _of_names(folder: Path, split: str) -> dict[str, dict[str, list[Path]]]:
-    """By subset and split ("" where names say nothing of it) the files in a folder."""
+    """Return a folder's files by subset and split. The split is "" where no name states it."""
     if _is_saved(folder):
         return {folder.name: {"": [folder]}}
     found: dict[str, dict[str, list[Path]]] = {}
@@ -204,7 +214,7 @@ def _of_names(folder: Path, split: str) -> dict[str, dict[str, list[Path]]]:
                 "or move one"
             )
         found[name] = parts
-    # Shards side by side are the splits of one dataset.
+    # Shard files directly in the folder are the splits of one dataset, so only one is taken.
     others = shards - {split} if split in shards else set()
     return {name: parts for name, parts in found.items() if name not in others}
 
@@ -260,7 +270,7 @@ def _of_split(name: str, parts: dict[str, list[Path]], split: str) -> list[Path]
 
 
 def _whole(name: str, files: list[Path]) -> list[Path]:
-    """The files as they are, with a line where some of their number are missing."""
+    """Return the files. Print a line where the shard names say that some are missing."""
     shards = [shard for file in files if (shard := _SHARD.fullmatch(file.stem))]
     number = sum({shard[1]: int(shard[2]) for shard in shards}.values())
     if len(shards) < number:
@@ -299,7 +309,7 @@ def _read(file: Path, columns: Features, split: str) -> Dataset:
 
 
 def _read_saved(folder: Path, columns: Features, split: str) -> Dataset:
-    """What ``save_to_disk`` wrote, of files inside the folder alone."""
+    """Read what ``save_to_disk`` wrote. All its files must be inside the folder."""
     with reading(folder):
         if (folder / "dataset_dict.json").is_file():
             there = _json_file(folder / "dataset_dict.json")["splits"]
@@ -311,7 +321,7 @@ def _read_saved(folder: Path, columns: Features, split: str) -> Dataset:
         for entry in _json_file(folder / "state.json")["_data_files"]:
             _inside(folder, entry["filename"])
         rows = typed(load_from_disk(folder), columns, folder)
-        # Arrow's files are taken as they are: what points outside of them would be read.
+        # Arrow files are mapped without checks. A bad offset would read memory outside of them.
         rows.data.table.validate(full=True)
     return rows
 
@@ -352,7 +362,7 @@ def _completed(part: Dataset, names: list[str], columns: Features) -> Dataset:
 
 
 def _read_json(file: Path, columns: Features) -> Dataset:
-    """In memory, in chunks: JSON is a user's own data, the large sets are parquet."""
+    """Read a JSON file into memory, in chunks. Large data sets are parquet."""
     features = Features({**columns, PROBLEM: Value("string")})
     seen: set[str] = set()
     batches = []
@@ -364,7 +374,7 @@ def _read_json(file: Path, columns: Features) -> Dataset:
 
 
 def _json_values(file: Path) -> Iterator[Any]:
-    """Each row of a file of lines or of a list; an error stands for a line that is not JSON."""
+    """Yield the rows of a JSONL file or a JSON list, with an error for a line that is not JSON."""
     with opened(file) as source:
         head = source.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
         source.seek(3 if source.seek(0) == 0 and source.read(3) == b"\xef\xbb\xbf" else 0)
@@ -402,7 +412,7 @@ def _json_row(value: Any, columns: Features, seen: set[str]) -> dict[str, Any]:
 
 
 def _text(value: Any, name: str, single: bool) -> Any:
-    if value is None or value != value:  # NaN, which some tools write for a missing value
+    if value is None or value != value:  # NaN: some tools write it for a missing value
         return None
     if not single:
         if not isinstance(value, list):

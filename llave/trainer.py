@@ -1,4 +1,4 @@
-"""sentence-transformers' trainer with what it lacks for several processes and for adapters."""
+"""sentence-transformers' trainer, extended for DDP, sharded weights and adapters."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ from llave.checkpointing import CheckpointingTrainer
 
 
 class EmbeddingTrainer(CheckpointingTrainer):
-    """The host's trainer, with what it lacks for DDP, sharded weights and adapters."""
+    """sentence-transformers' trainer, extended for DDP, sharded weights and adapters."""
 
     def check_sharding(self, homogeneous: bool) -> None:
-        """Raise before the training what would else stop it, or the saving of the weights."""
+        """Raise ValueError for sharding settings that would stop the training or the saving.
+
+        Args:
+            homogeneous: whether every batch comes from one subset.
+        """
         if self.args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(
                 f"trainer.fsdp={self.args.fsdp!r}: accelerate shards over no "
@@ -41,7 +45,8 @@ class EmbeddingTrainer(CheckpointingTrainer):
             )
         whole = self.is_fsdp_enabled and _untrained(self.model.transformers_model)
         if not homogeneous and (zero.get("stage") == 3 or (self.is_fsdp_enabled and not whole)):
-            # Gathering weights takes all processes: one with images would wait for one without.
+            # All processes take part in gathering weights. One with images would wait for one
+            # without.
             raise ValueError(
                 "data.homogeneous=False: sharded weights need batches of one subset, so that all "
                 "processes have images or none; set it to true, or with FSDP freeze the vision "
@@ -49,8 +54,8 @@ class EmbeddingTrainer(CheckpointingTrainer):
             )
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        # FSDP2 changes the class of what it wraps, which those of sentence-transformers, being
-        # ABCs, do not let it. The backbone does, and it has all the weights.
+        # FSDP2 changes the class of the module it wraps. It cannot do so for sentence-transformers'
+        # modules, because they are ABCs. The backbone can be wrapped, and it has all the weights.
         if not self.is_fsdp_enabled:
             return super()._prepare_for_training(*args, **kwargs)
         prepare, plugin = self.accelerator.prepare, self.accelerator.state.fsdp_plugin
@@ -59,13 +64,14 @@ class EmbeddingTrainer(CheckpointingTrainer):
             backbone = model.transformers_model
             plugin.ignored_modules = _untrained(backbone)
             if plugin.transformer_cls_names_to_wrap is None:
-                # The backbone's list has classes of other configurations, which are an error.
+                # The backbone's list also has classes that this configuration lacks. FSDP would
+                # raise an error for them.
                 present = {type(module).__name__ for module in backbone.modules()}
                 plugin.transformer_cls_names_to_wrap = sorted(
                     present & set(backbone._no_split_modules)
                 )
             backbone, optimizer = prepare(backbone, optimizer)
-            register_fsdp_forward_method(backbone, "forward")  # which is called by that name
+            register_fsdp_forward_method(backbone, "forward")  # its ``forward`` is called by name
             model.set_requires_gradient_sync = backbone.set_requires_gradient_sync
             return model, optimizer
 
@@ -76,10 +82,10 @@ class EmbeddingTrainer(CheckpointingTrainer):
             self.accelerator.prepare = prepare
 
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """The host's, telling DDP which parameters the whole loss uses.
+        """Compute the loss, and tell DDP which parameters it uses.
 
-        DDP itself looks at the last forward alone. After images and then texts it would take the
-        vision tower for unused, and stop at its gradients.
+        DDP itself looks only at the last forward. If that one has texts and an earlier one had
+        images, DDP takes the vision tower for unused, and raises at its gradients.
         """
         loss = super().compute_loss(model, *args, **kwargs)
         if (
@@ -92,7 +98,7 @@ class EmbeddingTrainer(CheckpointingTrainer):
         return loss
 
     def total_steps(self) -> int:
-        """Optimizer steps of the whole training."""
+        """Return the number of optimizer steps in the whole training."""
         if self.args.max_steps > 0:
             return self.args.max_steps
         return math.ceil(self.args.num_train_epochs * self._steps_per_epoch())
@@ -101,17 +107,17 @@ class EmbeddingTrainer(CheckpointingTrainer):
         return math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
 
     def take_weights(self, folder: Path) -> None:
-        """Take those of a model that was saved whole, whose adapters are merged."""
+        """Load the weights of a finished model, in which adapters are merged."""
         _merge_adapters(self.model.transformers_model)
         SentenceTransformerTrainer._load_from_checkpoint(self, str(folder))
 
     def merge_adapters(self) -> None:
-        """Leave a model with plain weights, where they are not sharded."""
+        """Merge the model's adapters into its weights, unless the weights are sharded."""
         if not self._shards():
             _merge_adapters(self.accelerator.unwrap_model(self.model).transformers_model)
 
     def save_whole(self, folder: Path) -> None:
-        """Save the model with all its weights and adapters merged. Every process must call it."""
+        """Save the model with adapters merged and shards gathered. Every process must call this."""
         state = None
         if self._shards():
             state = self.accelerator.get_state_dict(self.model_wrapped)
@@ -122,17 +128,24 @@ class EmbeddingTrainer(CheckpointingTrainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        # The host saves sharded weights as they are, and from every process at a time.
+        # The base class would save sharded weights as they are, and from every process at once.
         folder = Path(output_dir or self.args.output_dir)
         self._save_state(folder, state_dict, merge=False)
         if self.args.should_save:
             torch.save(self.args, folder / "training_args.bin")
 
     def _save_state(self, folder: Path, state: dict[str, Any] | None, merge: bool) -> None:
-        """Save the model, with gathered weights where its own are sharded."""
+        """Save the model.
+
+        Args:
+            folder: the folder to write.
+            state: the gathered weights, where the model's own are sharded.
+            merge: whether to merge the adapters.
+        """
         model = self.accelerator.unwrap_model(self.model)
         backbone = model.transformers_model
-        # Or a tokenizer that was used keeps its length over any set after loading.
+        # A used tokenizer would be saved with its truncation. That would override any length set
+        # after loading.
         model.tokenizer.backend_tokenizer.no_truncation()
         if not self._shards():
             if merge:
@@ -144,7 +157,7 @@ class EmbeddingTrainer(CheckpointingTrainer):
             if merge:
                 _merge_adapters(whole)
             model[0].model = whole
-            # The card shows embeddings, which the copy, without its buffers, cannot make.
+            # The card shows embeddings. The copy lacks its buffers, so it cannot compute them.
             model.save_pretrained(str(folder), create_model_card=False)
             model[0].model = backbone
 
@@ -155,9 +168,9 @@ class EmbeddingTrainer(CheckpointingTrainer):
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
         backbone = self.accelerator.unwrap_model(self.model).transformers_model
-        if self.is_fsdp_enabled:  # which the host does not know
+        if self.is_fsdp_enabled:  # sentence-transformers' method does not handle FSDP
             Trainer._load_from_checkpoint(self, checkpoint_path, model)
-        elif _adapted(backbone):  # the host would look for the backbone, in a folder that is gone
+        elif _adapted(backbone):  # the base class would look for the backbone in a removed folder
             from peft import set_peft_model_state_dict
 
             saved = load_file(Path(checkpoint_path) / "adapter_model.safetensors")
@@ -173,12 +186,15 @@ class EmbeddingTrainer(CheckpointingTrainer):
 
 
 def _untrained(backbone: PreTrainedModel) -> list[torch.nn.Module]:
-    """Parts such as a frozen vision tower: FSDP leaves them whole, for any process to run alone."""
+    """Return the parts without trained parameters, such as a frozen vision tower.
+
+    FSDP leaves them unsharded, so any process can run them alone.
+    """
     return [m for m in backbone.children() if not any(p.requires_grad for p in m.parameters())]
 
 
 def _complete(optimizer: Any) -> None:
-    """State of parameters that had no gradient yet: FSDP restores all of it or none."""
+    """Add zero state for parameters that had no gradient yet. FSDP restores all states or none."""
     known: dict[str, Any] = next(iter(optimizer.state.values()), {})
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -194,8 +210,8 @@ def _adapted(backbone: PreTrainedModel) -> bool:
 
 
 def _with_weights(backbone: PreTrainedModel, state: dict[str, Any]) -> PreTrainedModel:
-    """A backbone like a sharded one, with the weights of the whole model's state."""
-    prefix = "0.model."  # of the first module, sentence-transformers' Transformer
+    """Return an unsharded copy of a sharded backbone, with weights from the model's full state."""
+    prefix = "0.model."  # the first module is sentence-transformers' Transformer
     with torch.device("meta"):
         whole = AutoModel.from_config(backbone.config)
         if _adapted(backbone):
@@ -206,7 +222,7 @@ def _with_weights(backbone: PreTrainedModel, state: dict[str, Any]) -> PreTraine
 
 
 def _merge_adapters(backbone: PreTrainedModel) -> None:
-    """Add the adapters to the weights they adapt and leave no trace of them."""
+    """Merge the adapters into the weights, and remove the adapter layers."""
     if not _adapted(backbone):
         return
     from peft.tuners.tuners_utils import BaseTunerLayer

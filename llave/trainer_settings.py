@@ -1,4 +1,4 @@
-"""The trainer's settings as recipes may give them: types, ranges, and which have an effect."""
+"""The trainer's settings in a recipe: their types and ranges, and which have an effect."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, Pos
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import trainer_log_levels
 
-# Settings that have no effect here, and why.
+# Settings that have no effect here, with the reasons.
 _NO_METRICS = "evaluation is the similarity overlap, which has no such setting"
 _ORDER = "batches are drawn at random; trainer.batch_sampler is how"
 _COMMAND = "the command says what is done"
@@ -50,7 +50,7 @@ INEFFECTIVE = {
         _NO_METRICS,
     ),
 }
-# Where the trainer's own annotations are too narrow or too wide.
+# Types for settings whose own annotations are too narrow or too wide.
 _Seed = Annotated[int, Field(ge=0, lt=2**32)]
 _Pattern = Annotated[re.Pattern[str], AfterValidator(attrgetter("pattern"))]
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ TYPES: dict[str, Any] = {
     "fsdp": bool | str | list[str] | None,
 }
 _OFF = (None, False, 0, "no")
-# Settings that have no effect unless one of these others is on.
+# Each setting has no effect unless one of the others is on.
 NEEDS = {
     **dict.fromkeys(
         ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
@@ -105,14 +105,14 @@ NEEDS = {
 
 
 def check(trainer: dict[str, Any], data: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Refuse what does not go together, or would have no effect.
+    """Refuse settings that conflict, are out of range, or would have no effect.
 
     Args:
         trainer, data: sections of a recipe.
-        defaults: of the section ``trainer``.
+        defaults: defaults of the section ``trainer``.
 
     Raises:
-        ValueError: of the first such setting.
+        ValueError: there is such a setting. The message names the first.
     """
     for setting, value in trainer.items():
         default = defaults[setting]

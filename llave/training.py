@@ -1,4 +1,4 @@
-"""Recipes to trained models: sentence-transformers' trainer with the paper's settings."""
+"""Train models from recipes, with sentence-transformers' trainer and the paper's loss."""
 
 from __future__ import annotations
 
@@ -47,20 +47,20 @@ __all__ = [
 
 
 def train(recipe: Recipe) -> SentenceTransformer:
-    """Train by a recipe; the whole model is saved in ``output_dir/model``, adapters merged.
+    """Train a model by a recipe. The model is saved in ``output_dir/model``, with adapters merged.
 
-    A run that was cut off goes on from its last complete checkpoint, with the losses it would have
-    had. One that is finished is not trained again. Under torchrun every process trains on its share
-    of each global batch.
+    An interrupted run goes on from its last complete checkpoint, with the losses that it would have
+    had without the interruption. A finished run is not trained again. Under torchrun every process
+    trains on its share of each global batch.
 
     Raises:
         ValueError: a setting cannot be had here, ``output_dir`` holds a run with other settings, a
             row of the data is unusable, or nothing would be trained.
     """
     data = recipe["data"]
-    arguments = trainer_arguments(recipe)  # what it refuses, it refuses before anything is loaded
+    arguments = trainer_arguments(recipe)  # raises before anything is loaded
     from_first(partial(runs.check, Path(arguments.output_dir), recipe))
-    there = Path(data["train"]).is_dir() or data["subsets"]  # else load_training says what is wrong
+    there = Path(data["train"]).is_dir() or data["subsets"]  # otherwise load_training raises
     if there and data["images"] is not None and not Path(data["images"]).is_dir():
         raise ValueError(f"data.images={data['images']!r} is no folder")
     subsets = load_training(
@@ -81,15 +81,15 @@ def train(recipe: Recipe) -> SentenceTransformer:
 
 
 def trainer_arguments(recipe: Recipe) -> SentenceTransformerTrainingArguments:
-    """The trainer's settings, checked against this machine.
+    """Make the trainer's arguments, and check them against this machine.
 
     Raises:
-        ValueError: ``data.batch_size`` does not divide among the processes, ``loss.backend`` or a
-            setting of the trainer cannot be had here.
+        ValueError: ``data.batch_size`` does not divide among the processes, or ``loss.backend`` or
+            a setting of the trainer cannot be had here.
     """
     size, backend = recipe["data"]["batch_size"], recipe["loss"]["backend"]
-    # Each global batch is cut between the processes, so that the batches, and with them the losses,
-    # are the same for any number of processes.
+    # Each global batch is split between the processes. Batches and losses are then the same for any
+    # number of processes.
     arguments = SentenceTransformerTrainingArguments(
         **recipe["trainer"],
         per_device_train_batch_size=size,
@@ -108,7 +108,7 @@ def trainer_arguments(recipe: Recipe) -> SentenceTransformerTrainingArguments:
 
 
 def _check_classes(arguments: SentenceTransformerTrainingArguments) -> None:
-    """Raise now what the optimizer, the scheduler or a logger would raise after the loading."""
+    """Raise ValueError for an optimizer, scheduler or logger that would fail after the loading."""
 
     def optimizer(given: SentenceTransformerTrainingArguments) -> Any:
         return Trainer.get_optimizer_cls_and_kwargs(given)
@@ -123,7 +123,7 @@ def _check_classes(arguments: SentenceTransformerTrainingArguments) -> None:
         return [kind() for kind in get_reporting_integration_callbacks(arguments.report_to)]
 
     tries = {"lr_scheduler_kwargs": scheduler, "report_to": loggers}
-    if arguments.optim_target_modules is None:  # else the class follows from the model
+    if arguments.optim_target_modules is None:  # otherwise the optimizer needs the model
         tries["optim"] = partial(optimizer, arguments)
     for setting, attempt in tries.items():
         try:
@@ -144,12 +144,13 @@ def _check_classes(arguments: SentenceTransformerTrainingArguments) -> None:
 def fit(
     model: SentenceTransformer, subsets: dict[str, Dataset], recipe: Recipe
 ) -> SentenceTransformer:
-    """The training itself.
+    """Train a model on subsets, and save it.
 
     Args:
-        model: trained in place; adapters are merged, but not where FSDP or DeepSpeed shards it.
-        subsets: by name, datasets of anchor, positive, negatives, and optionally ``label``: the
-            content ids of ``LLaVELoss``.
+        model: the model. It is trained in place. Its adapters are merged, unless FSDP or DeepSpeed
+            shards it.
+        subsets: by name, datasets of anchor, positive and negatives, and optionally ``label`` with
+            the content ids for ``LLaVELoss``.
         recipe: its sections data, loss and trainer.
 
     Raises:
@@ -211,7 +212,7 @@ def fit(
             _refuse_no_way_on(arguments, there)
             from_first(partial(runs.record, folder, recipe, rows, trainer.run))
         trainer.train(resume_from_checkpoint=checkpoint)
-        if not trainer.state.global_step:  # of copies a sampler may make no batch
+        if not trainer.state.global_step:  # e.g. no_duplicates makes no batch of copies
             raise ValueError(
                 f"nothing was trained: trainer.batch_sampler={arguments.batch_sampler.value} made "
                 f"no batch of {data['batch_size']} rows; lower data.batch_size"
@@ -224,7 +225,7 @@ def fit(
 def _refuse_no_way_on(
     arguments: SentenceTransformerTrainingArguments, there: dict[str, Any]
 ) -> None:
-    """Raise where a run is to go on from what has no state to go on with."""
+    """Raise ValueError where there is no optimizer state to go on with."""
     if there["checkpoint"] is not None and arguments.save_only_model:
         raise ValueError(
             f"{there['checkpoint']} has no state of the optimizer to go on with, because "
@@ -240,7 +241,11 @@ def _refuse_no_way_on(
 def hold_out(
     subsets: dict[str, Dataset], size: int, *, seed: int
 ) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
-    """What is trained on, and ``size`` pairs of each subset that are not; none where it is 0."""
+    """Split each subset into training rows and ``size`` held-out pairs. With 0, none is held out.
+
+    Raises:
+        ValueError: a subset has no more than ``size`` rows.
+    """
     if not size:
         return subsets, {}
     parts = {}
@@ -258,13 +263,13 @@ def hold_out(
 def unused_rows(
     rows: dict[str, int], batch_size: int, *, homogeneous: bool, round_robin: bool = False
 ) -> list[str]:
-    """A line for each subset of which rows are in no batch of an epoch.
+    """Return a line for each subset that has rows in no batch of an epoch.
 
     Args:
-        rows: of each subset.
-        batch_size: every batch is whole.
-        homogeneous: each batch is of one subset.
-        round_robin: of each subset as many batches as of the smallest.
+        rows: rows of each subset.
+        batch_size: rows per batch. Partial batches are dropped.
+        homogeneous: whether each batch comes from one subset.
+        round_robin: whether every subset gives as many batches as the smallest.
 
     Raises:
         ValueError: there is no whole batch.
@@ -291,7 +296,11 @@ def unused_rows(
 
 
 def joined(subsets: dict[str, Dataset]) -> Dataset:
-    """One dataset of all subsets, for batches that mix them; they must have the same columns."""
+    """Join all subsets into one dataset, for batches that mix them.
+
+    Raises:
+        ValueError: the subsets have different columns.
+    """
     columns = {name: sorted(subset[0]) for name, subset in subsets.items()}
     if len({tuple(names) for names in columns.values()}) > 1:
         raise ValueError(
@@ -306,18 +315,17 @@ def joined(subsets: dict[str, Dataset]) -> Dataset:
 
 
 def _metrics(subsets: Iterable[str]) -> list[str]:
-    """What ``SimilarityOverlap`` finds of these subsets."""
+    """Return the names of ``SimilarityOverlap``'s metrics for these subsets."""
     kinds = ("similarity_overlap", "positive_mean", "negative_mean")
     return ["similarity_overlap", *(f"{name}_{kind}" for name in subsets for kind in kinds)]
 
 
 class SimilarityOverlap(SentenceEvaluator):
-    """Overlap of the similarity histograms of positives and negatives (paper, Figure 1).
+    """Evaluate the overlap of the positive and negative similarity histograms (paper, Figure 1).
 
-    A copy of a pair's positive is no negative of it.
-
-    The histograms go to ``output_path``, in ``similarities-STEP.json``: counts by subset, in 100
-    equal bins over [-1, 1].
+    A copy of a pair's positive does not count as its negative. The histograms are written to
+    ``similarities-STEP.json`` in ``output_path``. They are counts by subset, in 100 equal bins over
+    [-1, 1].
 
     Args:
         subsets: by name, datasets with the columns anchor and positive.
@@ -363,16 +371,16 @@ class SimilarityOverlap(SentenceEvaluator):
 def build_model(
     settings: dict[str, Any], texts: Iterable[str], *, seed: int
 ) -> SentenceTransformer:
-    """The model of a recipe's section of that name.
+    """Build the model of a recipe's section ``model``.
 
     Args:
         settings: the section, completed.
-        texts: what the tokenizer of a backbone from scratch is trained on.
-        seed: of adapters.
+        texts: the texts to train the tokenizer on, for a backbone from scratch.
+        seed: seed of the adapters' initial weights.
 
     Raises:
         ImportError: ``lora`` is set and peft is not installed.
-        ValueError: ``frozen`` is in no parameter's name, or in every one's; or a file of the
+        ValueError: ``frozen`` is in no parameter's name, or in all of them; or a file of the
             backbone is damaged or missing.
     """
     backbone = settings["backbone"]
@@ -394,7 +402,7 @@ def build_model(
         name = "backbone" if settings["scratch"] is None else "scratch"
         raise ValueError(f"model.{name}={settings[name]!r} cannot be loaded ({said})") from error
     one, other = (model.tokenizer(text)["input_ids"] for text in ("a cat", "two dogs"))
-    if one == other:  # as a tokenizer without its vocabulary does
+    if one == other:  # a tokenizer without its vocabulary does this
         raise ValueError(
             f"model.backbone={backbone!r} has a tokenizer that does not tell texts apart: its "
             "tokenizer.json or another file of it is missing; download it again"
@@ -403,7 +411,7 @@ def build_model(
         adapters = lora_config(settings["lora"])
         torch.manual_seed(seed)
         model.add_adapter(adapters)
-    if settings["frozen"]:  # adapters too
+    if settings["frozen"]:  # adapters can be frozen too
         names = [name for name, _ in model.named_parameters() if settings["frozen"] in name]
         if not names:
             raise ValueError(f"model.frozen={settings['frozen']!r} is in no parameter's name")

@@ -1,4 +1,4 @@
-"""Frames of a video as LLaVE takes them: about 3 a second, at most 32, over its whole length."""
+"""Sample a video's frames as LLaVE does: about 3 a second, at most 32, over its whole length."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ VIDEO_SUFFIXES = {
     ".3g2", ".3gp", ".asf", ".avi", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpe",
     ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv",
 }  # fmt: skip
-# What a display matrix does to the axes (x to (a, b), y to (c, d)), as Pillow names it.
+# Pillow's transpose for each display matrix. The key (a, b, c, d) is a matrix that maps the x axis
+# to (a, b) and the y axis to (c, d).
 _TURNS = {
     (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
     (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
@@ -36,19 +37,19 @@ _TURNS = {
 
 
 def load_frames(video: Any, *, fps: float = 3.0, limit: int = 32) -> list[Image.Image]:
-    """Frames spread uniformly over a video, in RGB, the first and the last among them.
+    """Return frames spread uniformly over a video, in RGB. They include the first and the last.
 
-    They are as a person sees them: turned upright, in square pixels, in the file's own colours.
+    Frames are as a person sees them: turned upright, in square pixels, in the file's own colours.
 
     Args:
-        video: a video file, a path or opened for reading, decoded by PyAV, which keeps the taken
-            frames only; a folder of frame images (:func:`frame_files`); a list of frames, each as
-            :func:`llave.images.to_rgb` takes it; or an array of shape (frames, height, width,
-            channels).
-        fps: frames taken per second of a video file, default the paper's: those shown at moments
-            spread uniformly over its time, each once. For the other kinds, and for a file that
-            knows neither times nor a rate, only ``limit`` counts.
-        limit: frames at most, default the paper's.
+        video: a video file, as a path or opened for reading; a folder of frame images
+            (:func:`frame_files`); a list of frames, each as :func:`llave.images.to_rgb` takes it;
+            or an array of shape (frames, height, width, channels). PyAV decodes a file, and only
+            the sampled frames stay in memory.
+        fps: frames to take per second of a video file, default the paper's 3. They are the frames
+            shown at moments spread uniformly over its time, each at most once. Only ``limit``
+            counts for the other kinds, and for a file with neither times nor a rate.
+        limit: the most frames to take, default the paper's 32.
 
     Raises:
         ValueError: there is no such file or folder, it cannot be read or has no frames, it is a
@@ -87,9 +88,9 @@ def load_frames(video: Any, *, fps: float = 3.0, limit: int = 32) -> list[Image.
 
 
 def frame_files(folder: str | os.PathLike[str], limit: int = 32) -> list[Path]:
-    """The images that are taken of a folder of frames, in natural order (2 before 10).
+    """Return the images to take from a folder of frames, in natural order (2 before 10).
 
-    Other files are ignored, and of more than ``limit`` images those between uniformly.
+    Other files are ignored. From more than ``limit`` images, ``limit`` are taken uniformly.
 
     Raises:
         ValueError: there are none.
@@ -102,14 +103,18 @@ def frame_files(folder: str | os.PathLike[str], limit: int = 32) -> list[Path]:
 
 
 def uniform_indices(total: int, count: int) -> list[int]:
-    """``count`` of ``range(total)``, or all where there are fewer, uniformly spread and increasing.
+    """Return ``count`` indices spread uniformly over ``range(total)``, or all if there are fewer.
 
-    The first is 0 and, of more than one, the last ``total - 1``. ValueError: one is below 1.
+    They increase strictly. The first is 0. If there are several, the last is ``total - 1``.
+
+    Raises:
+        ValueError: an argument is below 1.
     """
     if total < 1 or count < 1:
         raise ValueError(f"total={total} and count={count} must be at least 1")
     count = min(count, total)
-    # Rounded down: steps are at least 1, so no two become equal, as halves to even could.
+    # Indices are rounded down. Steps are at least 1, so all differ. With rounding of halves to
+    # even, two could be equal.
     return [i * (total - 1) // max(count - 1, 1) for i in range(count)]
 
 
@@ -124,9 +129,10 @@ def _decode(file: BinaryIO, path: str, fps: float, limit: int) -> list[Image.Ima
     except ImportError as error:
         raise ImportError(f"video={path!r} needs PyAV to be decoded: pip install av") from error
     most = limits.value("LLAVE_MAX_VIDEO_PIXELS") // 16
-    # Sizes may change within a file. Decoders add margins, so this is not the limit itself.
+    # The frame size may change within a file, so FFmpeg gets a bound for every frame. Decoders add
+    # margins, so the bound is above the limit.
     bound = {"max_pixels": str(2 * most + 2**16)}
-    # FFmpeg gets the opened file, and can open no other.
+    # FFmpeg gets the opened file and cannot open any other.
     settings: dict[str, Any] = {
         "options": bound | {"format_whitelist": DEMUXERS, "protocol_whitelist": ""},
         "metadata_errors": "ignore",
@@ -136,9 +142,9 @@ def _decode(file: BinaryIO, path: str, fps: float, limit: int) -> list[Image.Ima
         refuse_inflated(file)
         with av.open(file, **settings) as container:
             videos = container.streams.video
-            # The container knows the main one of several: others are covers and thumbnails.
+            # The container knows its main video stream. Others are covers and thumbnails.
             number = videos.index(container.streams.best("video")) if len(videos) > 1 else 0
-            # Counted: the headers of Matroska, WebM and MPEG-TS do not say how many frames follow.
+            # Frames are counted, because the headers of Matroska, WebM and MPEG-TS have no count.
             times: list[tuple[int | None, int | None]] = []
             ratio, tick = Fraction(1), Fraction(1)
             for packet in container.demux(video=number) if videos else ():
@@ -150,11 +156,11 @@ def _decode(file: BinaryIO, path: str, fps: float, limit: int) -> list[Image.Ima
         if times:
             indices = _indices(times, tick, rate, fps, limit)
             file.seek(0)
-            with av.open(file, **settings) as container:  # again: not every one can be rewound
+            with av.open(file, **settings) as container:  # not every container can seek back
                 stream = container.streams.video[number]
                 _check_frame(stream.width, stream.height, ratio, len(indices))
                 stream.codec_context.options = bound
-                # A thread of its own for every frame has as many frames in memory.
+                # Frame threading keeps a frame per thread in memory, so large frames do not use it.
                 large = stream.width * stream.height > most // 2
                 stream.thread_type = "SLICE" if large else "AUTO"
                 for i, frame in enumerate(container.decode(video=number)):
@@ -177,7 +183,13 @@ def _decode(file: BinaryIO, path: str, fps: float, limit: int) -> list[Image.Ima
 
 
 def _check_frame(width: int, height: int, ratio: Fraction | int, count: int) -> None:
-    """ValueError where so many frames of that size are more than is read."""
+    """Raise ValueError where frames of a size, at least 16 of them, are above the pixel limit.
+
+    Args:
+        width, height: the frame size in pixels.
+        ratio: the pixels' aspect ratio. Above 1 it widens the frames.
+        count: the number of frames.
+    """
     pixels = round(width * max(ratio, 1)) * height * max(count, 16)
     limits.check("LLAVE_MAX_VIDEO_PIXELS", pixels, "pixels in the frames taken")
 
@@ -189,16 +201,16 @@ def _indices(
     fps: float,
     limit: int,
 ) -> list[int]:
-    """The frames shown at moments spread uniformly over a video's time.
+    """Return the indices of the frames shown at moments spread uniformly over a video's time.
 
     Args:
         packets: each frame's time and duration in ticks, in the file's order.
-        tick: in seconds.
-        rate: frames per second on average, where the file states it.
-        fps, limit: as :func:`load_frames` has them.
+        tick: the length of a tick in seconds.
+        rate: average frames per second, if the file states it.
+        fps, limit: as in :func:`load_frames`.
     """
     times = sorted((start, length) for start, length in packets if start is not None)
-    if len(times) < len(packets):  # raw streams have no times, and so one rate
+    if len(times) < len(packets):  # raw streams have no times, so the rate is constant
         wanted = round(len(packets) / rate * fps) if rate else limit
         return uniform_indices(len(packets), min(limit, max(1, wanted)))
     starts = [start for start, _ in times]
@@ -207,7 +219,8 @@ def _indices(
     last = times[-1][1] or (1 / rate / tick if rate else Fraction(span, max(steps, 1)))
     seconds = float((span + last) * tick)
     count = min(limit, max(1, round(seconds * fps)))
-    # Containers round times to ticks, so that equal distances only look unequal.
+    # Containers round times to ticks. Times that differ from equal steps by at most one tick count
+    # as equally spaced.
     if all(abs((t - starts[0]) * steps - k * span) <= steps for k, t in enumerate(starts)):
         return uniform_indices(len(starts), count)
     moments = [starts[0] + i * span // max(count - 1, 1) for i in range(count)]
@@ -215,11 +228,12 @@ def _indices(
 
 
 def _upright(frame: Any, image: Image.Image) -> Image.Image:
-    """A frame's image turned as the frame says."""
+    """Turn a frame's image as its display matrix says."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return image
-    # 3 x 3: where (1, 0) goes is the start of the first row, where (0, 1) goes of the second.
+    # The matrix is 3 x 3. Its first row begins with the image of (1, 0), its second with that of
+    # (0, 1).
     (a, b), (c, d) = np.sign(np.frombuffer(bytes(matrix), np.int32).reshape(3, 3)[:2, :2]).tolist()
     turn = _TURNS.get((a, b, c, d))
     return image if turn is None else image.transpose(turn)

@@ -1,4 +1,4 @@
-"""YAML 1.2 as recipes are written in it: 2e-5 is a number; no, on and 1:30 are text."""
+"""Read and write YAML 1.2, for recipes. ``2e-5`` is a number. ``no``, ``on``, ``1:30`` are text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from yaml.constructor import ConstructorError
 
 
 class _Loader(yaml.SafeLoader):
-    """In which a key stands once."""
+    """A loader that refuses a repeated key."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -21,7 +21,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """In which a list is one line, or a few."""
+    """A dumper that writes lists in flow style, ``[a, b]``."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -40,7 +40,7 @@ for _tag, _pattern, _first in (
 _Loader.add_constructor(
     "tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node))
 )
-# Text that the loader would take for something else is quoted.
+# The dumper quotes text that the loader would read as another type.
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 _Dumper.add_representer(
     list,
@@ -51,10 +51,14 @@ _Dumper.add_representer(
 
 
 def load(text: str, where: str) -> Any:
-    """The value that a text stands for.
+    """Parse YAML.
+
+    Args:
+        text: the YAML text.
+        where: where it is from, for the error.
 
     Raises:
-        ValueError: it is no YAML, too deep, or a key stands twice; ``where`` names it.
+        ValueError: it is no YAML, nested too deep, or repeats a key.
     """
     try:
         return yaml.load(text, _Loader)
@@ -63,6 +67,6 @@ def load(text: str, where: str) -> Any:
 
 
 def dump(value: Any) -> str:
-    """The text that ``load`` takes for a value of dicts, lists, text, numbers, booleans, None."""
+    """Return YAML for a value of dicts, lists, text, numbers, booleans and None."""
     text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
     return text
