@@ -32,7 +32,7 @@ def theirs(name: str) -> str:
 def write_checkpoint(
     folder: Path, network, *, rows: int | None = None, dtype=torch.float32
 ) -> dict[str, torch.Tensor]:
-    """Write config, tokenizer and weights to ``folder``. Returns the tensors by authors' name."""
+    """Write config and tokenizer to ``folder``. Returns the weights by the authors' names."""
     text = network.config.text_config.to_dict()
     keys = set(convert._TEXT_KEYS) & text.keys()
     settings = {key: text[key] for key in keys} | {
@@ -94,7 +94,11 @@ def write_shards(folder: Path, state: dict[str, torch.Tensor], count: int) -> No
 
 
 def tower_of_27(state: dict[str, torch.Tensor]) -> list[str]:
-    """Add SigLIP's last layer and head, which the authors' code drops after loading."""
+    """Add SigLIP's last layer and head, which some checkpoints still hold.
+
+    Returns:
+        The names of the added tensors.
+    """
     last = f"{TOWER}encoder.layers.{convert.VISION_LAYERS - 1}."
     more = {
         name.replace(f".{convert.VISION_LAYERS - 1}.", f".{convert.VISION_LAYERS}."): tensor.clone()

@@ -81,7 +81,7 @@ def shown(model: SentenceTransformer, item, **kwargs) -> str:
         ({"text": "<|image_1|>\nSee it\n", "video": [picture()] * 2}, "<video>\nSee it\n"),
         ({"text": "<|image_1|>", "image": picture()}, "<image>\nRepresent the given image."),
         ({"text": "<|image_1|>\n", "image": picture()}, "<image>\nRepresent the given image."),
-        # Any other marker moves to the front. At the end of the text it takes the spaces with it.
+        # Any other marker moves to the front. At an edge of the text the spaces there are dropped.
         ({"text": "See <|image_1|>.", "image": picture()}, "<image>\nSee ."),
         ({"text": "See <|image_1|>.\n", "image": picture()}, "<image>\nSee .\n"),
         ({"text": "See <|image_1|>\n", "image": picture()}, "<image>\nSee"),

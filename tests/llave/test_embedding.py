@@ -314,7 +314,9 @@ def test_damaged_files_are_replaced(source: Path, tmp_path: Path) -> None:
     truncated, flipped, emptied, zeroed = sorted(out.glob("*.parquet"))[:4]
     truncated.write_bytes(before[truncated.name][:200])
     emptied.write_bytes(b"")
-    zeroed.write_bytes(bytes(len(before[zeroed.name])))  # as some systems leave it after a power loss
+    zeroed.write_bytes(
+        bytes(len(before[zeroed.name]))
+    )  # as some systems leave it after a power loss
     damaged = bytearray(before[flipped.name])
     damaged[len(damaged) // 4] ^= 1  # a value, so only the page's checksum changes
     flipped.write_bytes(damaged)

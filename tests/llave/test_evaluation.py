@@ -80,7 +80,8 @@ def test_known_answers_ties_and_one_encoding_each(
     (result,) = results
     assert result[:6] == ("colours", 5, 60.0, 100.0, 100.0, 1)
     assert model.encoded == 7
-    # Each of the five rows has one right candidate. Four are close to it, one is far.
+    # Four rows share their right candidate, so it is no negative of theirs. One of them is far from
+    # it.
     assert (sum(result.positives), sum(result.negatives)) == (5, 8)
     assert (result.positives[-1], result.positives[50]) == (4, 1)
     assert result.negatives[50] == 8
@@ -120,7 +121,7 @@ def test_a_copy_of_the_right_candidate_is_right(folders: tuple[Path, Path], tmp_
     assert [(r.precision, r.ties) for r in results] == [(100, 0), (100, 0), (0, 1), (0, 0), (0, 0)]
     # Eleven copies of one picture count as one candidate, so the right one is second.
     assert results[-1].recall_5 == 100.0
-    # Copies of the right text, and rows with the same right candidate, are no negatives.
+    # The same holds for texts. Other rows' right candidates may be copies too.
     write(data, "texts", *[("red thing", "", ["red", "blue", "red"], [""] * 3)] * 3)
     (result,) = evaluate(ByColour(), ["texts"], data=data, images=images, out=tmp_path / "out")
     assert (result.precision, result.ties, sum(result.negatives)) == (100.0, 0, 0)
@@ -335,14 +336,14 @@ def test_text_video_retrieval_is_over_all_videos(
         folder.mkdir()
         for frame in range(3):
             Image.new("RGB", (4, 4), (number,) * 3).save(folder / f"{frame}.png")
-    # Captions 0 and 0.1 share a video. Caption 2.6 is nearest to v3 instead of v2. Caption 9 belongs
-    # to v1, which is far from it.
+    # Captions 0 and 0.1 share a video. Caption 2.6 is nearer to v3 than to its own v2. The first
+    # caption 9 belongs to v1, which is far from it.
     said = [(0, "v0"), (0.1, "v0"), (2.6, "v2"), (9, "v1"), *((n, f"v{n}") for n in range(3, 12))]
     lines = [json.dumps({"caption": f"number {n}", "video": video}) for n, video in said]
     (data / "film.jsonl").write_text("\n".join(lines))
     (result,) = evaluate(ByNumber(), ["film"], data=data, images=videos, out=tmp_path / "out")
     assert (result.rows, result.ties) == (13, 0)
     assert result.precision == pytest.approx(100 * 11 / 13)
-    # Caption 9 has ten videos that are nearer than v1.
+    # Ten videos are nearer to this caption 9 than v1.
     assert result.recall_5 == pytest.approx(100 * 12 / 13)
     assert result.recall_10 == pytest.approx(100 * 12 / 13)

@@ -56,7 +56,7 @@ def chunk(name: bytes, content: bytes) -> bytes:
 
 
 def black(width: int, height: int, extra: bytes = b"") -> bytes:
-    """A black PNG file with one bit a pixel. It is compressed by lines to save memory."""
+    """A black PNG file with one bit a pixel. It is compressed line by line to save memory."""
     packing = zlib.compressobj(9)
     line = bytes(1 + (width + 7) // 8)
     lines = b"".join(packing.compress(line) for _ in range(height)) + packing.flush()
