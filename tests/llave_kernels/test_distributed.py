@@ -179,7 +179,7 @@ def test_every_setting_of_a_host_is_compared() -> None:
 
 
 def test_a_scale_on_a_device_is_compared_when_it_has_arrived() -> None:
-    """The scales of calls 1, 3 and 5 are compared. On process 1 each arrives at the second query."""
+    """The scales of calls 1, 3, 5 are compared. On process 1 each arrives at the second query."""
     for rank, found in enumerate(results("losses", 2, MISTAKES)):
         *before, last = found["late"]
         assert before == 6 * ["nothing"]
