@@ -108,7 +108,7 @@ def test_token_ids_are_the_published_format(model, item, user):
 
 
 def authors_ids(model: SentenceTransformer, text: str) -> list[int]:
-    """The ids from the authors' training and evaluation code, which tokenizes turn by turn."""
+    """The ids as the authors' training and evaluation code makes them, turn by turn."""
     text = text.replace("<|image_1|>", "<image>")
     if text.count("<image>") == 1 and not text.startswith("<image>"):
         text = ("<image>\n" + text.replace("<image>", "").strip()).strip()
