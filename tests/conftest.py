@@ -2,11 +2,11 @@ import os
 import zlib
 from collections.abc import Iterator
 
-# Read when torch is imported. A compiled graph remembered from an earlier version of the operators
-# would call them as they were then.
+# torch reads this at import. A graph cached from an earlier version of the operators would call
+# them with their old arguments.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub for anything
-if "PYTEST_XDIST_WORKER" in os.environ:  # one of several that share the cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -15,8 +15,8 @@ from hypothesis import settings
 
 from tests.csrc import simulator
 
-# Without a GPU the Triton kernels run in its interpreter, which triton asks for at its first
-# import, and those of the CUDA extension in the simulation.
+# Without a GPU the Triton kernels run in Triton's interpreter, and the CUDA extension's kernels in
+# the simulation. triton reads TRITON_INTERPRET at its first import.
 NO_SIMULATOR = None
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -40,12 +40,12 @@ def pytest_report_header() -> str:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each backend that runs here, the kernels on a GPU where there is one.
+    """Each backend that runs here. The kernels run on a GPU if there is one.
 
-    New tensors are made on that device, and fresh memory is filled with NaN.
+    New tensors are made on that device. Fresh memory is filled with NaN.
     """
     name, *architecture = request.param.split()
-    if architecture:  # whose kernels multiply float32 as TF32
+    if architecture:  # the CUDA extension multiplies float32 as TF32
         monkeypatch.setenv(cuda.ARCHITECTURE, architecture[0])
         torch.set_float32_matmul_precision("high")
     if name != "torch" and torch.cuda.is_available():
@@ -57,7 +57,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     torch.set_float32_matmul_precision("highest")
 
 
-# CI repeats the same draws; a developer's runs draw anew each time.
+# CI repeats the same draws. Other runs draw new examples each time.
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
@@ -65,5 +65,5 @@ if os.environ.get("CI"):
 
 @pytest.fixture(autouse=True)
 def _seed(request: pytest.FixtureRequest) -> None:
-    """Every test draws its own numbers, the same each time."""
+    """Seed each test by its name, so that it draws the same numbers in every run."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))

@@ -1,5 +1,4 @@
-"""What the numerical tests share: inputs, rule sets, and the comparison with the float64
-reference."""
+"""Inputs, rules, and the comparison with the float64 reference for the numerical tests."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from llave_kernels.reference import reference_loss, similarity_loss, tie_allowan
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
-    """|x - ref| / |ref|, with a floor for an exactly zero reference. NaN never passes a bound."""
+    """|x - ref| / |ref|. A zero reference is replaced by 1e-30. NaN passes no bound."""
     value, truth = value.detach().double(), truth.detach().double()
     return float((value - truth).norm() / truth.norm().clamp(min=1e-30))
 
@@ -23,7 +22,7 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 def embeddings(
     n: int, m: int, d: int, dtype: torch.dtype = torch.float32, *, unit: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Fresh random rows, unit length (to the rounding of ``dtype``) unless told otherwise."""
+    """Random rows (n, d) and (m, d). They have unit length, up to rounding, if ``unit``."""
     pair = torch.randn(n, d, dtype=torch.float64), torch.randn(m, d, dtype=torch.float64)
     if unit:
         pair = normalize(pair[0], dim=1), normalize(pair[1], dim=1)
@@ -31,7 +30,7 @@ def embeddings(
 
 
 def multiplicands(x: Tensor) -> Tensor:
-    """``x`` as the current float32 precision multiplies it: rounded to TF32 unless "highest"."""
+    """``x``, with float32 rounded to TF32 unless torch's float32 precision is "highest"."""
     if x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
         return x
     return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
@@ -40,7 +39,7 @@ def multiplicands(x: Tensor) -> Tensor:
 def loss_and_gradients(
     function: Any, query: Tensor, target: Tensor, scale: float, **rules: Any
 ) -> list[Tensor]:
-    """[loss, dQ, dT, d logit_scale] under a fixed random weighting of the rows' losses."""
+    """[loss, dQ, dT, d logit_scale]. The upstream gradient rises from 0.5 to 1.5 over the rows."""
     query, target = query.detach().requires_grad_(), target.detach().requires_grad_()
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     logit_scale = torch.tensor(scale, dtype=dtype, device=query.device, requires_grad=True)
@@ -55,7 +54,7 @@ def reference(query: Tensor, target: Tensor, scale: float, **rules: Any) -> list
 
 
 def dense(query: Tensor, target: Tensor, scale: float, **rules: Any) -> list[Tensor]:
-    """What plain PyTorch gives in the inputs' own dtype."""
+    """The dense loss and its gradients in the inputs' own dtype."""
     return loss_and_gradients(reference_loss, query, target, scale, **rules)
 
 
@@ -68,8 +67,9 @@ def rounding_errors(
 ) -> list[float]:
     """Errors of [loss, dQ, dT, d logit_scale] to expect from rounding each term of their sums.
 
-    They are all that is left where terms cancel. A term of dS is rounded to the inputs' dtype, and
-    carries the rounding of its logit: ``logit_share`` units of what its products add up to.
+    When the terms cancel, only these errors are left. A term of dS is rounded to the inputs' dtype.
+    It also carries the rounding of its logit. That rounding is ``logit_share`` times eps times the
+    logit's sum of absolute products.
     """
     similarity = query.double() @ target.double().T
     allowance = tie_allowance(query.double(), target.double(), rules.get("labels"))
@@ -80,15 +80,14 @@ def rounding_errors(
     loss, ds, *_ = loss_and_gradients(of_similarity, similarity, similarity, scale, **rules)
     sums = torch.float64 if query.dtype == torch.float64 else torch.float32
     eps = torch.finfo(sums).eps
-    # A similarity carries the rounding of its products, which may be larger than itself.
+    # A similarity carries the rounding of its products. A product may exceed the similarity.
     products = query.double().abs() @ target.double().abs().T
     logits = logit_share * (scale + rules.get("alpha", 9.0)) * products
-    # Half precision rounds a term once, by half of this or less. Full precision rounds several
-    # times.
+    # Half precision rounds a term once, by at most eps / 2. Full precision rounds it several times.
     half = query.dtype.itemsize == 2
     share = 1.0 if half else 6.0
     squares = (ds * (share * torch.finfo(query.dtype).eps + eps * logits)).square()
-    # Equal terms are rounded alike, and their errors add up.
+    # Equal terms have equal rounding errors, so these add up.
     alike = _rounded(ds, query.dtype) - ds if half else torch.zeros_like(ds)
     gradients = (
         (squares @ target.double().square(), alike @ target.double()),
@@ -102,14 +101,14 @@ def rounding_errors(
 
 
 def _rounded(ds: Tensor, dtype: torch.dtype) -> Tensor:
-    """To half precision and back, brought into its range by a power of two."""
+    """``ds`` rounded to half precision. A power of two first brings it into range."""
     largest = ds.abs().amax().clamp(min=1e-300)
     factor = torch.exp2(torch.floor(14 - torch.log2(largest)))
     return (ds * factor).to(dtype).double() / factor
 
 
 def reordered(query: Tensor, target: Tensor, trials: int) -> Iterator[tuple[Tensor, Tensor, Any]]:
-    """The same problem with D in other orders, and what restores the order of a gradient."""
+    """The problem with its dimensions permuted, and the index that restores a gradient's order."""
     for trial in range(trials):
         order = torch.randperm(query.shape[1], device=query.device)
         if trial == 0:
@@ -122,7 +121,7 @@ def dense_errors(
 ) -> list[float]:
     """Absolute errors of plain PyTorch, the worst of several orders of the sum over D.
 
-    Of a small problem a single order can be right by luck.
+    On a small problem a single order can be right by luck.
     """
     worst = [0.0] * len(truth)
     for q, t, restore in reordered(query, target, 4):
@@ -134,17 +133,17 @@ def dense_errors(
 
 
 def bounds(dtype: torch.dtype, strength: float) -> tuple[float, float]:
-    """Relative errors of the loss and of the gradients that the contract states.
+    """Relative errors that the contract allows for the loss and for the gradients.
 
     Args:
-        strength: kappa + alpha, to which float32's rounding of the logits grows.
+        strength: kappa + alpha. The rounding of float32 logits grows with it.
     """
     if dtype == torch.float64:
         return 1e-12, 1e-11
     logits = 2.5e-7 * strength
     if dtype == torch.float32:
         return 2e-6 + logits, 2e-5 + logits
-    return 1e-4, torch.finfo(dtype).eps / 4  # the result's own rounding, root mean square
+    return 1e-4, torch.finfo(dtype).eps / 4  # root mean square of the result's own rounding
 
 
 def allowed_errors(
@@ -152,8 +151,8 @@ def allowed_errors(
 ) -> list[float]:
     """Absolute errors of [loss, dQ, dT, d logit_scale] within the contract.
 
-    Half precision is held against float32 arithmetic on the same inputs: nearly converged, dense
-    half precision is so far off that it would hide a missing part of a sum.
+    Half precision is compared with dense float32 on the same inputs. On a nearly converged batch
+    the error of dense half precision is large enough to hide a missing part of a sum.
     """
     dtype = query.dtype
     half = dtype.itemsize == 2
@@ -166,7 +165,8 @@ def allowed_errors(
     for i, value in enumerate(truth):
         size = float(value.norm())
         most = max(stated[i > 0] * size, 1.5 * plain[i] + 1e-6 * size, roundings[i])
-        if half and i in (1, 2):  # that of dS and of the result, which ends at the smallest number
+        if half and i in (1, 2):  # dS is rounded, and so is the result
+            # Below smallest_normal the rounding stays constant.
             info = torch.finfo(dtype)
             result = info.eps / 2 * (size + info.smallest_normal * value.numel() ** 0.5)
             most = max(most, 1.5 * plain[i] + 1e-6 * size + roundings[i] + result)
@@ -175,16 +175,18 @@ def allowed_errors(
 
 
 def assert_contract(query: Tensor, target: Tensor, scale: float, **rules: Any) -> None:
-    """Loss and gradients against float64 on the same rounded inputs, by the numerical contract.
+    """Compare loss and gradients with float64 on the same rounded inputs.
 
-    Allowed is the largest of the stated bound, 1.5 times the error of dense PyTorch plus 1e-6, and
-    the rounding of its terms.
+    The allowed error is the largest of three: the stated bound, 1.5 times dense PyTorch's error
+    plus 1e-6 of the value's norm, and the rounding of the sum's terms. A half-precision gradient
+    may reach the sum of the last two and its own rounding.
     """
     backend = rules.pop("backend", "auto")
     rules |= clear_margin(query, target, **rules)
     truth = reference(query, target, scale, **rules)
     ours = fused(query, target, scale, backend=backend, **rules)
-    # The compiled kernels sum a warp's rows with one shift, up to 60 from a row's own logits.
+    # The compiled kernels use one shift for all rows of a warp. It may be up to 60 away from a
+    # row's own logits.
     share = 2.0 if backend == "cuda" else 1.0
     limits = allowed_errors(query, target, scale, truth, share, **rules)
     for i, name in enumerate(("loss", "dQ", "dT", "d logit_scale")):
@@ -195,8 +197,11 @@ def assert_contract(query: Tensor, target: Tensor, scale: float, **rules: Any) -
 
 
 def clear_margin(query: Tensor, target: Tensor, **rules: Any) -> dict[str, float]:
-    """The margin, where there is one, moved up to where no pair is so near its limit that rounding
-    decides whether it counts."""
+    """The margin, raised until rounding decides for no pair whether it counts.
+
+    Returns:
+        The new ``false_negative_margin``. Empty if there is none.
+    """
     margin = rules.get("false_negative_margin")
     if margin is None:
         return {}
@@ -213,7 +218,7 @@ def clear_margin(query: Tensor, target: Tensor, **rules: Any) -> dict[str, float
 
 
 def rounding(query: Tensor, target: Tensor) -> float:
-    """What is added to a similarity before it counts as above another, at most."""
+    """The largest allowance for rounding when two similarities are compared."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     d = query.shape[1]
     size = float(query.double().norm(dim=1).max() * target.double().norm(dim=1).max())

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = ("csrc", "llave", "llave_kernels", "tests")
 FILES = ("CMakeLists.txt", "MANIFEST.in", "pyproject.toml", "setup.py", "README.md", "LICENSE")
-# A tree installed as editable offers its modules to every package of its name.
+# The import hook of an editable install would find this tree's modules instead.
 REPORT = """
 import sys
 sys.meta_path = [f for f in sys.meta_path if "editable" not in str(f).lower()]
@@ -36,7 +36,7 @@ def setup_module() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The source distribution of a copy of this tree that holds nothing built."""
+    """The source distribution of this tree, made from a copy without built files."""
     folder = tmp_path_factory.mktemp("source")
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "cuda_build.txt")
     for name in SOURCES:
@@ -52,7 +52,10 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def without_nvcc(**extra: str) -> dict[str, str]:
-    """The environment less every folder in which nvcc is found; the interpreter's stays."""
+    """The environment without CUDA_HOME, LLAVE_CUDA* and the PATH folders that hold nvcc.
+
+    The interpreter's folder stays unless it holds nvcc.
+    """
     folders = [str(Path(sys.executable).parent), *os.environ["PATH"].split(os.pathsep)]
     kept = [f for f in folders if not (Path(f) / "nvcc").exists()]
     names = ("CUDA_HOME", "LLAVE_CUDA", "LLAVE_CUDA_ARCHS")
@@ -97,7 +100,7 @@ def test_without_nvcc_the_install_succeeds_and_says_so(sdist: Path, tmp_path: Pa
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_with_nvcc_an_install_from_the_sdist_builds(sdist: Path, tmp_path: Path) -> None:
-    """One target, to be quick; the tree's own install builds them all."""
+    """The test builds one target, which is quicker than all."""
     environment = os.environ | {"LLAVE_CUDA": "1", "LLAVE_CUDA_ARCHS": "90a"}
     run = install(sdist, tmp_path, environment)
     assert run.returncode == 0, run.stdout

@@ -1,4 +1,4 @@
-"""Every Python snippet of the README and of docs/ runs, each in a process of its own."""
+"""Every Python snippet of the README and docs/ runs in its own process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SNIPPETS = [
 ]
 
 
-# A table is what the command before it prints.
+# Each table must be what the command above it prints.
 TABLES = [
     (page, *match.groups())
     for page in PAGES
@@ -44,7 +44,7 @@ def free_port() -> str:
 
 
 def provide_files(folder: Path) -> None:
-    """What the README's snippet reads: a model, here a tiny one, an image and a video."""
+    """Write the files that the README's snippet reads: a tiny model, an image and a video."""
     for needed in ("sentence_transformers", "torchvision", "av"):
         pytest.importorskip(needed)
     from llave.modeling import build
@@ -59,7 +59,7 @@ def provide_files(folder: Path) -> None:
 def test_snippet_runs(code: str, tmp_path: Path) -> None:
     if "llave-0.5b" in code:
         provide_files(tmp_path)
-    # What torchrun sets, for one process.
+    # The variables that torchrun sets for one process.
     ranks = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     environment = os.environ | ranks | {"MASTER_PORT": free_port(), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(

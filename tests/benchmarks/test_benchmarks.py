@@ -1,5 +1,4 @@
-"""The benchmark itself: its peers compute what they say, its inputs are checked, a run leaves its
-files."""
+"""The benchmark: what its peers compute, which arguments it refuses, which files it writes."""
 
 from __future__ import annotations
 
@@ -42,7 +41,7 @@ def test_truth_in_strips_is_the_dense_loss(
     negatives: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(truth, "STRIP", 80 * 7)  # a number of rows that does not divide 40
+    monkeypatch.setattr(truth, "STRIP", 80 * 7)  # the rows of a strip do not divide 40
     query = torch.randn(40, 12, dtype=torch.float64)
     target = torch.cat([query, *query.new_zeros(negatives, *query.shape)])
     target = target + spread * torch.randn_like(target)
@@ -172,7 +171,7 @@ def test_a_stuck_child_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(workers, "CHILD_LIMIT", 0.05)
     worker = workers.Worker("measure", {"impl": "authors"}, tmp_path)
     kill = worker.process.kill
-    # The child may be gone before the thread that has killed it.
+    # The child may be gone before the thread that killed it returns.
     monkeypatch.setattr(worker.process, "kill", lambda: (kill(), time.sleep(0.2)))
     assert worker.ask("prepare {}") == {"status": "failed: no answer after 0.05 s"}
     worker.close()

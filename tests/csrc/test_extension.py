@@ -1,4 +1,4 @@
-"""The compiled CUDA extension on a machine that may have no GPU: imports, errors, machine code."""
+"""Imports, errors and machine code of the compiled CUDA extension. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llave_kernels.rules import HARDNESS_MODES, Rules
 from tests.helpers import embeddings
 
 ROOT = Path(__file__).parents[2]
-SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")  # another Python's build may lie beside
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")  # the folder may hold other Pythons' builds
 BUILT = next(Path(llave_kernels.__file__).parent.glob(f"_cuda{SUFFIX}"), None)
 needs_build = pytest.mark.skipif(BUILT is None, reason="the CUDA extension is not built")
 needs_simulation = pytest.mark.skipif(
@@ -55,7 +55,7 @@ BACKWARD = (
     | dict.fromkeys(("d_positive", "d_query_lse", "d_target_lse", "ds"), ADDRESS)
     | {"gain": 0, "pitch": 504}
 )
-# What is called, what is wrong with it, and what the message says.
+# (what is called, the wrong arguments, the message)
 MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("problem", {"type": "float64"}, "type = 'float64'; expected float32, bfloat16 or float16"),
     ("problem", {"hardness": "hard"}, "hardness = 'hard'; expected one of in_batch, hard_neg"),
@@ -88,7 +88,7 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("backward", {"d_positive": 0}, "d_positive is a null pointer"),
 ]
 
-# Runs in a process of its own, where `_cuda` is the compiled one.
+# This runs in its own process, where `_cuda` is the compiled extension.
 CALLS = """
 import json, sys
 from llave_kernels import _cuda, available_backends
@@ -183,7 +183,7 @@ def test_a_package_without_its_extension_says_why(
 def test_rows_whose_positives_lie_in_order_need_no_labels(
     monkeypatch: pytest.MonkeyPatch, workspace: int
 ) -> None:
-    """In strips, too, of which each but the first begins at another row."""
+    """The results are also equal when the rows are processed in several strips."""
     monkeypatch.setattr(strip_gemm, "WORKSPACE", workspace)
     n, m = 150, 200
     query, target = embeddings(n, m, 8)
@@ -220,7 +220,7 @@ def test_a_launch_without_a_device_says_what_cuda_says() -> None:
 
 @needs_simulation
 def test_workspace_grows_with_a_strip_not_with_its_square() -> None:
-    """A strip's parts stay a tenth of its dS."""
+    """The forward's workspace is at most a tenth of the strip's dS plus 1 MiB."""
     problem = simulated.Problem(**(PROBLEM | {"n": 1 << 16, "m": 1 << 16}))
     for rows in (128, 1024, 2048):
         assert simulated.forward_workspace(problem, rows) <= rows * (1 << 16) * 2 / 10 + (1 << 20)
@@ -256,7 +256,7 @@ int main() {
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler g++")
 def test_a_device_is_asked_once_whatever_the_threads(tmp_path: Path) -> None:
-    """And again where asking failed."""
+    """A query that failed is repeated."""
     source, program = tmp_path / "program.cpp", tmp_path / "program"
     source.write_text(PER_DEVICE)
     command = ["g++", "-std=c++17", "-pthread", f"-I{ROOT / 'csrc'}", source, "-o", program]
@@ -266,7 +266,7 @@ def test_a_device_is_asked_once_whatever_the_threads(tmp_path: Path) -> None:
 
 
 def machine_code(path: Path, kind: str = "-sass") -> Iterator[tuple[str, str]]:
-    """Mangled name and code of each kernel in the built module: SASS, or PTX with ``-ptx``."""
+    """The mangled name and code of each kernel in ``path``: SASS, or PTX with ``-ptx``."""
     triton = pytest.importorskip("triton")
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     run = subprocess.run([tool, kind, path], capture_output=True, text=True, check=True)
@@ -289,7 +289,7 @@ def test_machine_code_uses_tensor_cores_and_spills_nothing() -> None:
         instruction = r"\bHGMMA\." if found[2] == "90" else r"\bHMMA\."
         assert re.search(instruction, code), name
         assert not re.search(r"\b(LDL|STL)\b", code), name
-    # Three types and two tile sizes of each, for every target of the build.
+    # Each target has three dtypes with two tile sizes each.
     for kind in ("Forward", "Backward"):
         for architecture in architectures:
             count = seen.count((kind, architecture))
@@ -300,8 +300,10 @@ def test_machine_code_uses_tensor_cores_and_spills_nothing() -> None:
 @needs_build
 @pytest.mark.parametrize("kind", ["-sass", "-ptx"])
 def test_no_kernel_holds_a_trap(kind: str) -> None:
-    """What CUTLASS puts where a primitive does not exist on an architecture. PTX is what GPUs of a
-    later architecture take."""
+    """CUTLASS compiles a primitive that an architecture lacks to a trap.
+
+    GPUs of a later architecture take the PTX, so it is checked too.
+    """
     assert BUILT is not None
     kernels = list(machine_code(BUILT, kind))
     _, architectures, _ = call_built([])

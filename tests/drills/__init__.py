@@ -1,8 +1,8 @@
-"""Kill drills: a command that is killed and started again ends as one that nobody disturbed.
+"""Kill drills: a killed command that is started again ends with an undisturbed run's files.
 
-``python -m tests.drills embed --kills 30 --seed 0`` is the long form; the suite runs a short one.
-A run is killed with SIGKILL at a random moment, or where it reaches a point, which is a function
-that is patched in that process alone: nothing in the package knows of drills.
+``python -m tests.drills embed --kills 30 --seed 0`` is the long form. The test suite runs a short
+one. SIGKILL hits a run at a random moment or at a point. A point is a call of a function. Only the
+process to be killed patches that function, so the package has no code for drills.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Processes that have imported everything and no threads: their forks start at once.
+# The fork server has imported everything and runs no threads, so its forks start at once.
 processes = get_context("forkserver")
 processes.set_forkserver_preload(
     [__name__, "llave.cli", "llave.embedding", "llave.evaluation", "llave.modeling"]
 )
-LIMIT = 120  # seconds that no run takes
+LIMIT = 120  # seconds after which a run counts as stuck
 
 
 class Point(NamedTuple):
     """Where a process kills itself.
 
     Attributes:
-        function: its full name, where it is looked up when it is called.
-        after: whether the call is made first.
+        function: the full name of a function, as its caller looks it up.
+        after: whether the process dies after the call instead of before it.
     """
 
     function: str
@@ -44,7 +44,7 @@ class Point(NamedTuple):
 
 
 def kill_at(point: Point, call: int) -> None:
-    """Let this process die at the ``call``-th call of a function, counted from 1."""
+    """Make this process die at the ``call``-th call of ``point``, counted from 1."""
     module, name = point.function.rsplit(".", 1)
     owner, calls = import_module(module), count(1)
     original: Callable[..., Any] = getattr(owner, name)
@@ -62,7 +62,7 @@ def kill_at(point: Point, call: int) -> None:
 
 
 def command(arguments: Sequence[str], log: Path, point: Point | None, call: int) -> None:
-    """What a child process does: one ``llave`` command, in a process group of its own."""
+    """Run one ``llave`` command in a child process, in its own process group."""
     from llave.cli import main
 
     os.setsid()
@@ -78,14 +78,14 @@ def command(arguments: Sequence[str], log: Path, point: Point | None, call: int)
 
 
 def start(arguments: Sequence[str], log: Path, point: Point | None = None, call: int = 1) -> Any:
-    """A command under way; ``join`` it, its status is ``exitcode``."""
+    """Start a command. Returns its process."""
     process = processes.Process(target=command, args=(arguments, log, point, call))
     process.start()
     return process
 
 
 def finish(arguments: Sequence[str], log: Path, out: Path) -> float:
-    """Let a command run to its end; the seconds it took from when ``out`` was there."""
+    """Run a command to its end. Returns the seconds from the creation of ``out`` to the end."""
     process = start(arguments, log)
     wait_for(out, process)
     began = time.monotonic()
@@ -95,13 +95,13 @@ def finish(arguments: Sequence[str], log: Path, out: Path) -> float:
 
 
 def wait_for(out: Path, process: Any) -> None:
-    """Until a folder is there, or the process has ended."""
+    """Wait until a folder exists or the process has ended."""
     while not out.exists() and process.is_alive():
         time.sleep(0.005)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder by its relative name."""
+    """The contents of a folder's files, by relative name."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -117,20 +117,22 @@ def drill(
     kills: int,
     seed: int,
 ) -> Counter[str]:
-    """Kill a command, at named points and at random moments, up to three times before it may end.
+    """Kill a command at named points and at random moments, and compare what it leaves.
+
+    Each command is killed up to three times. Then it runs to its end.
 
     Args:
-        folder: for the outputs and logs.
-        arguments: the command that writes to a given folder.
-        points: by name.
-        kills: how many.
-        seed: of the points and moments.
+        folder: holds the outputs and the log.
+        arguments: gives the command that writes to a folder.
+        points: the points by name.
+        kills: number of kills.
+        seed: chooses points and moments.
 
     Returns:
-        How often a run was killed at each point, or at a moment.
+        The number of kills at each point and at random moments.
 
     Raises:
-        AssertionError: a run failed, or left other files than the undisturbed one.
+        AssertionError: a run failed, or its files differ from those of the undisturbed run.
     """
     draw = random.Random(seed)
     whole, log = folder / "whole", folder / "log"
@@ -153,7 +155,7 @@ def drill(
                 if process.exitcode is None:
                     process.kill()
             process.join(LIMIT)
-            if process.exitcode == 0:  # it was done before
+            if process.exitcode == 0:  # it ended before the kill
                 break
             assert process.exitcode == -signal.SIGKILL, log.read_text()[-3000:]
             done[name] += 1

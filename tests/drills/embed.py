@@ -1,4 +1,4 @@
-"""Kills of ``llave embed``: a corpus of texts in many small shards."""
+"""The kill drill of ``llave embed``, with a corpus of texts in many small shards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ POINTS = {
 
 
 def arguments(folder: Path) -> Callable[[Path], list[str]]:
-    """A model and a corpus in ``folder``, and the command that writes to another."""
+    """Write a model and a corpus to ``folder``. Returns the command for an output folder."""
     build(tiny.llava_onevision(), device="cpu").save(str(folder / "model"))
     source = folder / "corpus.jsonl"
     rows = ({"id": f"row {n}", "text": f"a cat and {n} dogs"} for n in range(ROWS))
@@ -38,5 +38,5 @@ def arguments(folder: Path) -> Callable[[Path], list[str]]:
 
 
 def run(folder: Path, *, kills: int, seed: int) -> Counter[str]:
-    """The drill, as ``tests.drills.drill`` does it."""
+    """Run ``tests.drills.drill`` on this command."""
     return drill(folder, arguments(folder), POINTS, kills=kills, seed=seed)

@@ -1,4 +1,4 @@
-"""Kills of ``llave evaluate``: several small tasks over texts and images."""
+"""The kill drill of ``llave evaluate``, with several small tasks over texts and images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ POINTS = {
 
 
 def arguments(folder: Path) -> Callable[[Path], list[str]]:
-    """A model, tasks and images in ``folder``, and the command that writes to another."""
+    """Write a model, tasks and images to ``folder``. Returns the command for an output folder."""
     build(tiny.llava_onevision(), device="cpu").save(str(folder / "model"))
     for name in COLOURS:
         Image.new("RGB", (16, 16), name).save(folder / f"{name}.png")
@@ -52,5 +52,5 @@ def arguments(folder: Path) -> Callable[[Path], list[str]]:
 
 
 def run(folder: Path, *, kills: int, seed: int) -> Counter[str]:
-    """The drill, as ``tests.drills.drill`` does it."""
+    """Run ``tests.drills.drill`` on this command."""
     return drill(folder, arguments(folder), POINTS, kills=kills, seed=seed)

@@ -1,4 +1,4 @@
-"""Kills of a tiny training, alone or under torchrun; each ends as one that nobody disturbed.
+"""The kill drill of a tiny training, in one process or under torchrun.
 
 ``python -m tests.drills train --kills 20 --processes 2``
 """
@@ -23,8 +23,9 @@ from tests.llave import train_worker
 from tests.llave.train_worker import POINTS
 
 ROOT = Path(__file__).parents[2]
-LAST, SHORTER = 12, 8  # both are evaluated and saved; an epoch has 6 steps
-# A longer run has the losses of a shorter one, checkpoints are removed, and logs span several.
+LAST, SHORTER = 12, 8  # both steps are evaluated and saved. An epoch has 6 steps
+# A constant rate gives a longer run the losses of a shorter one. Old checkpoints are removed. A log
+# entry covers two checkpoints.
 SETTINGS = {
     "trainer.lr_scheduler_type": "constant",
     "trainer.save_total_limit": "1",
@@ -35,19 +36,21 @@ SETTINGS = {
 
 
 def run(folder: Path, *, kills: int, seed: int, processes: int = 1) -> Counter[str]:
-    """Kill runs, at named points and at random moments, and compare what comes of them.
+    """Kill runs at named points and at random moments, and compare what they leave.
+
+    Each run is killed up to twice.
 
     Args:
-        folder: for the runs.
-        kills: how many, up to two a run.
-        seed: of the points and moments.
-        processes: of each run.
+        folder: holds the runs.
+        kills: number of kills.
+        seed: chooses points and moments.
+        processes: number of processes of each run.
 
     Returns:
-        How often each point was met.
+        The number of kills at each point and at random moments.
 
     Raises:
-        AssertionError: a run failed, or ended in another way than the undisturbed one.
+        AssertionError: a run failed, or its results differ from those of the undisturbed run.
     """
     draw = random.Random(seed)
     points: list[str] = []
@@ -61,7 +64,7 @@ def run(folder: Path, *, kills: int, seed: int, processes: int = 1) -> Counter[s
                 points = [*POINTS, *["moment"] * len(POINTS)]
                 draw.shuffle(points)
             point = points.pop()
-            if point == "replaced":  # where there is a model of fewer steps
+            if point == "replaced":  # this point needs a model of fewer steps
                 finish(out, processes, steps=SHORTER)
             times = draw.randint(1, 2) if point in ("step", "checkpoint", "seal", "rename") else 1
             running = start(out, processes, "none" if point == "moment" else f"{point}:{times}")
@@ -81,7 +84,7 @@ def run(folder: Path, *, kills: int, seed: int, processes: int = 1) -> Counter[s
 
 
 def start(out: Path, processes: int, point: str, steps: int = LAST) -> psutil.Process:
-    """The command, of one process as a fork of this one, which has imported all it needs."""
+    """Start the command. A single process is a fork of this one, which has imported everything."""
     settings = SETTINGS | {"trainer.max_steps": str(steps)}
     words = [word for name, value in settings.items() for word in (f"--{name}", value)]
     with out.with_suffix(".log").open("w") as log:
@@ -113,7 +116,7 @@ def start(out: Path, processes: int, point: str, steps: int = LAST) -> psutil.Pr
 
 
 def wait(running: psutil.Process, seconds: float | None = None) -> int | None:
-    """The exit status, None where it runs on."""
+    """The exit status, or None if it still runs after ``seconds``."""
     try:
         status: int = running.wait(seconds)
     except psutil.TimeoutExpired:
@@ -122,7 +125,7 @@ def wait(running: psutil.Process, seconds: float | None = None) -> int | None:
 
 
 def wait_for_folder(running: psutil.Process, out: Path) -> None:
-    """Until one of its processes has opened the run's folder, or it has ended."""
+    """Wait until one of the run's processes has opened the lock file, or the run has ended."""
     lock = str(out / ".run.lock")
     while running.is_running() and running.status() != psutil.STATUS_ZOMBIE:
         for process in (running, *running.children(recursive=True)):
@@ -133,7 +136,7 @@ def wait_for_folder(running: psutil.Process, out: Path) -> None:
 
 
 def end(running: psutil.Process) -> None:
-    """Kill a process and its descendants, which torchrun puts into groups of their own."""
+    """Kill a process and its descendants. torchrun puts these into other process groups."""
     try:
         family = [*running.children(recursive=True), running]
     except psutil.NoSuchProcess:
@@ -144,13 +147,13 @@ def end(running: psutil.Process) -> None:
 
 
 def finish(out: Path, processes: int, steps: int = LAST) -> None:
-    """Let the same command run to its end."""
+    """Run the same command to its end."""
     status = wait(start(out, processes, "none", steps))
     assert status == 0, f"status {status}:\n{out.with_suffix('.log').read_text()[-3000:]}"
 
 
 def timed(out: Path, processes: int) -> float:
-    """Seconds of an undisturbed run from when it has opened its folder."""
+    """The seconds of an undisturbed run after it has opened its folder."""
     running = start(out, processes, "none")
     wait_for_folder(running, out)
     opened = time.monotonic()
@@ -159,7 +162,7 @@ def timed(out: Path, processes: int) -> float:
 
 
 def compare(out: Path, whole: Path) -> None:
-    """The same names, model and losses."""
+    """Assert that names, model and losses are the same."""
     assert names(out) == names(whole), names(out) ^ names(whole)
     for file in (whole / "model").rglob("*"):
         if file.is_file():
@@ -169,7 +172,7 @@ def compare(out: Path, whole: Path) -> None:
 
 
 def names(folder: Path) -> set[str]:
-    """What is in a run's folder, to its last name."""
+    """The relative names of all files and folders in a run's folder."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 

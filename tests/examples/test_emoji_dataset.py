@@ -1,6 +1,7 @@
-"""The emoji dataset: MMEB's format, splits without leaks, fair candidates, the same every time.
+"""The emoji dataset: MMEB's format, splits without leaks, fair candidates, reproducible builds.
 
-The packages are made up here, in the layout of the real ones; nothing is downloaded."""
+The tests make packages in the layout of the real ones. Nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ IMAGE = "<|image_1|>\n"
 TRAIN_NAMES = ["qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path"]
 EVAL_NAMES = ["qry_text", "qry_img_path", "tgt_text", "tgt_img_path"]
 
-# A line is a concept: its variants' sequences and names. People come in two skin tones besides.
+# Each line is a concept: the code sequences and names of its variants. People also come in two skin
+# tones.
 PEOPLE = [
     {"1F9D1-200D-1F33E": "FARMER", "1F468-200D-1F33E": "MAN FARMER", "1F469-200D-1F33E": "HER"},
     {"1F9D1-200D-1F373": "COOK", "1F469-200D-1F373": "WOMAN COOK"},
@@ -56,7 +58,7 @@ CONCEPTS = {
 
 
 def png(code: str, vendor: str) -> bytes:
-    """A picture of its own for each emoji and vendor."""
+    """A picture that is different for each emoji and vendor."""
     color = hashlib.sha256(f"{vendor} {ALIKE.get(code, code)}".encode()).digest()
     mode = "RGBA" if color[4] % 2 else "RGB"
     file = io.BytesIO()
@@ -101,7 +103,7 @@ def run(*arguments: object, path: object = "") -> subprocess.CompletedProcess[st
         [sys.executable, SCRIPT, *map(str, arguments), "--vendors", *VENDORS],
         capture_output=True,
         text=True,
-        env=os.environ | {"PATH": str(path)},  # so without npm unless a test brings one
+        env=os.environ | {"PATH": str(path)},  # hides npm unless a test brings one
         timeout=120,
     )
 
@@ -136,7 +138,7 @@ def dataset(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def any_seed(
     request: pytest.FixtureRequest, packages: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The dataset of several seeds, for what must hold whatever is drawn."""
+    """Datasets of several seeds, for checks that must hold with any seed."""
     out = tmp_path_factory.mktemp("data") / "emoji"
     done = run(out, "--packages", packages, "--seed", request.param)
     assert done.returncode == 0, done.stderr
@@ -147,7 +149,7 @@ def test_format(dataset: Path) -> None:
     manifest = json.loads((dataset / "manifest.json").read_text())
     assert {path.stem for path in (dataset / "train").iterdir()} == set(TASKS)
     assert {path.stem for path in (dataset / "eval").iterdir()} == {*TASKS, *HELD_OUT}
-    assert [path.name for path in dataset.parent.iterdir()] == ["emoji"]  # nothing left beside it
+    assert [path.name for path in dataset.parent.iterdir()] == ["emoji"]  # no leftovers beside it
     tables = [path.relative_to(dataset) for path in dataset.glob("*/*.parquet")]
     counts = {str(table.with_suffix("")): pq.read_metadata(dataset / table) for table in tables}
     assert manifest["rows"] == {name: found.num_rows for name, found in counts.items()}
@@ -210,7 +212,7 @@ def test_hard_negatives_are_variants_where_there_are_any(dataset: Path) -> None:
             assert concept(wrong) == concept(right)
             assert wrong != right
         elif wrong:
-            assert (concept(wrong) - concept(right)) % 2 == 0  # the subcategory
+            assert (concept(wrong) - concept(right)) % 2 == 0  # the same subcategory
             assert concept(wrong) != concept(right)
 
 

@@ -1,4 +1,4 @@
-"""The quick form of the emoji run: real images, a model from random weights, held-out concepts."""
+"""The short emoji run: real images, a model from random weights, held-out concepts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ for needed in ("sentence_transformers", "datasets", "accelerate", "torchvision",
     pytest.importorskip(needed)
 
 ROOT = Path(__file__).parents[2]
-CHANCE = 2.0  # percent: one of 50 candidates
+CHANCE = 2.0  # percent, with 50 candidates
 
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="npm brings the emoji")

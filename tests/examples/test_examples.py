@@ -1,4 +1,4 @@
-"""The examples run as their first lines say and leave the files they name."""
+"""The examples run and write the files that they name."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def test_finetuning_on_docstrings_improves_retrieval(tmp_path: Path) -> None:
         [sys.executable, str(script), "--quick", "--out", str(tmp_path / "results")],
         capture_output=True,
         text=True,
-        # Threads that sleep while they wait: spinning ones are slow where cores are shared.
+        # Waiting threads sleep. Spinning threads are slow on shared cores.
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"},
-        cwd=tmp_path,  # not the repository: it finds the benchmark's module by itself
+        cwd=tmp_path,  # outside the repository. The script must find the benchmark's module itself
         timeout=300,
     )
     assert done.returncode == 0, done.stderr

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# compute-sanitizer over short calls of the compiled kernels. Usage: sanitize.sh [memcheck|racecheck]...
-# Exit status: 1 where it found something, 3 where compute-sanitizer is not installed.
+# Run compute-sanitizer on short calls of the compiled kernels.
+# Usage: sanitize.sh [memcheck|racecheck]...
+# Exit status: 1 if it found something, 3 if compute-sanitizer is not installed.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed" >&2; exit 3; }
-# One allocation a tensor, so that reads beyond one are seen.
+# Each tensor gets its own allocation, so that a read beyond it is found.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 for tool in "${@:-memcheck racecheck}"; do
   for name in $tool; do

@@ -1,4 +1,4 @@
-"""Calls of the compiled kernels that take each of their paths once: what the sanitizer watches."""
+"""Calls that take each path of the compiled kernels once. sanitize.sh runs them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main() -> None:
         for kind in kinds:
             query, target = (x.requires_grad_() for x in embeddings(*shape, dtype))
             rules = draw_rules(*shape[:2], kind)
-            for scale in (50.0, 5000.0):  # one shift a warp, and one a row and column
+            for scale in (50.0, 5000.0):  # 50: one shift a warp; 5000: one for each row and column
                 loss = hardness_weighted_contrastive_loss(
                     query, target, logit_scale=scale, backend="cuda", **rules
                 )

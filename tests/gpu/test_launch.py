@@ -1,6 +1,6 @@
-"""What a kernel owes to the launch: large shapes, streams, graphs, memory.
+"""Launches on a GPU: large shapes, streams, graphs, memory.
 
-tests/llave_kernels/test_numerics.py runs the numerical contract on the GPU where there is one.
+tests/llave_kernels/test_numerics.py tests the numerical contract, on the GPU if there is one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def test_bit_determinism(backend: str) -> None:
 
 
 def test_side_streams(backend: str) -> None:
-    """Each call runs on the stream that is current, and waits for no other."""
+    """Calls on different streams give the same results as calls one after the other."""
     inputs = [on_gpu(900 + i, 900 + i, 96) for i in range(4)]
     expected = [fused(q, t, 50.0, backend=backend) for q, t in inputs]
     torch.cuda.synchronize()

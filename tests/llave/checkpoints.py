@@ -1,4 +1,4 @@
-"""Checkpoints in the authors' layout, made from tiny random models."""
+"""Checkpoints in the LLaVE authors' layout, made from tiny random models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def theirs(name: str) -> str:
 def write_checkpoint(
     folder: Path, network, *, rows: int | None = None, dtype=torch.float32
 ) -> dict[str, torch.Tensor]:
-    """The tensors in the authors' layout; with them the config and tokenizer go to ``folder``."""
+    """Write config and tokenizer to ``folder``. Returns the weights by the authors' names."""
     text = network.config.text_config.to_dict()
     keys = set(convert._TEXT_KEYS) & text.keys()
     settings = {key: text[key] for key in keys} | {
@@ -57,7 +57,7 @@ def write_checkpoint(
 
 
 def write_separate_tokenizer_files(folder: Path) -> None:
-    """Qwen2's files before tokenizer.json: vocabulary, merges and the added tokens' numbers."""
+    """Replace tokenizer.json by Qwen2's older files: vocabulary, merges and added tokens."""
     made = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text(json.dumps(made["model"]["vocab"]))
@@ -94,7 +94,11 @@ def write_shards(folder: Path, state: dict[str, torch.Tensor], count: int) -> No
 
 
 def tower_of_27(state: dict[str, torch.Tensor]) -> list[str]:
-    """SigLIP's last layer and head put back, as in a checkpoint saved before they are dropped."""
+    """Add SigLIP's last layer and head, which some checkpoints still hold.
+
+    Returns:
+        The names of the added tensors.
+    """
     last = f"{TOWER}encoder.layers.{convert.VISION_LAYERS - 1}."
     more = {
         name.replace(f".{convert.VISION_LAYERS - 1}.", f".{convert.VISION_LAYERS}."): tensor.clone()
@@ -107,7 +111,7 @@ def tower_of_27(state: dict[str, torch.Tensor]) -> list[str]:
 
 
 def backbone():
-    """With as many vision layers as the layout has."""
+    """A LLaVA-OneVision with the layout's number of vision layers."""
     return tiny.llava_onevision(
         vision_layers=convert.VISION_LAYERS, vision_heads=convert.VISION_HEADS
     )

@@ -1,4 +1,4 @@
-"""``train_worker`` where accelerate's FSDP runs on a CPU, over gloo."""
+"""``train_worker`` with accelerate's FSDP on a CPU, over gloo."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if __name__ == "__main__":
     initialise = AcceleratorState.__init__
 
     def sharded(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        """As for several GPUs: accelerate passes CPUs over, and FSDP2 does not mind them."""
+        """Set FSDP up as for several GPUs. accelerate skips it on CPUs, but FSDP2 runs there."""
         initialise(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             if self._mixed_precision != "no":

@@ -1,4 +1,4 @@
-"""The table of backbones: every row makes a model, and the table says what is so of it."""
+"""The table of backbones: every row makes a model, and its entries are true of that model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from llave.chat import chat_template
 from tests.llave import tiny
 from tests.llave.test_modeling import picture
 
-# Of the templates that released versions saved. Embeddings go on only with the same one.
+# Digests of the templates in released versions. Interrupted embeddings resume only with the same
+# template.
 TEMPLATES = {
     "llava_onevision": "9245e524f1afb54c7f819bfee782881129d3bbb23386d9ff8124aacef113f49c",
     "qwen2_vl": "e5bcf9340d7b47eb853c7cd81bc1d4fd4573c022e0a68e23d3c670b8c8984add",

@@ -1,4 +1,4 @@
-"""The input format, against the authors' way of making it and the tokenizer alone."""
+"""The input format, compared with the authors' code and with the bare tokenizer."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def model() -> SentenceTransformer:
 
 
 def ids_of(model: SentenceTransformer, item, **kwargs) -> list[int]:
-    """The token ids of an input, a run of image or video tokens taken as one."""
+    """The token ids of an input. A run of image or video tokens counts as one."""
     ids = model.preprocess([item], **kwargs)["input_ids"][0].tolist()
     media = {model[0].processor.image_token_id, model[0].processor.video_token_id}
     return [ids[i] for i in range(len(ids)) if ids[i] not in media or ids[i] != ids[i - 1]]
 
 
 def as_text(text: str) -> list[int]:
-    """The ids of a text by the backbone's tokenizer alone, told to know no special tokens."""
+    """The ids that the bare tokenizer gives a text when special tokens are split."""
     plain = tiny.tokenizer()
     return plain(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
@@ -72,7 +72,7 @@ def shown(model: SentenceTransformer, item, **kwargs) -> str:
         ({"image": picture(), "text": "What is in it"}, "<image>\nWhat is in it"),
         ({"image": picture(), "text": " What is in it \n"}, "<image>\n What is in it \n"),
         ({"image": picture(), "text": " \n"}, "<image>\nRepresent the given image."),
-        # A marker that begins the text of a single image stays, with what follows it.
+        # A marker at the start of a single image's text stays in place.
         ({"text": "<|image_1|>\nWhat is in it", "image": picture()}, "<image>\nWhat is in it"),
         ({"text": "<|image_1|>\nWhat\nis it\n", "image": picture()}, "<image>\nWhat\nis it\n"),
         ({"text": "<|image_1|> What \n\n", "image": picture()}, "<image> What \n\n"),
@@ -81,7 +81,7 @@ def shown(model: SentenceTransformer, item, **kwargs) -> str:
         ({"text": "<|image_1|>\nSee it\n", "video": [picture()] * 2}, "<video>\nSee it\n"),
         ({"text": "<|image_1|>", "image": picture()}, "<image>\nRepresent the given image."),
         ({"text": "<|image_1|>\n", "image": picture()}, "<image>\nRepresent the given image."),
-        # Any other goes to the front, from the text's edge with the spacing there.
+        # Any other marker moves to the front. At an edge of the text the spaces there are dropped.
         ({"text": "See <|image_1|>.", "image": picture()}, "<image>\nSee ."),
         ({"text": "See <|image_1|>.\n", "image": picture()}, "<image>\nSee .\n"),
         ({"text": "See <|image_1|>\n", "image": picture()}, "<image>\nSee"),
@@ -108,7 +108,7 @@ def test_token_ids_are_the_published_format(model, item, user):
 
 
 def authors_ids(model: SentenceTransformer, text: str) -> list[int]:
-    """As the authors' training and evaluation code makes them, the turns one by one."""
+    """The ids as the authors' training and evaluation code makes them, turn by turn."""
     text = text.replace("<|image_1|>", "<image>")
     if text.count("<image>") == 1 and not text.startswith("<image>"):
         text = ("<image>\n" + text.replace("<image>", "").strip()).strip()

@@ -1,4 +1,4 @@
-"""The ``llave`` command: help with examples, one-line errors, and a whole round on tiny data."""
+"""The ``llave`` command: help with examples, one-line errors, all commands on tiny data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Video files that are not what their name says, and those that ask for much."""
+"""Video files whose name or size declarations are wrong."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_name_is_a_name(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def asked() -> tuple[str, list[bool]]:
-    """A server's address, and whether anybody asked it."""
+    """A server's address, and a list that is empty unless somebody connected to it."""
     server = socket.create_server(("127.0.0.1", 0))
     server.settimeout(0.2)
     seen: list[bool] = []
@@ -111,7 +111,7 @@ def test_lists_and_scripts_lead_nowhere(
 
 
 def test_references_to_other_files_are_not_followed(tmp_path: Path) -> None:
-    """QuickTime may keep its samples in another file, named by its ``dref`` box."""
+    """A QuickTime file may name another file that holds its samples, in the ``dref`` box."""
     blank(tmp_path / "outside.mov")
     content = bytearray((tmp_path / "outside.mov").read_bytes())
     place = content.index(b"url ", content.index(b"dref"))
@@ -157,7 +157,7 @@ def test_a_packed_index_is_refused(tmp_path: Path) -> None:
 
 
 def test_boxes_of_any_size_end(tmp_path: Path) -> None:
-    """Whatever the sizes say, the reading ends."""
+    """Reading ends with any declared box size."""
     content = blank(tmp_path / "a.mp4").read_bytes()
     for place in range(0, len(content) - 4, 31):
         for value in (0, 1, 7, 8, 2**31, 2**32 - 1):

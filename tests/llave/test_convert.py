@@ -1,4 +1,4 @@
-"""Checkpoints in the authors' layout, made here from random weights, against transformers."""
+"""Conversion of checkpoints with random weights, compared with transformers."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def test_a_converted_model_gives_the_same_embeddings(tmp_path, shards, tie):
     expected = llave.build((network, processor), device="cpu")
     np.testing.assert_allclose(found.encode(ITEMS), expected.encode(ITEMS), atol=1e-5)
     assert found[0].config.image_grid_pinpoints == GRIDS
-    # The reference is itself compared with transformers alone in test_modeling; once more here,
-    # from the checkpoint's words and weights.
+    # test_modeling compares the reference with plain transformers. This test does it again with the
+    # checkpoint's tokenizer and weights.
     features = found.preprocess([ITEMS[3]])
     network.config.image_grid_pinpoints = GRIDS
     pixels = {key: features[key] for key in ("pixel_values", "image_sizes", "batch_num_images")}

@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be converted: refused by name, with nothing left behind."""
+"""Checkpoints that cannot be converted: the error names the file, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_a_damaged_file_is_one_line_of_the_command(backbone, tmp_path, capsys):
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1
     assert f"llave convert: error: {file} cannot be read" in said[0]
-    # The image of --check is looked at first.
+    # The image of --check is read first.
     file.write_bytes(whole)
     (tmp_path / "cat.jpg").write_bytes(b"no image")
     picture = ["--check", str(tmp_path / "cat.jpg")]

@@ -1,4 +1,4 @@
-"""What ``llave embed`` takes of a corpus: folders as they lie, image files held in parquet."""
+"""What ``llave embed`` reads from a corpus: folders of images, images inside parquet files."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_parquet_text_that_is_no_unicode_is_named_or_left_out(tmp_path: Path) ->
 
 
 def test_ranges_start_anywhere(tmp_path: Path) -> None:
-    """Rows that cannot be used count, in a source of lines as in one of row groups."""
+    """Unusable rows count as rows, in JSONL and in parquet."""
     records = [{"text": f"{n}"} if n % 3 else {"text": None} for n in range(40)]
     write_jsonl(tmp_path / "a.jsonl", records)
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet", row_group_size=7)

@@ -1,4 +1,7 @@
-"""A model's folder with a file that is gone, cut or bent: refused by name, or as it was."""
+"""A model folder with a missing, cut or changed file.
+
+The error names the file, or the model works as before.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MMEB's formats: what the trainer and the evaluation get of rows, images and their mistakes."""
+"""MMEB's formats: what the trainer and the evaluation get from rows and images, good or bad."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
 
 
 def pairs(count: int, first: int = 0) -> list[Row]:
-    """Image query, text target, no negative."""
+    """Rows with an image query, a text target and no negative."""
     span = range(first, first + count)
     return [(f"{MARK}q{n}", f"{n % 6}.png", f"p{n}", "", "", "") for n in span]
 
@@ -182,7 +182,7 @@ OUTSIDE = ["../secret.png", "ABSOLUTE", "link.png", "linked/secret.png"]
 
 
 def with_image(folders: Folders, name: str) -> None:
-    """Row 4 of six has that image."""
+    """Write six rows of which row 4 has the image ``name``."""
     (folders.images / "text.png").write_bytes(b"no image")
     whole = (folders.images / "1.png").read_bytes()
     (folders.images / "cut.png").write_bytes(whole[: len(whole) // 2])
@@ -250,7 +250,7 @@ def test_an_oversized_image_is_a_broken_one(
 
 
 def collated(dataset: Dataset, rows: list[int]) -> dict[str, Any]:
-    """A batch of the trainer's collator; the preprocessing leaves the inputs as they are."""
+    """A batch from the trainer's collator. Preprocessing does not change the inputs."""
     collator = BaseDataCollator(preprocess_fn=lambda inputs, **_: {"inputs": inputs})
     return collator([dataset[row] for row in rows])
 

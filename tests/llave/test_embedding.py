@@ -50,7 +50,7 @@ class Hashed(InputModule):
 
     def forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         time.sleep(self.seconds)
-        # Not a matrix product, whose threads would wait for busy cores.
+        # The threads of a matrix product would wait for busy cores.
         batch["sentence_embedding"] = (batch["features"][..., None] * self.weight).sum(dim=1)
         return batch
 
@@ -114,7 +114,7 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-# A process that has imported everything and no threads: its forks start at once.
+# The fork server has imported everything and runs no threads, so its forks start at once.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload([__name__])
 
@@ -128,7 +128,7 @@ def child(path: str, source: Path, out: Path, started: Any, settings: dict[str, 
 
 @pytest.fixture
 def start(tmp_path: Path, source: Path) -> Callable[..., Any]:
-    """Starts processes with the same saved model, which meet before they embed."""
+    """Starts processes with the same saved model. They wait for each other before they embed."""
     path = str(tmp_path / "model")
     SentenceTransformer(modules=[Hashed(0, seconds=0.002)], device="cpu").save(path)
 
@@ -163,7 +163,7 @@ def test_killed_runs_leave_no_trace(start: Any, tmp_path: Path) -> None:
     progress = []
     for count in range(0, len(list(whole.glob("*.parquet"))), 2):
         (process,) = start(killed, {})
-        # By files, not by time, which on a busy machine says nothing.
+        # The kill waits for files, because a time says nothing on a busy machine.
         while process.is_alive() and files() < count:
             time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.01))
@@ -171,8 +171,8 @@ def test_killed_runs_leave_no_trace(start: Any, tmp_path: Path) -> None:
         process.join()
         assert process.exitcode in (-9, 0)
         progress.append(files())
-    assert len(set(progress)) > 2  # killed at work, not before or after it
-    # What a run killed between writing and renaming leaves.
+    assert len(set(progress)) > 2  # the kills came during the work
+    # A run killed between writing and renaming leaves such a file.
     (killed / f"{ranges(read_manifest(killed))[0].file}.{'0' * 32}.tmp").write_bytes(b"half")
     finish(start(killed, {}))
     assert contents(killed) == contents(whole)
@@ -221,7 +221,7 @@ def test_parquet_equals_jsonl(source: Path, pictures: Path, tmp_path: Path) -> N
     columns = {key: [r.get(key) for r in records] for key in ("text", "image")}
     columns["id"] = [None if "id" not in r else str(r["id"]) for r in records]
     write_jsonl(pictures / "same.jsonl", records)
-    # Row groups that do not align with the ranges.
+    # The row groups do not align with the ranges.
     pq.write_table(pa.table(columns), tmp_path / "same.parquet", row_group_size=11)
     quick(pictures / "same.jsonl", tmp_path / "a")
     quick(tmp_path / "same.parquet", tmp_path / "b", image_root=pictures)
@@ -314,9 +314,11 @@ def test_damaged_files_are_replaced(source: Path, tmp_path: Path) -> None:
     truncated, flipped, emptied, zeroed = sorted(out.glob("*.parquet"))[:4]
     truncated.write_bytes(before[truncated.name][:200])
     emptied.write_bytes(b"")
-    zeroed.write_bytes(bytes(len(before[zeroed.name])))  # what some systems leave of a power loss
+    zeroed.write_bytes(
+        bytes(len(before[zeroed.name]))
+    )  # as some systems leave it after a power loss
     damaged = bytearray(before[flipped.name])
-    damaged[len(damaged) // 4] ^= 1  # a value: only the page's checksum knows
+    damaged[len(damaged) // 4] ^= 1  # a value, so only the page's checksum changes
     flipped.write_bytes(damaged)
     assert quick(source, out).rows == 4 * SHARD_ROWS
     assert contents(out) == before

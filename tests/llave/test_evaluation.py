@@ -1,4 +1,4 @@
-"""Evaluation on hand-made sets with known answers."""
+"""Evaluation on small sets with known answers."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def test_known_answers_ties_and_one_encoding_each(
     (result,) = results
     assert result[:6] == ("colours", 5, 60.0, 100.0, 100.0, 1)
     assert model.encoded == 7
-    # Four rows have one right candidate, which is no negative of theirs; one is far from its own.
+    # Four rows share their right candidate, so it is no negative of theirs. One of them is far from
+    # it.
     assert (sum(result.positives), sum(result.negatives)) == (5, 8)
     assert (result.positives[-1], result.positives[50]) == (4, 1)
     assert result.negatives[50] == 8
@@ -101,7 +102,7 @@ def test_a_copy_of_the_right_candidate_is_right(folders: tuple[Path, Path], tmp_
     data, images = folders
     for copy in ("red2", "red3"):
         Image.new("RGB", (4, 4), COLOURS["red"]).save(images / f"{copy}.png")
-    # As bright as red, yet another picture: a tie.
+    # This picture has the same colour but other contents, so it ties.
     Image.new("RGB", (8, 8), COLOURS["red"]).save(images / "larger.png")
     blues = [f"blue{n}" for n in range(11)]
     for blue in blues:
@@ -118,9 +119,9 @@ def test_a_copy_of_the_right_candidate_is_right(folders: tuple[Path, Path], tmp_
         write(data, name, (query, "", [""] * len(paths), paths))
     results = evaluate(ByColour(), list(pictures), data=data, images=images, out=tmp_path / "out")
     assert [(r.precision, r.ties) for r in results] == [(100, 0), (100, 0), (0, 1), (0, 0), (0, 0)]
-    # Behind eleven copies of one picture it is the second.
+    # Eleven copies of one picture count as one candidate, so the right one is second.
     assert results[-1].recall_5 == 100.0
-    # The text alone, and the right candidates of other rows.
+    # The same holds for texts. Other rows' right candidates may be copies too.
     write(data, "texts", *[("red thing", "", ["red", "blue", "red"], [""] * 3)] * 3)
     (result,) = evaluate(ByColour(), ["texts"], data=data, images=images, out=tmp_path / "out")
     assert (result.precision, result.ties, sum(result.negatives)) == (100.0, 0, 0)
@@ -161,13 +162,14 @@ def test_results_are_of_what_they_scored(folders: tuple[Path, Path], tmp_path: P
 
     write(data, "colours", row)
     assert scored() == 100.0
-    # The same data elsewhere.
+    # The same data in another folder.
     moved = tmp_path / "moved"
     shutil.copytree(images, moved)
     encoded = model.encoded
     assert scored(images=moved, batch_size=1) == 100.0
     assert model.encoded == encoded
-    # Other pictures of the same names and sizes; other rows, candidates, right ones, instructions.
+    # Pictures change under the same names and sizes. Then rows, candidates, right candidates and
+    # instructions change.
     Image.new("RGB", (4, 4), COLOURS["blue"]).save(moved / "red.png")
     with pytest.raises(ValueError, match=r"colours\.json holds the score of other data; choose an"):
         scored(images=moved)
@@ -192,7 +194,7 @@ def test_results_are_of_what_they_scored(folders: tuple[Path, Path], tmp_path: P
     with pytest.raises(ValueError, match="the score of max_seq_length None, not 40; choose an"):
         scored()
     del model.max_seq_length
-    # Of an earlier version, cut short, or no result.
+    # The file may be from an earlier version, cut short, or no result.
     file = out / "colours.json"
     whole = json.loads(file.read_text())
     for text in (
@@ -310,7 +312,7 @@ def test_other_tasks_have_no_means_of_mmeb() -> None:
 
 
 class ByNumber:
-    """Embeds a caption and a video by the number in it, as an angle."""
+    """Embeds a caption or a video as an angle, given by its number."""
 
     def encode(self, items: list[Any], **_: Any) -> np.ndarray:
         angles = []
@@ -334,13 +336,14 @@ def test_text_video_retrieval_is_over_all_videos(
         folder.mkdir()
         for frame in range(3):
             Image.new("RGB", (4, 4), (number,) * 3).save(folder / f"{frame}.png")
-    # Captions 0 and 1 are of one video; caption 2 is nearest to another; 9 is of the wrong end.
+    # Captions 0 and 0.1 share a video. Caption 2.6 is nearer to v3 than to its own v2. The first
+    # caption 9 belongs to v1, which is far from it.
     said = [(0, "v0"), (0.1, "v0"), (2.6, "v2"), (9, "v1"), *((n, f"v{n}") for n in range(3, 12))]
     lines = [json.dumps({"caption": f"number {n}", "video": video}) for n, video in said]
     (data / "film.jsonl").write_text("\n".join(lines))
     (result,) = evaluate(ByNumber(), ["film"], data=data, images=videos, out=tmp_path / "out")
     assert (result.rows, result.ties) == (13, 0)
     assert result.precision == pytest.approx(100 * 11 / 13)
-    # For 2.6 v3 is nearer than v2; for 9 ten videos are nearer than v1.
+    # Ten videos are nearer to this caption 9 than v1.
     assert result.recall_5 == pytest.approx(100 * 12 / 13)
     assert result.recall_10 == pytest.approx(100 * 12 / 13)

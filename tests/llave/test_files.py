@@ -1,4 +1,4 @@
-"""Errors that name files, and names from data on one line."""
+"""Errors name files. Names from data stay on one line."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What pixels mean: formats, modes, depths and orientations against the picture they were made of.
+"""Formats, modes, depths and orientations of images, compared with the original picture.
 
-As a person sees them is what an image viewer shows; as they are stored is what Pillow's
-``convert("RGB")`` gives, which MMEB's published scores stand on.
+Pixels "as seen" are what an image viewer shows. Pixels "as stored" are what Pillow's
+``convert("RGB")`` gives. MMEB's published scores used the latter.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DOWN, RIGHT = np.mgrid[0:24, 0:40]
 COLOURS = np.stack([6 * RIGHT, 10 * DOWN, 250 - 3 * RIGHT - 3 * DOWN], -1).astype(np.uint8)
 PICTURE = Image.fromarray(COLOURS)
 GREY = np.asarray(PICTURE.convert("L"))
-LOSSY = 16  # what lossy coding may shift a value by
+LOSSY = 16  # lossy coding may change a value by this much
 EXACT = {"quality": 98}
 needs_heif = pytest.mark.skipif(not images.HEIF, reason="pillow-heif is not installed")
 needs_avif = pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
@@ -46,7 +46,7 @@ def saved(image: Image.Image, kind: str, **settings: Any) -> bytes:
     return file.getvalue()
 
 
-# Every mode that a format can hold.
+# The modes that each format can hold.
 MODES = {
     "BMP": ("1", "L", "P", "RGB", "RGBA"),
     "GIF": ("1", "L", "P"),
@@ -88,7 +88,7 @@ def test_formats_and_modes(kind: str, mode: str) -> None:
 
 
 def deep(depth: str) -> np.ndarray:
-    """The grey picture in more than 8 bits."""
+    """The grey picture with more than 8 bits a value."""
     return {
         "u2": GREY.astype("<u2") * 257,
         "i4": GREY.astype("<i4") * 257,
@@ -129,7 +129,7 @@ def test_compressed_scans(mode: str, compression: str) -> None:
 
 
 def tiff(values: np.ndarray, bits: int, black: int = 1, kind: int = 1, order: str = "<") -> bytes:
-    """A TIFF file of one strip, of (height, width[, channels]); black: the photometric tag."""
+    """A TIFF file of one strip from (height, width[, channels]). ``black``: the photometric tag."""
     height, width, *channels = values.shape
     count = channels[0] if channels else 1
     if bits == 12:  # two values in three bytes
@@ -142,7 +142,7 @@ def tiff(values: np.ndarray, bits: int, black: int = 1, kind: int = 1, order: st
     tags |= {277: count, 278: height, 279: len(data.tobytes()), 339: kind}
     pixels = data.tobytes() + b"\0" * (data.nbytes % 2)
     file = b"II*\0" if order == "<" else b"MM\0*"
-    more = 8 + len(pixels)  # where three channels' bits stand
+    more = 8 + len(pixels)  # where the bits of three channels are stored
     file += struct.pack(f"{order}I", more + 2 * count) + pixels
     file += struct.pack(f"{order}{count}H", *[bits] * count)
     file += struct.pack(f"{order}H", len(tags))
@@ -199,7 +199,7 @@ def test_values_without_a_number_are_black() -> None:
 
 
 def turned(orientation: int) -> Image.Image:
-    """The picture as a camera stores it that was held so."""
+    """The picture as a camera held in that orientation stores it."""
     way = Image.Transpose
     undo = {
         2: way.FLIP_LEFT_RIGHT, 3: way.ROTATE_180, 4: way.FLIP_TOP_BOTTOM, 5: way.TRANSPOSE,
@@ -231,7 +231,7 @@ def test_orientation(kind: str, orientation: int) -> None:
     data = saved(turned(orientation), kind, exif=exif(orientation), **EXACT)
     lossy = LOSSY + 24 if kind == "WEBP" else LOSSY
     assert difference(open_rgb(data), PICTURE) <= lossy
-    # Of TIFF Pillow turns the pixels whenever it reads them.
+    # Pillow always turns the pixels of a TIFF file.
     stored = PICTURE if kind == "TIFF" else turned(orientation)
     assert difference(open_rgb(data, "stored"), stored) <= lossy
 
@@ -245,7 +245,7 @@ def test_orientation_in_xmp(orientation: int) -> None:
 @needs_heif
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_of_heif(orientation: int) -> None:
-    """It stands in the file itself; the tag beside it does not count."""
+    """HEIF has its own orientation field. The Exif tag does not count."""
     data = saved(turned(orientation), "HEIF", exif=exif(orientation).tobytes(), **EXACT)
     assert difference(open_rgb(data), PICTURE) <= LOSSY
 
@@ -261,7 +261,7 @@ def test_every_mode_is_turned(mode: str) -> None:
 
 
 def exif_of_type(kind: int) -> bytes:
-    """An orientation tag of another of TIFF's types than SHORT."""
+    """An orientation tag with another type than TIFF's SHORT."""
     entry = struct.pack("<HHHII", 1, 0x112, kind, 1, 6)
     return b"Exif\0\0II*\0" + struct.pack("<I", 8) + entry + bytes(4)
 
@@ -276,7 +276,7 @@ def test_damaged_orientations_are_passed_over(tags: Any) -> None:
 
 
 def wide_gamut() -> ImageCms.ImageCmsProfile:
-    """A profile with red and green swapped, which nobody could take for sRGB."""
+    """A profile with red and green swapped, so that it differs clearly from sRGB."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     red, green = data.index(b"rXYZ"), data.index(b"gXYZ")
     data[red : red + 4], data[green : green + 4] = b"gXYZ", b"rXYZ"

@@ -1,4 +1,4 @@
-"""Small files that ask for much, and files that are not what they seem."""
+"""Small files that would need much memory, and files of another kind than they claim."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.llave.test_subsets import queries, rows, write  # noqa: E402
 
 
 def grown(call: Callable[[], Any]) -> float:
-    """By how many MiB a call raises the process's most memory."""
+    """The MiB by which the process's peak memory during a call exceeds its memory before."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
         reset.write_text("5")
@@ -56,7 +56,7 @@ def chunk(name: bytes, content: bytes) -> bytes:
 
 
 def black(width: int, height: int, extra: bytes = b"") -> bytes:
-    """A PNG file of one bit a pixel, by the line, since such files do not fit in memory."""
+    """A black PNG file with one bit a pixel. It is compressed line by line to save memory."""
     packing = zlib.compressobj(9)
     line = bytes(1 + (width + 7) // 8)
     lines = b"".join(packing.compress(line) for _ in range(height)) + packing.flush()
@@ -82,7 +82,7 @@ def test_a_limit_is_raised_by_the_environment(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("LLAVE_MAX_PIXELS", "4095")
     with pytest.raises(ValueError, match=r"it has 4,096 pixels, .*LLAVE_MAX_PIXELS is 4,095"):
         open_rgb(content)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's gives way
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's own limit is not used
     monkeypatch.setenv("LLAVE_MAX_PIXELS", "4096")
     assert open_rgb(content).size == (64, 64)
     for wrong in ("0", "-1", "many", "1e9", "1" * 30):
@@ -117,7 +117,7 @@ def test_a_tile_that_is_larger_than_its_picture() -> None:
 def test_deep_grey_is_brought_to_8_bits_in_parts() -> None:
     content = io.BytesIO()
     Image.fromarray(np.full((3000, 4000), 40_000, np.uint16)).save(content, "PNG")
-    assert grown(lambda: open_rgb(content.getvalue())) < 12 * 12  # bytes a pixel, megapixels
+    assert grown(lambda: open_rgb(content.getvalue())) < 12 * 12  # 12 bytes a pixel, 12 megapixels
 
 
 def test_images_are_embedded_in_batches_that_fit(
@@ -179,7 +179,7 @@ def test_an_image_that_is_too_large_is_a_broken_one(tmp_path: Path) -> None:
 
 @pytest.fixture
 def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A program of that name, which leaves a file where it runs."""
+    """A program named gs that writes the returned file when it runs."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
     (tmp_path / "bin" / "gs").chmod(0o755)
@@ -290,7 +290,7 @@ def test_what_a_parquet_file_declares(
 
 
 def cut_in_the_middle(path: Path) -> None:
-    """A parquet file whose footer is whole and whose rows are not."""
+    """Damage a parquet file's rows but not its footer."""
     content = bytearray(path.read_bytes())
     content[4 : len(content) // 2] = bytes(len(content) // 2 - 4)
     path.write_bytes(content)
@@ -319,7 +319,7 @@ def test_rows_that_are_damaged_name_their_file(tmp_path: Path) -> None:
 def test_a_column_that_declares_itself_an_image_is_not_opened(
     tmp_path: Path, stored: str, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A text column whose metadata says it is an image: by pyarrow, by datasets, as saved."""
+    """The column holds text, but its metadata declares an image."""
     where = address if "//" in address else str(tmp_path / address)
     Image.new("RGB", (2, 2)).save(tmp_path / "secret.png")
     values: list[Any] = [{"path": where, "bytes": None} if stored == "struct" else where]

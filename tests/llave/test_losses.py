@@ -1,4 +1,4 @@
-"""The trainer's losses: values, ids, caching."""
+"""The trainer's losses: values, ids, gradient caching."""
 
 from __future__ import annotations
 

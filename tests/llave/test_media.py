@@ -1,4 +1,4 @@
-"""Images and videos named by a path, and the inputs that are made of them."""
+"""Images and videos named by a path, and the inputs made from them."""
 
 from __future__ import annotations
 

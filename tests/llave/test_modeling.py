@@ -1,4 +1,4 @@
-"""The model made of sentence-transformers' modules, against transformers alone."""
+"""The model made of sentence-transformers' modules, compared with plain transformers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def saved(model, tmp_path_factory):
 
 
 def plain(backbone, prompt: str, images: list[Image.Image]) -> np.ndarray:
-    """The embedding by transformers alone; ``<image>`` in the prompt is expanded here."""
+    """The embedding by plain transformers. This function expands ``<image>`` in the prompt."""
     network, processor = backbone
     pixels = {}
     if images:
@@ -70,7 +70,7 @@ def plain(backbone, prompt: str, images: list[Image.Image]) -> np.ndarray:
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_grad(backbone, model):
-    # The reference gets its grids after the model is built, which must set them itself.
+    # The model must set its grids itself, so the reference gets them only after it is built.
     backbone[0].config.image_grid_pinpoints = GRIDS
     with torch.no_grad():
         yield
@@ -117,10 +117,10 @@ def test_a_wide_image_is_cut_into_tiles(model):
 
 
 def test_the_projector_reads_the_last_layer_before_the_final_norm(backbone, model):
-    """The authors cut the tower behind a layer; SigLIP's own output has a norm on it."""
+    """The authors cut the tower after its last layer. SigLIP's own output has one more norm."""
     seen = {}
     tower = model[0].model.vision_tower
-    tower = getattr(tower, "vision_model", tower)  # a level that some versions have
+    tower = getattr(tower, "vision_model", tower)  # only some versions have this level
     hooks = [
         tower.encoder.layers[-1].register_forward_hook(
             lambda module, args, output: seen.update(layer=output)
@@ -155,7 +155,7 @@ def test_every_kind_of_image_gives_the_same_embedding(model, tmp_path):
     image.save(path)
     opaque = image.convert("RGBA")
     items = [image, str(path), np.array(image), opaque]
-    arrays = [np.array(image), np.array(opaque)]  # transformers itself takes the second from 5.21
+    arrays = [np.array(image), np.array(opaque)]  # transformers takes RGBA arrays from 5.21
     items += [inputs(images=one) for one in (image, path, *arrays, opaque)]
     found = model.encode(items)
     np.testing.assert_allclose(found, np.broadcast_to(found[0], found.shape), atol=1e-5)
@@ -199,7 +199,7 @@ def test_the_saved_folder_needs_neither_of_our_packages(model, saved):
 
 @pytest.mark.parametrize("with_image", [False, True])
 def test_a_long_text_is_cut_inside_the_user_turn(saved, with_image):
-    """Also in a folder loaded without this package: the tokenizer does it."""
+    """The tokenizer cuts the text, so it works in a folder loaded without this package too."""
     model = SentenceTransformer(str(saved), device="cpu")
     model.max_seq_length = 100
     item = {"text": "A cat and a dog. " * 50}
@@ -347,7 +347,7 @@ def test_a_sealed_model_is_loaded_only_as_it_was_written(saved, tmp_path, name, 
     llave.load(folder)
     change(folder / name)
     if name == "seal.json" and change is Path.unlink:
-        llave.load(folder)  # as folders that were never sealed
+        llave.load(folder)  # a folder without a seal is loaded
         return
     for use in (llave.load, llave.build):
         with pytest.raises(ValueError, match=rf"model is not as it was .*{name}.* remove its seal"):
@@ -359,7 +359,7 @@ def test_a_sealed_model_may_be_links(saved, tmp_path):
     shutil.copytree(saved, sealed)
     seal(sealed)
     folder.mkdir()
-    for path in sealed.iterdir():  # as in the hub's cache
+    for path in sealed.iterdir():  # the hub's cache has such links
         (folder / path.name).symlink_to(path)
     llave.load(folder)
     flipped(sealed / "model.safetensors")

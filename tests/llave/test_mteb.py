@@ -1,4 +1,4 @@
-"""A saved folder runs in mteb as any SentenceTransformer does."""
+"""A saved folder runs in mteb like any SentenceTransformer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.llave import tiny  # noqa: E402
 def test_all_mock_tasks_of_text_and_images_run(tmp_path: Path) -> None:
     build(tiny.llava_onevision(), max_seq_length=256, device="cpu").save_pretrained(str(tmp_path))
     model = SentenceTransformerEncoderWrapper(SentenceTransformer(str(tmp_path), device="cpu"))
-    # mteb reads modalities from a hub's metadata; of a folder it assumes text.
+    # mteb reads modalities from the hub's metadata. For a local folder it assumes text.
     model.mteb_model_meta.modalities = ["text", "image"]
     ran = {name: result for name, result in mteb.mock_run(model).items() if result is not None}
     failed = {name: e.exception for name, e in ran.items() if hasattr(e, "exception")}

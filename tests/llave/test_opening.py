@@ -1,4 +1,4 @@
-"""Files that data name: inside their folder whatever the name, regular, and opened at once."""
+"""Files that data name must be regular files inside their folder. Opening them never waits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.llave.test_subsets import card, rows, write  # noqa: E402
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A secret beside a folder ``in`` with a file, a folder and links out and in a circle."""
+    """A secret beside a folder ``in``. That folder holds files, links out of it and a link loop."""
     top = tmp_path_factory.mktemp("place")
     inside = top / "in"
     (inside / "a").mkdir(parents=True)
@@ -100,7 +100,7 @@ def test_a_link_that_appears_after_the_check_is_not_followed(
 
 @pytest.fixture
 def special(tmp_path: Path) -> Iterator[Path]:
-    """A folder of images of which some are no regular files."""
+    """A folder of images. Some are not regular files."""
     folder = tmp_path / "images"
     folder.mkdir()
     Image.new("RGB", (2, 2), "red").save(folder / "a.png")
@@ -148,7 +148,7 @@ def test_a_source_that_is_no_file_is_refused_at_once(tmp_path: Path, name: str) 
 
 
 def test_what_is_no_file_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some devices act when they are opened, and a FIFO lets its writer go."""
+    """Opening a device may trigger it. Opening a FIFO lets its writer continue."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("it was opened")
@@ -182,7 +182,7 @@ def test_a_corpus_is_read_inside_the_folder_that_is_chosen(
     (tmp_path / "corpus" / "link.png").symlink_to(tmp_path / "secret.png")
     name = str(tmp_path / "secret.png") if way == "ABSOLUTE" else way
     values: list[Any] = [{"id": "a", "image": name}, {"id": "b", "text": "b"}]
-    if suffix == ".parquet":  # as the hub holds images
+    if suffix == ".parquet":  # the hub stores images this way
         values[0] |= {"image": {"path": name, "bytes": None}, "text": ""}
     source = tmp_path / "corpus" / f"a{suffix}"
     if suffix == ".jsonl":

@@ -1,4 +1,4 @@
-"""What this run did not write is neither replaced nor removed, and is refused before it is read."""
+"""A command neither replaces nor removes files that it did not write. It refuses them first."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MANIFEST = {
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's folders; a model that is loaded fails the test."""
+    """A user's folders. Loading a model fails the test."""
     monkeypatch.chdir(tmp_path)
     for name in ("model", "photos", "data", "full"):
         (tmp_path / name).mkdir()
@@ -101,7 +101,7 @@ def entered(folder: Path, dtype: str) -> None:
 
 
 def scored(folder: Path, model: str) -> None:
-    """What ``evaluate`` does with a result it has made."""
+    """Store a result as ``evaluate`` does."""
     of = {"model": model, "max_seq_length": None, "data": "rows"}
     result = Result("task", 1, 100.0, 100.0, 100.0, 0, 0.0, [1], [1])
     file = folder / "task.json"
@@ -118,7 +118,7 @@ def test_of_two_runs_at_the_same_moment_one_is_refused(
     for number in range(60):
         folder = tmp_path / f"out{number}"
         folder.mkdir()
-        # Two of each kind: those of one kind agree.
+        # There are two runs of each kind. Runs of one kind agree.
         meet, accepted, refused = threading.Barrier(4), [], []
 
         def run(kind: str, folder: Path, meet: threading.Barrier, *lists: list[str]) -> None:
@@ -172,7 +172,7 @@ def test_a_manifest_that_cannot_be(tmp_path: Path, change: dict[str, object]) ->
 
 
 class Full:
-    """A disk with room for so many more files."""
+    """A disk with room for ``room`` more files."""
 
     def __init__(self, room: int) -> None:
         self.room = room
@@ -190,7 +190,7 @@ def test_a_command_goes_on_once_there_is_room(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.undo()  # a model is loaded here
+    monkeypatch.undo()  # this test loads a model
     place = tmp_path / "new"
     place.mkdir()
     arguments, out = made.arguments(place), place / "out"
@@ -245,7 +245,7 @@ def test_a_small_file_asks_for_no_gigabytes(
     zeros = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(2 * rows, "float32")), 2)
     names = pa.array(["x" * 10_000] * rows)
     schema = shards._schema(manifest).with_metadata({"llave": json.dumps(note)})
-    pq.write_table(pa.table([names, zeros], schema), tmp_path / span.file)  # one name is stored
+    pq.write_table(pa.table([names, zeros], schema), tmp_path / span.file)  # stored once
     with pytest.raises(ValueError, match=r"parquet cannot be used .*LLAVE_MAX_SHARD_BYTES"):
         shards.read_shard(tmp_path / span.file, span, manifest)
     with pytest.raises(ValueError, match="it has 1000 rows"):

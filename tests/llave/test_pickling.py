@@ -1,4 +1,4 @@
-"""Models that have encoded images, copied and sent to other processes."""
+"""Models that have encoded images can be copied and sent to other processes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def used(tmp_path_factory) -> SentenceTransformer:
 def test_a_used_model_is_copied(model, way):
     expected = model.encode(ITEMS)
     made = WAYS[way](model)
-    for one in (made, made, model):  # twice, since hooks come with the first image
+    for one in (made, made, model):  # twice, because the first image adds hooks
         np.testing.assert_array_equal(one.encode(ITEMS), expected)
     assert [p.requires_grad for p in made.parameters()] == [
         p.requires_grad for p in model.parameters()

@@ -1,4 +1,4 @@
-"""Which pixels the commands, training and evaluation take: as seen, or as stored."""
+"""Which pixels the commands, training and evaluation use: as seen or as stored."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from tests.llave.test_images import (  # noqa: E402
 
 @pytest.fixture
 def sideways(tmp_path: Path) -> Path:
-    """A folder with a photo of which the right half is the upper one when seen."""
+    """A folder with one photo. The right half of its stored pixels is on top when seen."""
     folder = tmp_path / "photos"
     folder.mkdir()
     stored = np.zeros((16, 16, 3), np.uint8)
     stored[:, 8:] = 255
-    # Turned a quarter to the left, the right side comes to the top.
+    # A quarter turn to the left moves the right side to the top.
     Image.fromarray(stored).save(folder / "a.png", exif=exif(8))
     return folder
 
@@ -52,7 +52,7 @@ def upright(image: Image.Image) -> bool:
 def test_commands_see_what_a_person_sees(sideways: Path, tmp_path: Path) -> None:
     seen = open_rgb(sideways / "a.png")
     assert upright(seen)
-    assert upright(inputs(images=sideways / "a.png")["image"])  # search, and convert --check
+    assert upright(inputs(images=sideways / "a.png")["image"])  # for search and convert --check
     assert upright(inputs(images=Image.open(sideways / "a.png"))["image"])
     assert upright(load_frames(sideways)[0])
     assert not upright(open_rgb(sideways / "a.png", "stored"))

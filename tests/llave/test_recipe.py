@@ -1,4 +1,4 @@
-"""Recipes: what is read, in which type, and what is refused."""
+"""Recipes: which settings are read, their types, and which are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llave.trainer_settings import INEFFECTIVE  # noqa: E402
 from llave.training import trainer_arguments  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-SHARED = "llave"  # what the paper's recipes extend, which lacks a backbone
+SHARED = "llave"  # the base of the paper's recipes. It has no backbone
 RECIPES = sorted({p.stem for p in (ROOT / "llave" / "recipes").glob("*.yaml")} - {SHARED})
 WHOLE = "model: {backbone: x}\ndata: {train: x}\nloss: {alpha: 4}\ntrainer: {output_dir: x}\n"
 
@@ -34,7 +34,7 @@ def test_our_recipes_are_whole(name: str) -> None:
     assert recipe["loss"]["scale"] == 50.0
     assert recipe["loss"]["alpha"] == 9.0
     if name != "tiny":
-        # MMEB's training subsets have the evaluation's names, but for one.
+        # MMEB's training subsets have the names of its evaluation tasks, with one exception.
         known = [task.replace("ImageNet-1K", "ImageNet_1K") for task in TASKS]
         assert recipe["data"]["subsets"] == [
             name for name, task in zip(known, TASKS.values(), strict=True) if task.in_distribution
@@ -49,7 +49,7 @@ def test_the_shared_recipe_lacks_a_backbone() -> None:
 
 
 def write(folder: Path, **recipes: str) -> Path:
-    """Files of these names and texts; the last one's path."""
+    """Write files with these names and texts. Returns the last one's path."""
     for name, text in recipes.items():
         path = folder / f"{name}.yaml"
         path.write_text(text)
@@ -200,7 +200,7 @@ def test_settings_have_their_types(
     tmp_path: Path, setting: str, written: str, value: object
 ) -> None:
     section, name = setting.split(".")
-    # In the file as on the command line.
+    # The file and the command line give the same values.
     file = tmp_path / "mine.yaml"
     lines = {section: f"  {name}: {written}"}
     lines["data"] = "  train: x\n" + lines.get("data", "")
@@ -287,7 +287,7 @@ def test_a_wrong_value_names_its_setting(setting: str, written: str, message: st
 
 
 def test_every_setting_has_a_type(tmp_path: Path) -> None:
-    """Nothing takes just anything: each refuses an object that no file can write."""
+    """Each setting refuses an object that fits no type."""
     file = tmp_path / "mine.yaml"
     file.write_text("model: {backbone: x}\ndata: {train: x}\ntrainer: {output_dir: x}")
     for section, settings in SECTIONS.items():
@@ -303,7 +303,7 @@ def test_settings_that_need_others() -> None:
         ["--trainer.load_best_model_at_end", "true"],
         ["--trainer.save_strategy", "best"],
         ["--trainer.lr_scheduler_type", "greedy"],
-        # By default the host takes more for better, and of overlap less is.
+        # transformers takes a greater value as better by default. A smaller overlap is better.
         ["--trainer.save_strategy", "best", "--trainer.metric_for_best_model", "x"],
     ):
         with pytest.raises(ValueError, match=r"trainer\.greater_is_better must say which"):
@@ -403,5 +403,5 @@ def test_an_optimizer_takes_its_arguments() -> None:
 
 
 def test_a_trainer_without_some_of_the_settings_is_checked_too() -> None:
-    """Versions of transformers differ in them."""
+    """Versions of transformers have different settings."""
     trainer_settings.check({}, {"held_out": 0, "homogeneous": True}, {})

@@ -16,7 +16,7 @@ from tests.llave.test_embedding import DIMENSION, ROWS, model, quick, read, text
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Each text four times, in different shards, so that most scores are tied."""
+    """Embeddings with each text four times in different shards, so that most scores are tied."""
     records = texts(ROWS)
     for n, record in enumerate(records):
         record["text"] = records[n % (ROWS // 4)]["text"]
@@ -89,7 +89,7 @@ def test_inputs(folder: Path) -> None:
     ]
     found = search(folder, inputs, model=model(), k=4)
     assert found == search(folder, model().encode(inputs, normalize_embeddings=True), k=4)
-    assert found[0][0].id == "doc 119"  # of documents 5, 62, 119 and 176, the first by id
+    assert found[0][0].id == "doc 119"  # ties with 5, 62 and 176; first by id
     assert found[0][0].score == pytest.approx(1, abs=1e-6)
     assert search(folder, inputs, model=model(), prompt="find: ") != found
 

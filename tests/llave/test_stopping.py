@@ -1,4 +1,4 @@
-"""A signal ends a command in one line, and loses nothing."""
+"""A signal ends a command with a one-line message. No work is lost."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_stopped_command_goes_on(tmp_path: Path, made: object, number: int) ->
     os.kill(process.pid, number)
     process.join(drills.LIMIT)
     said = log.read_text()
-    if process.exitcode:  # else it was done
+    if process.exitcode:  # 0 if it had already ended
         assert process.exitcode == 128 + number
         last = said.strip().splitlines()[-1]
         assert last == f"llave {arguments(out)[0]}: stopped; the same command goes on"
@@ -74,7 +74,7 @@ def test_a_signal_in_a_finaliser_is_heard(capfd: pytest.CaptureFixture[str]) -> 
     class Final:
         def __del__(self) -> None:
             signal.raise_signal(signal.SIGINT)
-            sum(range(10))  # Python looks for signals between instructions
+            sum(range(10))  # Python handles signals between instructions
 
     def wait() -> None:
         final = Final()
@@ -91,7 +91,7 @@ def test_one_request_may_be_told_twice() -> None:
         try:
             signal.raise_signal(signal.SIGINT)
         finally:
-            signal.raise_signal(signal.SIGTERM)  # torchrun's, while the run puts things away
+            signal.raise_signal(signal.SIGTERM)  # from torchrun, during cleanup
 
     with pytest.raises(Stopped) as stopped, stoppable():
         work()

@@ -1,4 +1,4 @@
-"""Data folders as they lie on a disk: what is a subset in them, and the types of its columns."""
+"""Data folders on disk: which files are subsets, and the types of their columns."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_data_of_other_kinds_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_files_of_another_format_are_said(
     tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What describes the images that lie in a folder beside the data."""
+    """A metadata file in the images folder beside the data is reported, not read as data."""
     write(tmp_path / "images" / f"metadata{suffix}", [{"file_name": "a.png", "text": "a cat"}])
     with pytest.raises(ValueError, match=r"no file of .* has the columns qry, "):
         queries(tmp_path)
@@ -142,7 +142,7 @@ def test_a_folder_without_data_says_what_is_there(tmp_path: Path) -> None:
 
 
 def download(root: Path) -> Path:
-    """What ``hf download --local-dir`` makes of MMEB's training set."""
+    """The folder that ``hf download --local-dir`` makes for MMEB's training set."""
     for name in ("VOC2007", "GQA"):
         for split in ("original", "diverse_instruction"):
             for part in range(2):
@@ -168,7 +168,7 @@ def test_a_download_gives_one_split(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "VOC2007")
     for file in (tmp_path / "GQA").glob("diverse*"):
         file.unlink()
-    assert queries(tmp_path) == {"GQA": EXPECTED["GQA"]}  # what there is of it
+    assert queries(tmp_path) == {"GQA": EXPECTED["GQA"]}  # only the files that are left
 
 
 def test_test_rows_are_not_trained_on(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_dataset_card_of_another_form_is_named(tmp_path: Path, configs: str) -
 
 
 def cached(root: Path, revision: str, files: dict[str, Path]) -> Path:
-    """A revision in the hub's cache: links to the blobs of its data set."""
+    """A revision in the hub's cache. Its files are links to blobs."""
     snapshot = root / "snapshots" / revision
     (root / "blobs").mkdir(parents=True, exist_ok=True)
     (root / "refs").mkdir(exist_ok=True)
@@ -339,7 +339,7 @@ def test_nulls_in_one_file_and_text_in_the_next(tmp_path: Path, suffix: str) -> 
 
 
 def test_nulls_in_the_first_rows_of_a_file(tmp_path: Path) -> None:
-    """More of them than a reader looks at to tell a column's type."""
+    """There are more nulls than the rows from which a reader takes a column's type."""
     bare = [{**row, "pos_image_path": None} for row in rows(*["a" * 1000] * 12_000)]
     write(tmp_path / "train.jsonl", [*bare, *rows("last", extra=1)])
     assert len(queries(tmp_path)["train"]) == 12_001

@@ -1,4 +1,4 @@
-"""Any text a file can hold is embedded, or its row is named and can be skipped, by every reader."""
+"""Every reader embeds any valid text. It names a row with invalid text, which can be skipped."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ODD = [
     *("\uffff", "\U0010ffff", "e\u0301", "\U0001f642\u200d\U0001f642", "null", "NaN", "3"),
     *("word " * 5000, "x" * 20000, "<image>" * 2000, "\U0001f642" * 3000),
 ]
-# As they stand in JSON, and what is said of them.
+# JSON values, and the error for each.
 BAD = {
     '"\\ud800"': "not valid Unicode",
     '"a \\udc00\\ud800 b"': "not valid Unicode",
@@ -102,7 +102,7 @@ def test_embed_names_and_skips(
 
 
 def invalid(rows: int, bad: int) -> pa.Array:
-    """Texts of one byte, of which one is no UTF-8, as a parquet file can hold them."""
+    """Texts of one byte. One is not valid UTF-8, which a parquet file can hold."""
     data = bytearray(b"a" * rows)
     data[bad] = 0xFF
     offsets = np.arange(rows + 1, dtype=np.int32)

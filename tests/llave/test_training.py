@@ -1,4 +1,4 @@
-"""Resuming, several processes, runs that are finished or others."""
+"""Training: resuming, several processes, finished runs, runs with other settings."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(
     processes: int = 1,
     worker: str = "train_worker",
 ) -> None:
-    """A worker trains in a process, or several, of its own, and ends or is killed as it should."""
+    """Run a worker in one or several processes. It must end, or be killed, as expected."""
     launcher = [sys.executable, "-m"]
     if processes > 1:
         launcher += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
@@ -48,7 +48,7 @@ def run(
     done = subprocess.run(
         command, cwd=out.parent, env=environment, capture_output=True, text=True, check=False
     )
-    # torchrun's own code where a process was killed is 1.
+    # torchrun exits with 1 when one of its processes was killed.
     killed = -signal.SIGKILL if processes == 1 else 1
     assert done.returncode == (0 if kill == "none" else killed), done.stderr
 
@@ -90,7 +90,7 @@ def test_the_saved_model_takes_another_length(uninterrupted: Path) -> None:
 def test_a_killed_run_goes_on_with_the_same_losses(uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     run(out, kill="step:7")
-    # As if it had been killed once more, in the middle of a checkpoint.
+    # Such a folder is left when a run is killed while it writes a checkpoint.
     half = out / "checkpoint-6"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
@@ -104,11 +104,11 @@ def test_a_killed_run_goes_on_with_the_same_losses(uninterrupted: Path, tmp_path
 
 def test_two_processes_have_the_losses_of_one(uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "two"
-    run(out, kill="step:10:SIGTERM:1", processes=2)  # one is told to stop, and both do
+    run(out, kill="step:10:SIGTERM:1", processes=2)  # one gets the signal, both stop
     assert (out / "checkpoint-10").exists()
     damaged = out / "checkpoint-10" / "rng_state_1.pth"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    run(out, processes=2)  # one chooses the one before, for both
+    run(out, processes=2)  # both take the checkpoint before
     assert logged(out) == pytest.approx(logged(uninterrupted), rel=1e-3)
     assert len(list(out.glob("damaged-checkpoint-10-*"))) == 1
     assert not list(out.glob(".*.tmp"))
@@ -125,7 +125,7 @@ def test_checkpoints_without_an_end_are_set_aside(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("unfinished-*"))) == 2
 
 
-# Settings that change the losses, the data's rows, and the trainer's own.
+# Settings of the loss, the data and the trainer.
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -189,7 +189,7 @@ def test_a_finished_run_of_whole_epochs_and_adapters(
     again = train_worker.train(str(out), *epochs).encode(["one and two"])
     np.testing.assert_allclose(again, first, atol=1e-6)
     assert contents(out) == before
-    # Longer than it was: it goes on, and says so.
+    # With more steps than before the run goes on, and says so.
     train_worker.train(str(out), *lora, "--trainer.max_steps", "12")
     said = capsys.readouterr().out
     assert "goes on with other settings: trainer.max_steps is -1 there and 12 here" in said
@@ -219,7 +219,7 @@ def test_a_finished_run_may_lack_its_last_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, end = tmp_path / "run", {"max_steps": "4", "save_steps": "2", "eval_steps": "2"}
-    # The first model is the best and its checkpoint the only one that is kept.
+    # The first model is the best. Only its checkpoint is kept.
     best = {"load_best_model_at_end": "true", "metric_for_best_model": "similarity_overlap"}
     best |= {"greater_is_better": "true", "save_total_limit": "1"} | end
     words = [word for key, value in best.items() for word in (f"--trainer.{key}", value)]

@@ -1,4 +1,4 @@
-"""What a training leaves alone, what it notices, and how it ends and goes on."""
+"""Training after damage, signals, kills and a full disk, and beside files of other programs."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ LORA = ("--model.lora", "{r: 2, target_modules: [q_proj]}")
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of twelve steps that nobody disturbed."""
+    """An undisturbed run of twelve steps."""
     out = tmp_path_factory.mktemp("durability") / "whole"
     train_worker.train(str(out))
     return out
 
 
 class KilledError(Exception):
-    """In place of a kill, where the process lives on."""
+    """Stands for a kill. The process lives on."""
 
 
 def killed(out: Path, point: str, times: int, *overrides: str) -> None:
-    """A run that ends at a point as if killed there: nothing after it is done."""
+    """Run until a point and end there as if killed."""
 
     def die() -> None:
         raise KilledError
 
     with pytest.MonkeyPatch.context() as patch:
-        # What is undone on the way out would not be undone by a kill.
+        # A kill would skip the cleanup.
         patch.setattr("llave.checkpointing._clear", lambda place: None)
         train_worker.die_at(point, times, die, patch.setattr)
         with pytest.raises((KilledError, OSError)):
@@ -62,7 +62,7 @@ def copied(run: Path, out: Path, *but: str) -> Path:
     return out
 
 
-# What another wrote
+# Files that another program wrote
 
 
 def test_a_model_or_checkpoint_that_another_changed_is_kept(whole: Path, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_model_or_checkpoint_that_another_changed_is_kept(whole: Path, tmp_pat
         "checkpoint-8",
     ]
     assert (own / "checkpoint-8" / "notes.txt").read_text() == "mine"
-    assert sealing.facts(own / "model")["step"] == 14  # its own model it replaces
+    assert sealing.facts(own / "model")["step"] == 14  # it replaces its own model
 
 
 def test_what_a_killed_run_left_is_removed_by_its_next_start(whole: Path, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_what_a_killed_run_left_is_removed_by_its_next_start(whole: Path, tmp_pa
     (anothers := out / f".another.{'0' * 32}.tmp").mkdir()
     train_worker.train(str(out))
     assert not any(path.exists() for path in left)
-    anothers.rmdir()  # which was there
+    anothers.rmdir()  # the run has left it in place
     assert sorted(contents(out)) == sorted(contents(whole))
     assert logged(out) == logged(whole)
 
@@ -135,7 +135,7 @@ def test_a_finished_checkpoint_only_gets_its_model_saved(
 ) -> None:
     if "--model.lora" in overrides:
         pytest.importorskip("peft")
-    if overrides[-1:] == ("best",):  # the first, so that the last checkpoint is not the model
+    if overrides[-1:] == ("best",):  # the first model is best, so the last checkpoint differs
         best = {"load_best_model_at_end": "true", "metric_for_best_model": "plus_positive_mean"}
         best |= {"greater_is_better": "true", "eval_steps": "4"}
         overrides = (*overrides[:-1], *words(best))
@@ -144,7 +144,7 @@ def test_a_finished_checkpoint_only_gets_its_model_saved(
     killed(second, point, times, *overrides)
     assert not (second / "model").exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EmbeddingTrainer, "training_step", None)  # no step is made
+        patch.setattr(EmbeddingTrainer, "training_step", None)  # a step would fail
         train_worker.train(str(second), *overrides)
     assert contents(second / "model") == contents(first / "model")
     assert sorted(contents(second)) == sorted(contents(first))
@@ -163,7 +163,7 @@ def test_a_kill_between_the_renames_of_models_leaves_one(whole: Path, tmp_path: 
 
 
 def test_a_short_drill(tmp_path: Path) -> None:
-    """In a process of its own: a fork of one that has run autograd cannot."""
+    """The drill runs in its own process, because a fork of one that ran autograd cannot train."""
     command = [sys.executable, "-m", "tests.drills", "train", "--kills", "4"]
     done = subprocess.run(
         command,
@@ -325,7 +325,7 @@ def test_a_stopped_run_keeps_a_checkpoint_and_goes_on(
 
 
 def history(out: Path) -> list[dict[str, float]]:
-    """What was logged, but for durations."""
+    """The log without durations."""
     file = out / "checkpoint-12" / "trainer_state.json"
     rows = json.loads(file.read_text())["log_history"] if file.exists() else []
     return [

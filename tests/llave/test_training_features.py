@@ -1,4 +1,4 @@
-"""What the trainer is kept for: adapters, checkpointing, low precision, several processes, logs."""
+"""The host trainer's features: adapters, checkpointing, low precision, processes, logs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llave.training import SECTIONS, build_model, read_recipe  # noqa: E402
 from tests.llave import tiny, train_worker  # noqa: E402
 from tests.llave.test_training import logged, run  # noqa: E402
 
-# A batch of pictures and texts, then one of texts alone, and so on.
+# Batches of pictures and texts alternate with batches of texts only.
 PICTURES = ("--data.subsets", "[plus, pictures]")
 CHECKPOINTING = ("--trainer.gradient_checkpointing", "true")
 CACHING = ("--loss.mini_batch_size", "4")
@@ -127,7 +127,7 @@ def test_lora(tmp_path: Path) -> None:
     assert logged(killed) == pytest.approx(logged(whole), rel=1e-6)
     assert not list(killed.glob("checkpoint-*/model.safetensors"))
 
-    # Only what is adapted has changed.
+    # Only the adapted weights have changed.
     recipe = read_recipe(str(whole.with_suffix(".0.yaml")))
     texts = [t for c in ("anchor", "positive") for t in train_worker.subsets()["plus"][c]]
     build_model(recipe["model"], texts, seed=0).save_pretrained(str(tmp_path / "start"))
@@ -137,7 +137,7 @@ def test_lora(tmp_path: Path) -> None:
     changed = {name.split(".")[-2] for name in end if not torch.equal(start[name], end[name])}
     assert changed == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
-    # Without llave, peft or the backbone.
+    # The model loads without llave, peft or the backbone.
     np.save(tmp_path / "expected.npy", model.encode(INPUTS))
     INPUTS[1].save(tmp_path / "image.png")
     script = f"""
@@ -160,7 +160,7 @@ assert model[0].processor.image_processor.image_grid_pinpoints == grids
 
 def test_lora_without_settings_is_lora(tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    # Its defaults know no modules of this architecture, which peft says.
+    # peft has no default modules for this architecture, and says so.
     with pytest.raises(ValueError, match="target_modules"):
         train_worker.train(str(tmp_path / "run"), "--model.lora", "{}")
 

@@ -1,4 +1,4 @@
-"""What a training does with what another made: it is refused, or stays."""
+"""A training refuses folders that another program wrote, or leaves its files in place."""
 
 from __future__ import annotations
 

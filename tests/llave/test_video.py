@@ -1,4 +1,4 @@
-"""Which frames of a video are taken, and that the models embed just those."""
+"""Which frames are taken from a video. The models must embed exactly those."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from llave.modeling import encode, inputs
 from llave.video import _indices, load_frames, uniform_indices
 from tests.llave import tiny
 
-STEP = 20  # of brightness, which lossy compression shifts by less than half
+STEP = 20  # brightness between digits. Lossy compression changes it by less than half of this
 
 
 def numbered(number: int) -> Image.Image:
-    """A frame whose halves show the two digits, to base 12, of its number."""
+    """A frame whose halves show the two base-12 digits of its number."""
     pixels = np.empty((32, 32, 3), np.uint8)
     pixels[:, :16], pixels[:, 16:] = (STEP * digit for digit in divmod(number, 12))
     return Image.fromarray(pixels)
 
 
 def numbers(frames: list[Image.Image]) -> list[int]:
-    """Which frames these are."""
+    """The numbers of these frames."""
     assert all(frame.mode == "RGB" for frame in frames)
     halves = [np.asarray(frame).reshape(32, 2, 48).mean((0, 2)) / STEP for frame in frames]
     return [12 * round(high) + round(low) for high, low in halves]
@@ -73,7 +73,7 @@ def test_indices_need_a_positive_number(total, count):
         uniform_indices(total, count)
 
 
-# Only MP4's header says how many frames there are.
+# Only MP4's header gives the number of frames.
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
 def test_a_file_gives_frames_by_its_duration(tmp_path, suffix):
     path = write_video(tmp_path / f"video.{suffix}", 100)
@@ -92,7 +92,7 @@ def test_a_long_file_gives_32_frames_and_a_slow_one_all(tmp_path):
 
 
 def test_files_that_lack_a_rate_or_times(tmp_path):
-    # Of one frame, as MPEG-TS has it.
+    # An MPEG-TS file of one frame lacks a rate.
     assert numbers(load_frames(write_video(tmp_path / "one.ts", 1))) == [0]
     tick = Fraction(1, 1000)
     assert _indices([(None, None)] * 100, tick, None, 3.0, 32) == uniform_indices(100, 32)
@@ -116,7 +116,7 @@ def test_a_file_of_variable_rate_is_sampled_by_time(tmp_path, suffix):
             frame.pts, frame.time_base = time, Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    # On show at 32 moments of the 61 seconds; each once.
+    # These are the frames shown at 32 moments of the 61 seconds, each once.
     assert numbers(load_frames(path)) == [0, 19, 20, 21, 22, 23, 24]
     assert numbers(load_frames(path, limit=5)) == [0, 20, 21, 22, 24]
     assert numbers(load_frames(path, limit=2)) == [0, 24]
@@ -126,7 +126,7 @@ def test_a_file_of_variable_rate_is_sampled_by_time(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "avi", "flv", "wmv"])
 @pytest.mark.parametrize("rate", [24, 25, Fraction(30000, 1001), 60])
 def test_a_constant_rate_gives_frames_at_equal_distances(tmp_path, suffix, rate):
-    """Also where the container rounds the frames' times."""
+    """This also holds when the container rounds the frames' times."""
     path = write_video(tmp_path / f"video.{suffix}", 100, rate=rate)
     assert numbers(load_frames(path)) == uniform_indices(100, round(300 / rate))
     assert numbers(load_frames(path, fps=100)) == uniform_indices(100, 32)
@@ -137,12 +137,12 @@ def test_times_that_a_container_rounds():
     packets = [(time, 33) for time in milliseconds]
     rate, tick = Fraction(30), Fraction(1, 1000)
     assert _indices(packets, tick, rate, 3.0, 32) == uniform_indices(100, 10)
-    packets[3:5] = [(None, None), packets[3]]  # a raw stream's: one rate
+    packets[3:5] = [(None, None), packets[3]]  # as in a raw stream of constant rate
     assert _indices(packets, tick, rate, 3.0, 32) == uniform_indices(100, 10)
 
 
 def quarters() -> np.ndarray:
-    """A picture of four colours, which looks different from every side."""
+    """A picture with four colours in its quarters, so that any turn changes it."""
     pixels = np.empty((32, 64, 3), np.uint8)
     pixels[:16, :32], pixels[:16, 32:] = (230, 20, 20), (20, 230, 20)
     pixels[16:, :32], pixels[16:, 32:] = (20, 20, 230), (230, 230, 20)
@@ -150,7 +150,11 @@ def quarters() -> np.ndarray:
 
 
 def write_picture(path: Path, pixels: np.ndarray, codec: str = "libx264", **settings) -> Path:
-    """A video of that picture; settings of the stream, and ``pixel``, its format."""
+    """Write a video of that picture.
+
+    Args:
+        settings: of the stream. ``pixel`` is the pixel format.
+    """
     av = pytest.importorskip("av")
     matrix, turn = settings.pop("matrix", None), settings.pop("turn", None)
     pixel, space = settings.pop("pixel", "yuv444p"), settings.pop("space", 5)
@@ -175,7 +179,7 @@ def write_picture(path: Path, pixels: np.ndarray, codec: str = "libx264", **sett
 
 
 def corners(image: Image.Image) -> list[tuple[int, ...]]:
-    """The colours of the four quarters, to the nearest hundred."""
+    """The colours of the four quarters, rounded to hundreds."""
     width, height = image.size
     places = [(x * width // 4, y * height // 4) for y in (1, 3) for x in (1, 3)]
     return [tuple(round(v / 100) * 100 for v in image.getpixel(place)) for place in places]
@@ -349,7 +353,7 @@ def test_without_pyav_a_file_says_what_to_install(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module", params=tiny.BACKBONES)
 def model(request):
-    """Of a backbone whose processor samples four frames, as a published one may."""
+    """A model whose processor samples four frames. A published processor may do so."""
     network, processor = tiny.BACKBONES[request.param]()
     processor.video_processor.do_sample_frames = True
     processor.video_processor.num_frames = 4
@@ -362,7 +366,7 @@ def tokens(model: SentenceTransformer, item) -> int:
 
 
 def test_every_frame_reaches_the_model(model, tmp_path):
-    """Qwen-VL takes two frames at a time; LLaVA-OneVision puts a newline behind the last."""
+    """Qwen-VL merges two frames. LLaVA-OneVision adds one newline token after the last frame."""
     counts = [tokens(model, inputs(video=noise(count))) for count in (2, 4, 8, 32, 40)]
     two = counts[1] - counts[0]
     assert two > 0

@@ -1,4 +1,4 @@
-"""Tiny random backbones with their processors, so that tests need neither weights nor a network."""
+"""Tiny random backbones with their processors. They need no downloads."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from transformers import (
 
 from llave import scratch
 
-TILE = 24  # pixels: 4 x 4 patches of 6, 16 tokens
+TILE = 24  # pixels: 4 x 4 patches of 6 pixels, 16 tokens
 PATCH = 6
 WIDTH = 32
-VOCABULARY = 400  # rows of the embedding, more than the tokenizer has tokens
+VOCABULARY = 400  # rows of the embedding. The tokenizer has fewer tokens
 WORDS = (
     "You are a helpful assistant. system user assistant\n\n Represent the given image. "
     "A cat and a dog, a cat and a tiger. What is in the image\n the video"
@@ -31,7 +31,7 @@ WORDS = (
 
 
 def tokenizer(*extra: str) -> Qwen2Tokenizer:
-    """Qwen2's normalising and splitting, a byte-level BPE of a few merges, ChatML's tokens.
+    """A byte-level BPE with Qwen2's normalising and splitting, few merges and ChatML's tokens.
 
     Args:
         extra: special tokens after ChatML's.
@@ -43,7 +43,7 @@ def tokenizer(*extra: str) -> Qwen2Tokenizer:
 def llava_onevision(
     *, vision_layers: int = 2, vision_heads: int = 2, tie: bool = False, seed: int = 0
 ) -> tuple[LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor]:
-    """A LLaVA-OneVision of about a hundred thousand parameters and its processor."""
+    """A LLaVA-OneVision of about 100,000 parameters, and its processor."""
     words = tokenizer("<image>", "<video>")
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(
@@ -86,7 +86,7 @@ def llava_onevision(
 
 
 def qwen_vl(version: str) -> tuple[torch.nn.Module, transformers.ProcessorMixin]:
-    """A Qwen2-VL ("2") or Qwen2.5-VL ("2_5") of the same size and its processor."""
+    """A Qwen2-VL ("2") or Qwen2.5-VL ("2_5") of the same size, and its processor."""
     words = tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     vision = {"depth": 2, "num_heads": 2, "hidden_size": WIDTH, "patch_size": 4}
     if version == "2":
@@ -128,7 +128,7 @@ def qwen_vl(version: str) -> tuple[torch.nn.Module, transformers.ProcessorMixin]
     return model, processor
 
 
-# By the model types of llave.backbones.
+# The keys are the model types of llave.backbones.
 BACKBONES: dict[str, Callable[[], tuple[torch.nn.Module, transformers.ProcessorMixin]]] = {
     "llava_onevision": llava_onevision,
     "qwen2_vl": partial(qwen_vl, "2"),
@@ -137,7 +137,7 @@ BACKBONES: dict[str, Callable[[], tuple[torch.nn.Module, transformers.ProcessorM
 
 
 def _spread(model: torch.nn.Module) -> torch.nn.Module:
-    """The usual initialisation is too small to tell inputs apart."""
+    """Draw larger weights. With the usual initialisation different inputs look the same."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:

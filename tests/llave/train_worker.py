@@ -1,8 +1,8 @@
 """Trains a tiny model on texts and pictures.
 
 ``python -m tests.llave.train_worker OUT [POINT:N[:SIGNAL:RANK] [--section.setting value ...]]``
-kills itself when it comes to one of ``POINTS`` for the N-th time, or sends itself a signal in one
-of several processes; ``none`` lets it go on.
+kills itself when it reaches one of ``POINTS`` for the N-th time. With SIGNAL and RANK only that
+process gets a signal. With ``none`` it runs to its end.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from llave import sealing
 from llave.trainer import EmbeddingTrainer
 from llave.training import build_model, fit, read_recipe
 
-# What is called, whether it dies after the call, and the names it is called with.
+# (owner, name of a function, whether the process dies after the call, file names of its argument)
 POINTS: dict[str, tuple[Any, ...]] = {
     "step": (SentenceTransformerTrainer, "training_step", False),
-    "checkpoint": (EmbeddingTrainer, "_save_rng_state", False),  # in the middle of one
-    "seal": (sealing, "seal", False),  # before the marker of a checkpoint or the model
-    "rename": (sealing, "seal", True),  # between the marker and the rename
+    "checkpoint": (EmbeddingTrainer, "_save_rng_state", False),  # within a checkpoint
+    "seal": (sealing, "seal", False),  # before the seal of a checkpoint or the model
+    "rename": (sealing, "seal", True),  # between the seal and the rename
     "tidy": (EmbeddingTrainer, "tidy", False),
-    "discard": (shutil, "rmtree", False),  # of what was made beside, or is to go
+    "discard": (shutil, "rmtree", False),  # before a folder is removed
     "model": (EmbeddingTrainer, "save_whole", False),  # between the last checkpoint and the model
     "replaced": (Path, "rename", True, "model.old"),  # between the renames of two models
     "saved": (EmbeddingTrainer, "save_whole", True),
@@ -70,7 +70,7 @@ def subsets() -> dict[str, Dataset]:
 
 
 def pictured(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """The batch with a picture in place of each anchor, in the colour of its words."""
+    """The batch with a picture in place of each anchor. The words of the anchor give its colour."""
     return batch | {"anchor": [Image.new("RGB", (16, 16), colour(t)) for t in batch["anchor"]]}
 
 
@@ -84,7 +84,7 @@ def hash_of(text: str) -> int:
 
 
 def train(out: str, *overrides: str) -> SentenceTransformer:
-    """A run on one thread: sums of others round differently, which Adam makes visible."""
+    """Train on one thread. Other numbers round sums differently, and Adam magnifies that."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -112,7 +112,7 @@ def main(out: str, point: str = "none", *overrides: str) -> None:
 
 
 def die_at(point: str, times: int, die: Callable[[], object], put: Any = setattr) -> None:
-    """Call ``die`` when it comes to one of ``POINTS`` the n-th time; ``put`` sets attributes."""
+    """Call ``die`` at the ``times``-th arrival at ``point``. ``put`` patches the function."""
     owner, attribute, after, *names = POINTS[point]
     original, count = getattr(owner, attribute), 0
 

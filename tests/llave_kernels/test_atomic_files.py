@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, in place of nothing that is not ours."""
+"""Files appear whole or not at all, and replace no file that is not ours."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ THINGS = ("file", "folder", "link", "broken link")
 
 
 def put(path: Path, thing: str) -> None:
-    """Something of a user's at a path."""
+    """Put a user's file, folder or link at a path."""
     if thing == "file":
         path.write_text("mine")
     elif thing == "folder":
@@ -34,7 +34,7 @@ def put(path: Path, thing: str) -> None:
 
 
 def tree(folder: Path) -> dict[str, Any]:
-    """Names, links' targets and contents of all there is."""
+    """Every file, link and folder by relative name, with contents, target or None."""
     return {
         path.relative_to(folder).as_posix(): os.readlink(path)
         if path.is_symlink()
@@ -138,7 +138,7 @@ def test_a_file_is_on_the_disk_before_its_name_is(
         monkeypatch.setattr(owner, name, noted(name, getattr(owner, name)))
     make(path, partial(Path.write_text, data="ours"))
     named = "replace" if make is publish else "link"
-    assert done == [("fsync", False), (named, False), ("fsync", True)]  # of the folder at last
+    assert done == [("fsync", False), (named, False), ("fsync", True)]  # True: of the folder
 
 
 @pytest.mark.parametrize("make", [publish, create])

@@ -1,4 +1,4 @@
-"""Which backend runs: automatic, by name, by environment."""
+"""The choice of a backend: automatic, by name, by environment variable."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_environment_overrides_auto_only(monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         hardness_weighted_contrastive_loss(*pair)
     assert hardness_weighted_contrastive_loss(*pair, backend="torch").isfinite()
-    for value in ("torch", " torch ", "", " ", "auto"):  # empty: as if it were not set
+    for value in ("torch", " torch ", "", " ", "auto"):  # an empty value counts as not set
         monkeypatch.setenv("LLAVE_BACKEND", value)
         assert hardness_weighted_contrastive_loss(*pair).isfinite()
 
@@ -74,7 +74,7 @@ def test_auto_takes_the_first_gpu_backend_that_fits(monkeypatch: pytest.MonkeyPa
 
 
 def test_gpus_without_tiles_of_ours_take_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One older than sm_80, and one of another maker, which torch calls "cuda" too."""
+    """One GPU is older than sm_80. The other is of another maker, which torch also calls "cuda"."""
     for module in (triton_backend, cuda):
         monkeypatch.setattr(module, "unavailable", lambda: None)
     capability = (7, 5)

@@ -1,4 +1,4 @@
-"""The distributed loss in 1, 2 and 4 processes against one process with the global batch."""
+"""The distributed loss in 1, 2 and 4 processes, compared with one process and the global batch."""
 
 from __future__ import annotations
 
@@ -66,7 +66,10 @@ def test_a_step_inside_a_wrapper_is_that_of_one_process(wrapper: str) -> None:
 @pytest.mark.parametrize("function", ["open_clip_settings", "weighted_settings"])
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_clip_classes_equal_their_host_in_every_process(function: str, world: int) -> None:
-    """The gradient of the scale once averaged: in one setting its parts lie elsewhere."""
+    """The scale's gradient is compared after averaging over the processes.
+
+    In one setting the processes' parts of it differ from the host's.
+    """
     pytest.importorskip("open_clip")
     by_rank = results(function, world)
     for position, (setting, host, _) in enumerate(by_rank[0]):
@@ -176,7 +179,7 @@ def test_every_setting_of_a_host_is_compared() -> None:
 
 
 def test_a_scale_on_a_device_is_compared_when_it_has_arrived() -> None:
-    """Those of calls 1, 3 and 5 are looked at. On process 1 one takes two calls to arrive."""
+    """The scales of calls 1, 3, 5 are compared. On process 1 each arrives at the second query."""
     for rank, found in enumerate(results("losses", 2, MISTAKES)):
         *before, last = found["late"]
         assert before == 6 * ["nothing"]
@@ -186,7 +189,7 @@ def test_a_scale_on_a_device_is_compared_when_it_has_arrived() -> None:
 
 
 def test_processes_agree_over_a_group_on_the_host_made_once() -> None:
-    """Stands in for nccl: the group says that it takes tensors on a GPU only."""
+    """The group claims to take only GPU tensors, as nccl does."""
     found = run(CASES, "on_hosts", 3)
     assert [[made for _, made in each] for each in found] == [[1, 2, 3], [1, 2, 3], [1, 2]]
     for each in found:
@@ -211,8 +214,10 @@ def test_half_the_traffic_of_gathering_both_sides() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_memory_is_linear_in_the_global_batch() -> None:
-    """A block of 8,192 x 16,384 float32 similarities would take 537 MB, one of twice the batch
-    four times as much."""
+    """A block of 8,192 x 16,384 float32 similarities would take 537 MB.
+
+    With twice the batch the block would take four times as much.
+    """
     for small, large in results("peak_memory", 2):
         assert small < 150
         assert large < 2.5 * max(small, 30)

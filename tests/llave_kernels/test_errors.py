@@ -1,4 +1,4 @@
-"""Bad input: every mistake gets an error that names the argument, its value and the remedy."""
+"""Bad input: every error names the argument, its value and the remedy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ N, M, D = 4, 8, 3
 QUERY, TARGET = torch.ones(N, D), torch.ones(M, D)
 IDS = {"query_ids": torch.arange(N), "target_ids": torch.arange(M)}
 
-# (exception, part of the message, arguments that replace good ones)
+# (exception, part of the message, the wrong arguments)
 MISTAKES: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (TypeError, "query must be a torch.Tensor, got list", {"query": [[1.0]]}),
     (TypeError, "target must be a torch.Tensor, got NoneType", {"target": None}),
@@ -96,7 +96,7 @@ MISTAKES: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, r"target_ids must have shape \(8,\)", IDS | {"target_ids": torch.arange(N)}),
     (ValueError, "false_negative_margin must be finite", {"false_negative_margin": float("nan")}),
     (TypeError, "false_negative_margin must be a float", {"false_negative_margin": "0.1"}),
-    # As they will be used: in float32.
+    # The scale is checked in float32, as it will be used.
     (ValueError, "logit_scale must be positive and finite, got 1e.39", {"logit_scale": 1e39}),
     (ValueError, "logit_scale .* got 1e-50 in torch.float32", {"logit_scale": 1e-50}),
     (
@@ -243,7 +243,7 @@ def test_autocast_takes_no_dtype_that_is_refused_without() -> None:
 
 
 class Odd:
-    """An object whose comparisons are no answers."""
+    """An object whose comparisons return no bool."""
 
     def __eq__(self, other: object) -> Any:
         return np.array([True, True])
@@ -263,7 +263,7 @@ ANYTHING: list[Any] = [
     torch.arange(N)[::2], torch.arange(N).float(), torch.full((N,), -1), torch.arange(M) + 2**40,
 ]  # fmt: skip
 NUMBER = [x for x in SCALARS if not isinstance(x, np.int64)]
-GOOD: dict[str, list[tuple[Any, Any]]] = {  # odd, and the same for the reference
+GOOD: dict[str, list[tuple[Any, Any]]] = {  # (unusual value, the reference's value)
     "logit_scale": [(x, 3.0) for x in NUMBER] + [(torch.tensor([3.0], requires_grad=True), 3.0)],
     "alpha": [(x, 3.0) for x in NUMBER] + [(0, 0.0), (1e-50, 0.0)],
     "target_alpha": [(x, 3.0) for x in NUMBER] + [(None, None)],
@@ -278,7 +278,7 @@ GOOD: dict[str, list[tuple[Any, Any]]] = {  # odd, and the same for the referenc
 
 
 def arguments_of(draw: random.Random) -> tuple[dict[str, Any], dict[str, Any], set[str]]:
-    """A call's arguments, the reference's, and the names of the wrong ones."""
+    """The arguments of a call, those of the reference, and the names of the wrong ones."""
     given, plain, wrong = {}, {}, set()
     for name in draw.sample(sorted(GOOD), draw.randint(1, 4)):
         if draw.random() < 0.3:
@@ -348,7 +348,7 @@ CONSTRUCTORS: list[tuple[Callable[..., Any], str]] = [
 ]
 
 
-# What is right in its place. Such sizes are compared with the call's.
+# These values are valid. The sizes are only checked later, in the call.
 TAKEN = {("false_negative_margin", -1)} | {
     (name, 10**400) for name in ("n_hard_negatives", "rank", "world_size", "mini_batch_size")
 }

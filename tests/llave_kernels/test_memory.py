@@ -1,4 +1,4 @@
-"""Extra memory: linear in N, and under the stated bounds, each measured in a process of its own."""
+"""Extra memory is linear in N and under the stated bounds. Each case runs in its own process."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ print(status("VmHWM") - before)
     ],
 )
 def test_extra_memory(n: int, d: int, symmetric: bool, limit_mb: float) -> None:
-    """The gradients count as extra: at N = 8,192 and D = 1,024 they alone are 67 MB.
+    """The gradients count as extra. At N = 8,192 and D = 1,024 they take 67 MB.
 
-    One direction holds them twice, as made in the forward and as scaled by the upstream gradient.
+    One direction holds them twice: as computed in the forward, and scaled by the upstream gradient.
     """
     code = MEASURE.format(n=n, d=d, symmetric=symmetric)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -34,7 +34,7 @@ def test_module_is_the_function() -> None:
 def test_learnable_scale_trains_and_stays_bounded() -> None:
     module = HardnessWeightedContrastiveLoss(5.0, learnable=True, max_logit_scale=8.0)
     query, noise = embeddings(8, 8, 64)
-    target = query + 0.1 * noise  # aligned, so that a larger scale is better
+    target = query + 0.1 * noise  # aligned, so a larger scale is better
     optimizer = torch.optim.SGD(module.parameters(), lr=10.0)
     scales = []
     for _ in range(3):
@@ -66,7 +66,7 @@ def test_a_scale_at_its_bound_comes_back(optimizer: type[torch.optim.Optimizer])
         return float(module.logit_scale.detach())
 
     assert scale_after(5) < 99.0
-    # However long it was wanted larger.
+    # The parameter stays at the bound when the gradient keeps pushing it up.
     assert scale_after(300, gradient=-1.0) == pytest.approx(100.0, rel=1e-6)
     assert scale_after(30) < 99.0
 

@@ -1,4 +1,4 @@
-"""The numerical contract, for every backend that can run here, against the float64 reference."""
+"""The numerical contract of every backend that can run here. The reference is in float64."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.helpers import (
 KINDS = ("labels", "owners", "ids", "margin", "target_alpha")
 DTYPES = {
     "torch": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
-    # The interpreter has no bfloat16 product.
+    # Triton's interpreter cannot multiply bfloat16.
     "triton": (torch.float32, torch.float16) + (torch.bfloat16,) * torch.cuda.is_available(),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
@@ -39,7 +39,7 @@ DTYPES = {
 
 @pytest.fixture(params=["few strips", "many strips"])
 def strip_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "many strips":  # a few rows at a time, and nothing kept
+    if request.param == "many strips":  # few rows a strip, no similarities kept
         monkeypatch.setattr(strip_gemm, "WORKSPACE", 1 << 15)
         monkeypatch.setattr(torch_backend, "STRIP_BUDGET", 256)
         monkeypatch.setattr(torch_backend, "KEEP_BUDGET", 0)
@@ -69,7 +69,7 @@ def test_every_rule_on_torch(hardness: str, symmetric: bool, kinds: tuple[str, .
 def test_every_rule_on_kernels(
     backend: str, hardness: str, symmetric: bool, kinds: tuple[str, ...]
 ) -> None:
-    """Several tiles each way on the compiled kernels; the interpreter's are smaller."""
+    """The sizes give several tiles each way. The interpreter's tiles are smaller."""
     n, m, d = (13, 31, 7) if backend == "triton" else (150, 300, 7)
     query, target = embeddings(n, m, d)
     rules = draw_rules(n, m, kinds) | {"hardness": hardness, "symmetric": symmetric}
@@ -89,7 +89,7 @@ def test_shapes(backend: str, shape: tuple[int, int, int]) -> None:
 def test_half_precision_is_no_worse_than_dense(
     backend: str, shape: tuple[int, int, int], symmetric: bool
 ) -> None:
-    """By the root mean square of a few draws: of one, dense may get a number right by luck."""
+    """The root mean square of a few draws is compared. In one draw dense may be right by luck."""
     for dtype in (dtype for dtype in DTYPES[backend] if dtype.itemsize == 2):
         squares = torch.zeros(2, 4, dtype=torch.float64)
         for _ in range(4):
@@ -131,7 +131,7 @@ def test_contract_property(backend: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_products_of_some_size(symmetric: bool) -> None:
-    """Large enough for the CPU's other GEMM library, and for several strips, some of them kept."""
+    """The sizes reach the CPU's other GEMM library and several strips, some of them kept."""
     for dtype, layout in ((torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 1)):
         query, target = embeddings(701, 1500, 131 * layout, dtype)
         query, target = (x[:, ::layout] for x in (query, target))
@@ -151,7 +151,10 @@ def test_logsumexp_is_the_reference_for_every_column(backend: str) -> None:
 
 @pytest.mark.parametrize("direction", ["query", "target"])
 def test_a_tile_that_counts_for_nothing(backend: str, direction: str) -> None:
-    """Of row (or column) 0 the first half's pairs are duplicates, at exp(118) of the second's."""
+    """In row (or column) 0 the first half are duplicates.
+
+    Their terms would be exp(118) times those of the second half.
+    """
     n = 256
     signs = torch.ones(n, 1)
     signs[n // 2 :] = -1.0
@@ -208,7 +211,7 @@ def test_nan_in_nan_out(backend: str, where: str) -> None:
 
 def test_infinite_input_is_not_silent(backend: str) -> None:
     query, target = embeddings(6, 6, 5)
-    target[:, 0].abs_()  # inf - inf in both directions, whatever the signs drawn
+    target[:, 0].abs_()  # gives inf - inf in both directions with any signs
     query[3, 0] = float("inf")
     assert not fused(query, target, 50.0, backend=backend)[0].isfinite()
 
@@ -231,8 +234,7 @@ def test_alpha_zero_is_cross_entropy(backend: str) -> None:
 @pytest.mark.usefixtures("strip_rows")
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gradcheck(symmetric: bool) -> None:
-    """alpha = 0 and reduction none: the weight's similarity is detached, so it has no finite
-    difference."""
+    """alpha is 0, because finite differences do not see that the weight is detached."""
     query, target = (x.requires_grad_() for x in embeddings(5, 9, 3, torch.float64))
     scale = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
 

@@ -1,5 +1,4 @@
-"""What direct callers of the operators may pass: labels and owners that name no column, and what
-must be an error."""
+"""Direct calls of the operators: labels and owners that name no column, and wrong arguments."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ def outside(labels: Tensor) -> Tensor:
 
 
 def step(backend: str, query: Tensor, target: Tensor, rules: Rules, upstream: list[Tensor]) -> Any:
-    """Outputs and gradients of a backend itself, which checks no values."""
+    """Outputs and gradients from the backend itself. It checks no values."""
     module, scale = dispatch.named(backend), torch.tensor(20.0)
     kept = torch.empty(module.kept_shape(query, target, rules))
     outputs = module.forward(query, target, scale, rules, kept)
@@ -60,7 +59,7 @@ def test_a_label_outside_makes_its_own_row_nan(
     (positive, rows, columns), gradients = step(backend, query, target, rules, upstream)
     assert all(bool(x[BAD].isnan().all()) for x in (positive, rows, gradients[0]))
 
-    # In the reference of the columns their label is a column of its own.
+    # In the reference for the columns the bad rows' label is an extra column.
     wider = torch.cat([target, torch.zeros(1, D)]).double()
     more = {"alpha": 9.0, "target_alpha": 2.0, "logit_scale": 20.0, "false_negative_margin": margin}
     nobody = torch.arange(M)
@@ -97,7 +96,7 @@ def test_one_direction_of_a_label_outside() -> None:
 
 
 def test_an_owner_outside_owns_nothing(backend: str) -> None:
-    """2^32 + 3 is not 3, in any of what reads it."""
+    """No pass reads 2^32 + 3 as 3."""
     query, target = embeddings(N, M, D)
     upstream = [torch.rand(k) + 0.5 for k in (N, N, M)]
     none, wrong = torch.arange(M), torch.arange(M)

@@ -1,4 +1,4 @@
-"""What torch expects of an operator: opcheck, compile, autocast, fake tensors, one derivative."""
+"""torch's demands on an operator: opcheck, compile, autocast, fake tensors, one derivative."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_compile_without_a_break(symmetric: bool, dynamic: bool) -> None:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_one_graph_serves_batches_of_every_size(symmetric: bool) -> None:
-    """With and without room to keep every similarity, and with mined negatives."""
+    """Some sizes have room to keep every similarity, some do not, some have mined negatives."""
     torch._dynamo.reset()
     counters.clear()
 
@@ -100,7 +100,7 @@ def test_compiled_module_with_learnable_scale() -> None:
     module(query, target).backward()
     assert relative_error(traced, module.log_logit_scale.grad) < 1e-5
     with torch.no_grad():
-        module.log_logit_scale.fill_(5.0)  # over the bound
+        module.log_logit_scale.fill_(5.0)  # above the bound
     compiled(query, target)
     assert float(module.logit_scale.detach()) == pytest.approx(100.0, rel=1e-6)
     assert float(module.log_logit_scale.detach()) < 4.7

@@ -1,5 +1,4 @@
-"""What half precision can hold: sums too large or too small for it, NaN rows, loss scaling; and how
-sharp the contract is."""
+"""The range of half precision, NaN rows, loss scaling, and how sharp the contract is."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ def half_types(backend: str) -> list[torch.dtype]:
 
 
 def test_a_row_of_nan_leaves_the_others_as_they_are(backend: str) -> None:
-    """In one direction; in two each column's sum holds the row."""
+    """This holds in one direction. In two, each column's sum includes the row."""
     n, m, d, odd = 40, 70, 16, 3
     for dtype in DTYPES[backend]:
         query, target = embeddings(n, m, d, dtype)
@@ -57,7 +56,7 @@ def test_a_row_of_nan_leaves_the_others_as_they_are(backend: str) -> None:
 def test_gradients_that_fit_arrive_whatever_the_unscaled_sum(
     backend: str, symmetric: bool, reduction: str
 ) -> None:
-    """One negative is the nearest of every row: its gradient sums to 100 N before the mean."""
+    """One negative is the nearest of every row. Its gradient sums to 100 N before the mean."""
     n, d = (300, 16) if backend == "triton" else (1500, 16)
     for dtype in half_types(backend):
         target = torch.randn(n, d, dtype=torch.float64)
@@ -81,7 +80,7 @@ def test_gradients_that_fit_arrive_whatever_the_unscaled_sum(
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_small_gradients_arrive_through_loss_scaling(backend: str, symmetric: bool) -> None:
-    """A nearly converged batch, whose gradients float16 holds only once they are scaled."""
+    """The batch is nearly converged. float16 holds its gradients only after loss scaling."""
     n, d = 60, 32
     for dtype in half_types(backend):
         target = normalize(torch.randn(n, d, dtype=torch.float64), dim=1)
@@ -117,7 +116,7 @@ def test_training_with_a_gradient_scaler_is_that_of_the_dense_loss(symmetric: bo
             scaler.step(optimizer)
             scaler.update()
             losses.append(loss.item())
-        assert scaler.get_scale() == 2.0**16  # no step was left out
+        assert scaler.get_scale() == 2.0**16  # no step was skipped
         return losses
 
     def dense(query: Tensor, target: Tensor, **rules: Any) -> Tensor:
@@ -133,7 +132,7 @@ def test_training_with_a_gradient_scaler_is_that_of_the_dense_loss(symmetric: bo
 def test_float32_keeps_the_stated_bound_on_its_own(
     backend: str, strength: tuple[float, float]
 ) -> None:
-    """Without what dense float32 is allowed beside it."""
+    """The allowance for the error of dense float32 is left out."""
     scale, alpha = strength
     for _ in range(4):
         query, target = embeddings(70, 130, 48)
@@ -148,7 +147,7 @@ def test_float32_keeps_the_stated_bound_on_its_own(
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_the_contract_notices_a_lost_lane_on_a_nearly_converged_batch(dtype: torch.dtype) -> None:
-    """Every 32nd column missing from the sums, which dense half precision's error would hide."""
+    """Every 32nd column is missing from the sums. Dense half precision's error would hide it."""
     n, d, scale = 256, 32, 30.0
     for _ in range(5):
         target = normalize(torch.randn(n, d, dtype=torch.float64), dim=1)

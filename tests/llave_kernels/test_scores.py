@@ -1,4 +1,4 @@
-"""The loss of given similarities against the fused loss, the reference and cross-entropy."""
+"""The loss of given similarities, compared with the fused loss, reference and cross-entropy."""
 
 from __future__ import annotations
 
@@ -104,9 +104,9 @@ def step(model: BiEncoder, loss_fn: Any, *inputs: Any) -> list[Tensor]:
 @pytest.mark.parametrize("in_batch", [True, False])
 @pytest.mark.parametrize("width", [1, 3, 7])
 def test_cross_entropy_inside_a_hosts_model(width: int, in_batch: bool, hardness: str) -> None:
-    """With in-batch negatives, and with each query's own passages alone.
+    """The model uses in-batch negatives, or only each query's own passages.
 
-    All columns are then the row's own, whether N divides their number or not.
+    In the second case a row owns all its columns, whether or not N divides their number.
     """
     model, n = BiEncoder(0.05), 7
     inputs = torch.randn(n, 11), torch.randn(n * width, 11)

@@ -1,4 +1,4 @@
-"""Runs a function in several processes on a CPU, joined by gloo, and collects the results."""
+"""Runs a function in several gloo processes on a CPU and collects the results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(module: str, function: str, world: int, *, timeout: float = 120) -> list[Any]:
-    """The results of ``module.function()`` in ``world`` processes, by rank. None where one died.
+    """The results of ``module.function()`` in ``world`` processes, by rank.
+
+    The result is None for a process that died with status ``DIED``.
 
     Raises:
         TimeoutError: a process is still running after ``timeout`` seconds.

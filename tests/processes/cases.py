@@ -1,4 +1,4 @@
-"""What the processes of tests/llave_kernels/test_distributed.py compute.
+"""The functions that tests/llave_kernels/test_distributed.py runs in several processes.
 
 Every process draws the same global batch and takes its own rows.
 """
@@ -31,7 +31,7 @@ def rows_of(world: int, *, uneven: bool) -> list[int]:
 
 
 class Batch:
-    """The global batch: each process's raw rows and the rules of these rows."""
+    """The global batch: the encoder's inputs and the rules, in a list over the processes."""
 
     def __init__(self, world: int, kinds: tuple[str, ...], *, uneven: bool) -> None:
         generator = torch.Generator().manual_seed(len(kinds) * 10 + uneven)
@@ -61,7 +61,7 @@ class Batch:
             self.settings["target_alpha"] = 2.0
 
     def whole(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """The batch in one process, where columns are counted over all rows."""
+        """The whole batch for one process. ``labels`` and ``owners`` are global column indices."""
         starts = [0, *itertools.accumulate(self.columns)]
         parts: dict[str, list[Tensor]] = {}
         for start, n, m, rules in zip(starts, self.rows, self.columns, self.rules, strict=False):
@@ -91,7 +91,7 @@ def averaged(*tensors: Tensor) -> list[Tensor]:
 
 
 def rules() -> dict[tuple[Any, ...], list[Tensor]]:
-    """The loss and the gradients of the encoder and the scale, averaged as in DDP."""
+    """The loss and the gradients of encoder and scale, averaged over the processes as in DDP."""
     rank, world = dist.get_rank(), dist.get_world_size()
     results = {}
     for case in grid(world):
@@ -114,7 +114,7 @@ def rules() -> dict[tuple[Any, ...], list[Tensor]]:
 
 
 def wrapped() -> dict[str, list[Tensor]]:
-    """The parameters after one step of SGD, with the module inside DDP and FSDP2."""
+    """The encoder's parameters after one step of SGD under DDP and under FSDP2."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
@@ -154,7 +154,7 @@ def wrapped() -> dict[str, list[Tensor]]:
 
 
 def open_clip_settings() -> list[tuple[str, list[Tensor], list[Tensor]]]:
-    """The value and gradients in this process, of the host's class and of ours."""
+    """For each setting, this process's loss and gradients from OpenCLIP's class and from ours."""
     from open_clip.loss import ClipLoss as HostLoss
 
     from llave_kernels.integrations.open_clip import ClipLoss
@@ -179,7 +179,10 @@ def open_clip_settings() -> list[tuple[str, list[Tensor], list[Tensor]]]:
 
 
 def weighted_settings() -> list[tuple[str, list[Tensor], list[Tensor]]]:
-    """The same for the authors' class, against their formula on features that OpenCLIP gathers."""
+    """The same for the LLaVE authors' class.
+
+    Ours is compared with their formula on features that OpenCLIP gathers.
+    """
     from open_clip.loss import gather_features
     from torch.nn.functional import cross_entropy
 
@@ -225,9 +228,11 @@ def said(call: Callable[[], Any]) -> str:
 
 
 def on_hosts() -> list[tuple[float, int]]:
-    """The loss and the number of groups made, where groups say that they take GPU tensors only.
+    """The loss and the number of gloo groups made when groups claim to take only GPU tensors.
 
-    For the first two processes, which alone know their group, for all, and for all in a new job.
+    There are three entries: a group of the first two processes, all processes, and all processes
+    after the process group was initialised again. Only the first two processes know their group,
+    so the others lack the first entry.
     """
     pair = [normalize(torch.randn(4, 5), dim=1) for _ in range(2)]
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -260,7 +265,7 @@ def on_hosts() -> list[tuple[float, int]]:
 
 @contextmanager
 def patched_backend() -> Iterator[None]:
-    """Groups say that they take tensors on a GPU only, as nccl's groups do."""
+    """Let groups claim to take only GPU tensors, as nccl's groups do."""
     original, dist.get_backend_config = dist.get_backend_config, lambda group: "cuda:nccl"
     try:
         yield
@@ -269,7 +274,7 @@ def patched_backend() -> Iterator[None]:
 
 
 def death() -> str:
-    """What the others say when process 1 dies between two steps."""
+    """The error in the other processes when process 1 dies between two steps."""
     pair = [normalize(torch.randn(4, 5), dim=1) for _ in range(2)]
     distributed_contrastive_loss(*pair)
     if dist.get_rank() == 1:
@@ -279,7 +284,7 @@ def death() -> str:
 
 @contextmanager
 def counted() -> Iterator[list[int]]:
-    """The bytes that this process sends to others in collectives, one entry for each."""
+    """The bytes that this process sends in each collective."""
     sent: list[int] = []
     world = dist.get_world_size()
     originals = {
@@ -315,7 +320,7 @@ def traffic() -> int:
 
 
 def peak_memory() -> list[float]:
-    """Peak memory in MB beyond the inputs, at two batch sizes."""
+    """Peak memory in MB beyond the inputs with 8,192 and 16,384 rows a process."""
     from pathlib import Path
 
     def status(field: str) -> float:

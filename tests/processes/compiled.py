@@ -22,7 +22,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def losses() -> Iterator[tuple[str, Loss]]:
-    """The losses by name. They are called with queries, targets and a learnable scale."""
+    """(name, loss) pairs. Each loss takes queries, targets and a learnable scale."""
     rank, world = dist.get_rank(), dist.get_world_size()
     for name, group in (("world", "world"), ("group", dist.group.WORLD)):
         for symmetric in (True, False):
@@ -53,7 +53,7 @@ def step(encoder: nn.Module, loss: Loss, scale: Tensor, batch: Tensor) -> Tensor
 
 
 def steps() -> dict[str, tuple[list[Tensor], list[Tensor]]]:
-    """The value and gradients in this process, of the plain step and of the compiled one."""
+    """This process's loss and gradients, from the plain step and from the compiled step."""
     results = {}
     for name, loss in losses():
         torch.manual_seed(dist.get_rank())

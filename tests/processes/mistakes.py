@@ -1,4 +1,4 @@
-"""What each process says when process 1 passes something of its own."""
+"""The error in each process when process 1 passes another argument than the rest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.processes.cases import said
 
 
 def drifted(odd: bool) -> HardnessWeightedContrastiveLoss:
-    """A learnable scale that one process has trained on its own."""
+    """A module whose learnable scale is larger in one process."""
     module = HardnessWeightedContrastiveLoss(20.0, learnable=True, gather_group="world")
     with torch.no_grad():
         module.log_logit_scale.add_(0.125 * odd)
@@ -37,7 +37,7 @@ def with_autocast(enabled: bool, *pair: Tensor) -> None:
 
 
 def hosts() -> dict[str, str]:
-    """What the classes for hosts say, by the setting in which process 1 differs."""
+    """The integrations' errors, by the setting in which process 1 differs."""
     from sentence_transformers import util
 
     from llave_kernels.integrations import gradcache, sentence_transformers, vlm2vec
@@ -105,7 +105,11 @@ def hosts() -> dict[str, str]:
 
 
 def late() -> list[str]:
-    """What is said of a scale on a device. Here it arrives when process 1 has asked twice."""
+    """The errors of calls with a scale on a device.
+
+    The copy to the host is simulated. On process 0 it has arrived at the first query, on process 1
+    at the second.
+    """
     rank = dist.get_rank()
     asked: list[int] = []
 
@@ -133,7 +137,7 @@ def late() -> list[str]:
 
 
 def losses() -> dict[str, Any]:
-    """What the function says, and what the module says of its scale."""
+    """The errors of the function, and of the module for a differing scale."""
     odd = dist.get_rank() == 1
     pair = [normalize(torch.randn(4, 5 + odd), dim=1) for _ in range(2)]
     good = [x[:, :5] for x in pair]

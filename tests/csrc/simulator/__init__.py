@@ -1,8 +1,8 @@
-"""The CUDA extension without a GPU: its bindings and epilogues compiled by the C++ compiler.
+"""The CUDA extension without a GPU: its bindings and epilogues, compiled by the C++ compiler.
 
-The tensor cores' product is replaced by a plain one, and each block's threads by fibers; index
-arithmetic, rules, reductions and stores are the kernels' own headers. CUTLASS's main loops and the
-instructions of csrc/warp.h are not part of it.
+A plain matrix product replaces the tensor cores. Fibers replace the threads of a block. Index
+arithmetic, rules, reductions and stores come from the kernels' own headers. The simulation leaves
+out CUTLASS's main loops and the instructions of csrc/warp.h.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ RUNTIME = "include/cuda_runtime_api.h"
 
 
 def load() -> str | None:
-    """Make ``llave_kernels._cuda`` the simulation; None, or why it cannot be built here."""
+    """Put the simulation in place of ``llave_kernels._cuda``.
+
+    Returns:
+        None, or the reason why it cannot be built here.
+    """
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         return f"no C++ compiler {compiler}"
@@ -43,7 +47,7 @@ def _spec(name: str) -> Path | None:
 
 
 def _headers() -> list[Path]:
-    """Those of Python, CUTLASS, pybind11 and, where one is found, a CUDA toolkit."""
+    """The include folders of Python, CUTLASS, pybind11 and a CUDA toolkit, as far as found."""
     found = [Path(sysconfig.get_paths()["include"])]
     if cutlass := _spec("cutlass_library"):
         found.append(cutlass / "source" / "include")
@@ -56,7 +60,7 @@ def _headers() -> list[Path]:
 
 
 def _build(compiler: str, includes: list[Path]) -> Path:
-    # CUTLASS's headers use intrinsics of the device compiler in templates that are never used here.
+    # CUTLASS's headers hold device intrinsics in templates that are not instantiated here.
     flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-fpermissive"]
     flags += ["-DLLAVE_SIMULATED", "-DLLAVE_SM80", "-DLLAVE_SM90"]
     flags += [f"-I{folder}" for folder in includes]

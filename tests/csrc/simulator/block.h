@@ -1,9 +1,9 @@
-// A block of threads, simulated: each is a fiber that runs until it waits for others.
+// A simulated block of threads. Each thread is a fiber that runs until it waits for others.
 //
-// `SimulatedWarp` stands in for `Warp` of csrc/warp.h, so it cannot see what that one compiles to on
-// an architecture: tests/csrc/test_extension.py reads the machine code. Beyond results it checks what a
-// GPU would not say: that all lanes of a warp meet in the same operation, and that no thread waits
-// for ever.
+// `SimulatedWarp` replaces `Warp` of csrc/warp.h. It does not show what `Warp` compiles to.
+// tests/csrc/test_extension.py reads the machine code for that.
+// The simulation checks two things that a GPU would not report: all lanes of a warp meet in the
+// same operation, and no thread waits for ever.
 #pragma once
 
 #include <setjmp.h>
@@ -30,7 +30,7 @@ class Block {
   static Block& current() { return *current_; }
   int thread() const { return running_; }
 
-  // What thread `from` of the same warp brought to this operation.
+  // The value that thread `from` of the same warp passed to this operation.
   uint64_t exchange(uint64_t mine, int kind, int from) {
     Group& warp = warps_[running_ / 32];
     const int turn = warp.generation % 2;
@@ -52,7 +52,7 @@ class Block {
   };
   struct Fiber {
     ucontext_t start;
-    jmp_buf place;  // where it waits: jumps save no signal mask, which costs a system call
+    jmp_buf place;  // where it waits. _setjmp saves no signal mask, which would be a system call
     bool started = false, done = false;
   };
   static constexpr size_t kStack = 256 << 10;
@@ -69,7 +69,7 @@ class Block {
     }
   }
 
-  // Kept from block to block: fresh memory costs more than the threads that use it.
+  // Blocks reuse the stacks. Fresh memory would cost more time than running the threads.
   static char* stack(size_t thread) {
     static std::vector<std::unique_ptr<char[]>> stacks;
     while (stacks.size() <= thread) stacks.emplace_back(new char[kStack]);

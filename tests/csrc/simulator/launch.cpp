@@ -1,5 +1,5 @@
-// The launchers of csrc/launch.h on a CPU: a plain matrix product in place of the tensor cores',
-// then the kernels' own epilogues, thread by thread.
+// The launchers of csrc/launch.h on a CPU. A plain matrix product replaces the tensor cores. Then
+// the kernels' own epilogues run, thread by thread.
 #include "launch.h"
 
 #include <cstring>
@@ -13,12 +13,12 @@ namespace llave {
 
 namespace {
 
-constexpr int kMultiprocessors = 4;  // so that problems of a few tiles take large ones
+constexpr int kMultiprocessors = 4;  // few, so that small problems take large tiles too
 
 template <class Element>
 std::vector<float> operand(const void* data, int rows, int d, int64_t stride) {
   std::vector<float> values(size_t(rows) * d);
-  const cutlass::NumericConverter<Operand<Element>, Element> convert;  // as sm80/gemm.h and TMA
+  const cutlass::NumericConverter<Operand<Element>, Element> convert;  // as sm80/gemm.h and TMA do
   for (int i = 0; i < rows; ++i) {
     for (int k = 0; k < d; ++k) {
       const Element x = static_cast<const Element*>(data)[i * stride + k];
@@ -36,10 +36,10 @@ void run(const Problem& p, const Outputs& outputs) {
   std::vector<float> products(size_t(Tile::kRows) * kColumns);
   std::vector<char> shared(sizeof(typename Epilogue::SharedStorage) + 1);
   const typename Epilogue::Params params = {p, outputs};
-  // One row of tiles more than there are: a cluster reaches beyond the last.
+  // The loop runs one extra row of tiles, because a cluster may reach beyond the last row.
   for (int down = 0; down <= tiles_over(p.n, Tile::kRows); ++down) {
     for (int across = 0; across < tiles_over(p.m, kColumns); ++across) {
-      std::fill(products.begin(), products.end(), 0.0f);  // as beyond the edges
+      std::fill(products.begin(), products.end(), 0.0f);  // products beyond the edges are 0
       for (int i = 0; i < Tile::kRows && down * Tile::kRows + i < p.n; ++i) {
         for (int j = 0; j < kColumns && across * kColumns + j < p.m; ++j) {
           const float* q = &query[size_t(down * Tile::kRows + i) * p.d];

@@ -1,4 +1,4 @@
-"""Compile one kernel for a GPU that need not be there; print what its machine code holds as JSON.
+"""Compile one kernel without a GPU and print facts about its machine code as JSON.
 
 Usage: compile_triton.py KERNEL ARCH DTYPE TILE-AS-JSON SETTINGS-AS-JSON
 """
@@ -43,7 +43,7 @@ def compiled(
     hardness: str = "in_batch",
     precision: str = "tf32",
 ) -> Any:
-    """The kernel as a launch compiles it. ``absent``: arguments that are None."""
+    """The kernel, compiled as a launch does it. ``absent``: arguments that are None."""
     kernel = getattr(triton_kernels, name)
     values = dict.fromkeys(absent) | {
         "HARDNESS": hardness, "PRECISION": precision, "TILE": tile,
@@ -52,7 +52,7 @@ def compiled(
     signature = {a: argument_type(a, dtype) for a in kernel.arg_names}
     constants = {a: values[a] for a in kernel.arg_names if a in values}
     signature |= dict.fromkeys(constants, "constexpr")
-    # What a launch finds out by itself: aligned pointers, sizes and strides divisible by 16.
+    # A launch finds out by itself which pointers, sizes and strides are divisible by 16.
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, a in enumerate(kernel.arg_names)

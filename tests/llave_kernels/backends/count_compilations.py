@@ -1,6 +1,6 @@
-"""Print, as JSON, what each Triton kernel would be compiled for over calls of many sizes.
+"""Print, as JSON, the keys for which Triton kernels are compiled in calls of many sizes.
 
-A driver without a GPU stands in, and each compilation is noted instead of made: nothing runs.
+A driver without a GPU stands in. Compilations are only recorded, and nothing runs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
 
     def note(*, key: str, fn: Any, **_: Any) -> bool:
         compiled.setdefault(fn.name.split(".")[-1], set()).add(key)
-        return True  # leave it at that
+        return True  # Triton does not compile
 
     triton.runtime.driver.set_active(driver)
     triton.knobs.runtime.jit_cache_hook = note

@@ -1,5 +1,4 @@
-"""Devices that are neither a CPU nor a GPU of our kernels: no float64, half precision multiplied as
-it is."""
+"""Devices without kernels of ours: no float64, and half-precision products stay so."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class NoFloat64(TorchDispatchMode):
-    """Refuses what Apple's GPUs refuse."""
+    """Refuses float64, as Apple's GPUs do."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -33,7 +32,7 @@ class NoFloat64(TorchDispatchMode):
 
 
 class Products(TorchDispatchMode):
-    """Records the dtypes of each product's factors, and the shapes that are made in float32."""
+    """Records the dtypes of matrix products' factors, and the shapes made in float32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +58,7 @@ def rules_of(n: int, m: int, *, symmetric: bool, **given: Any) -> Rules:
 
 
 def step(query: Tensor, target: Tensor, rules: Rules) -> None:
-    """Everything the ``torch`` backend runs for one call."""
+    """Run each pass of the ``torch`` backend once."""
     scale = torch.full((), 50.0, device=query.device)
     shape = torch_backend.kept_shape(query, target, rules)
     kept = query.new_empty(shape, dtype=torch.float32)
@@ -98,7 +97,7 @@ def indexes_fake_tensors() -> bool:
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_gpu_multiplies_half_precision_as_it_is(dtype: torch.dtype, symmetric: bool) -> None:
-    """No capability is asked for: a T4 and a V100 have no kernel of ours."""
+    """This holds for any capability. A T4 and a V100 have no kernel of ours."""
     n, m, d = 300, 900, 64
     with FakeTensorMode(), Products() as seen:
         query, target = (torch.empty(k, d, dtype=dtype, device="cuda") for k in (n, m))
@@ -111,7 +110,7 @@ def test_a_gpu_multiplies_half_precision_as_it_is(dtype: torch.dtype, symmetric:
 
 @pytest.fixture
 def half_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU that multiplies half precision into float32."""
+    """Pretend that the CPU multiplies half precision into float32."""
     mm = torch.mm
 
     def stand_in(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a backend is: the protocol, a toy that follows it, and what is kept between its passes."""
+"""The backend protocol, a toy backend that follows it, and what is kept between its passes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers import assert_contract, draw_rules, embeddings
 
 
 class Dense:
-    """The loss written out in float64, as a backend. It keeps the similarities."""
+    """A backend that computes the dense loss in float64. It keeps the similarities."""
 
     NAME = "dense"
 
@@ -92,7 +92,7 @@ def dense(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_backend_that_is_listed_trains(dense: str) -> None:
-    """By a few steps of a linear map, with and without being compiled, against ``torch``."""
+    """A linear layer trains as with ``torch``, compiled or not."""
     assert available_backends()[dense] is None
     inputs, target = torch.randn(24, 12), torch.randn(40, 6)
     target = torch.nn.functional.normalize(target, dim=1)
@@ -124,7 +124,7 @@ def test_a_backend_that_is_listed_trains(dense: str) -> None:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_contract_holds_for_a_backend_that_is_listed(dense: str, symmetric: bool) -> None:
-    """In one direction too, for which it has no pass that makes the gradients along."""
+    """This backend has no pass that computes loss and gradients of one direction together."""
     pair = embeddings(9, 15, 4)
     rules = draw_rules(9, 15, {"ids", "owners", "target_alpha"})
     assert_contract(*pair, 20.0, backend=dense, symmetric=symmetric, **rules)
@@ -137,7 +137,7 @@ def test_a_listed_backend_may_refuse_a_call(dense: str) -> None:
 
 
 def test_default_labels_are_the_first_columns(backend: str) -> None:
-    """To the bit: labels that are left out, and the same labels given."""
+    """Omitted labels and the same labels passed give equal bits."""
     for n, m in ((1, 1), (5, 5), (37, 90)):
         for kinds in (set(), {"ids", "margin"}, {"owners", "target_alpha"}):
             rules = {k: x for k, x in draw_rules(n, m, kinds).items() if k != "labels"}

@@ -1,4 +1,4 @@
-"""A margin of 0 leaves out what is more similar than the positive, and keeps what ties with it."""
+"""A margin of 0 drops negatives more similar than the positive and keeps those that tie."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def restored() -> Iterator[None]:
 
 
 def exact_similarity(query: Tensor, target: Tensor) -> Tensor:
-    """(N, M) in float64, the same to the last bit wherever both rows are the same."""
+    """(N, M) similarities in float64. Pairs of equal rows have equal bits."""
     (q, i), (t, j) = (x.double().unique(dim=0, return_inverse=True) for x in (query, target))
     return (q @ t.T)[i][:, j]
 
@@ -62,13 +62,13 @@ def test_ties_stay_and_what_exceeds_goes(backend: str, data: st.DataObject) -> N
     pair = [rows(data.draw(kinds), k, d) for k in (n, m)]
     if data.draw(st.booleans()):
         pair = [torch.nn.functional.normalize(x, dim=1) for x in pair]
-    # Rows of each side repeat, in any order.
+    # Rows repeat on each side, in random order.
     query, target = (x[torch.randint(len(x), (len(x),))].to(dtype) for x in pair)
     size = data.draw(st.sampled_from([1.0, 1e-3, 30.0]))
     query = query * size
     symmetric = data.draw(st.booleans())
     labels = torch.randperm(m)[:n] if symmetric else torch.randint(m, (n,))
-    # TF32 takes what it reads of the numbers, and ties are those of that.
+    # The TF32 kernels round their inputs. Ties are those of the rounded inputs.
     read = [multiplicands(x) if backend == "cuda" else x for x in (query, target)]
     exact = exact_similarity(*read)
     positive = exact.gather(1, labels[:, None])
@@ -88,7 +88,7 @@ def test_ties_stay_and_what_exceeds_goes(backend: str, data: st.DataObject) -> N
     }
     wide = [x.double() for x in read]
     truth = loss_and_gradients(exact_loss, *wide, scale, **rules)
-    # A gradient of size 1e-3 queries, say, may be too large for float16.
+    # A gradient may be too large for float16, for example with queries of size 1e-3.
     assume(all(float(x.abs().max()) <= torch.finfo(dtype).max for x in truth[1:3]))
     dense = loss_and_gradients(reference_loss, *wide, scale, **rules)
     found = fused(query, target, scale, backend=backend, **rules)
@@ -104,13 +104,16 @@ def test_ties_stay_and_what_exceeds_goes(backend: str, data: st.DataObject) -> N
 def negatives_that_count(
     query: Tensor, target: Tensor, backend: str, margin: float = 0.0
 ) -> Tensor:
-    """Of each row (N,) and of each column (M,), under a margin; rows own their column only."""
+    """The number of negatives of each row, then of each column, under a margin: (N + M,).
+
+    Each row owns only its own column.
+    """
     n, m = len(query), len(target)
     dtype = torch.promote_types(query.dtype, torch.float32)
     rules = Rules(
         torch.arange(n), torch.arange(m), None, None, None, 0.0, 0.0, "in_batch", margin, True
     )
-    scale = torch.tensor(1e-6, dtype=dtype)  # each adds exp(0)
+    scale = torch.tensor(1e-6, dtype=dtype)  # each negative adds exp(0)
     outputs = torch.ops.llave.contrastive_logsumexp(query, target, scale, backend, *rules)
     return torch.cat(outputs[1:3]).exp().round()
 
@@ -126,7 +129,7 @@ def test_ties_stay_where_every_addition_rounds_the_same_way(backend: str) -> Non
 
 
 def test_ties_stay_where_the_halves_cancel(backend: str) -> None:
-    """Partial sums are large, and the similarity is none."""
+    """The partial sums of a similarity are large and cancel in the end."""
     for dtype in DTYPES[backend]:
         for d in (64, 384, *([] if backend == "triton" else [3000, 4096])):
             query = torch.randn(4, d, dtype=torch.float64).repeat(2, 1).to(dtype)
@@ -144,7 +147,7 @@ def test_a_margin_beyond_rounding_is_taken_as_it_is(backend: str) -> None:
 
 
 def test_the_directions_judge_alike_wherever_a_column_is_known(backend: str) -> None:
-    """Parts of the rows, told of every column's limit, add up to all of them."""
+    """Column sums over parts of the rows add up when each part has all columns' limits."""
     n, d = 24, 48
     query = torch.randn(n, d).repeat_interleave(2, 0)[:n]
     target = torch.randn(n, d).repeat_interleave(3, 0)[:n]
@@ -168,7 +171,7 @@ def test_the_directions_judge_alike_wherever_a_column_is_known(backend: str) -> 
 def test_ties_stay_where_float32_is_multiplied_in_a_smaller_type(
     precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a device that rounds as TF32 or bfloat16 would, to the nearest or towards zero."""
+    """The simulated device rounds to TF32 or bfloat16, to the nearest or towards zero."""
     n, d = 40, 64
     smaller = torch.bfloat16 if precision == "medium" else torch.float32
     eps = 2.0**-7 if precision == "medium" else 2.0**-10
@@ -183,7 +186,7 @@ def test_ties_stay_where_float32_is_multiplied_in_a_smaller_type(
         monkeypatch.setattr(torch_backend, "product", product)
         query, target = torch.randn(n, d), torch.randn(2, d).repeat(n // 2, 1)
         counted = negatives_that_count(query, target, "torch")[:n]
-        assert bool((counted >= n / 2 - 1).all())  # the copies of its positive, at least
+        assert bool((counted >= n / 2 - 1).all())  # at least the copies of its positive
     query = torch.randn(n, d)
     assert products.rounding(query) == 2 * eps
     assert products.rounding(query.double()) == products.rounding(query.bfloat16()) == 0.0

@@ -1,4 +1,4 @@
-"""Tile choice: the table, and the timings remembered on disk."""
+"""The choice of tiles, from the table and from timings kept on disk."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_table_depends_on_what_it_says() -> None:
 
 
 class OnGpu:
-    """The arguments of a call as if they lay on a GPU: sizes, dtype and device."""
+    """Stands for a tensor on a GPU, with its sizes, dtype and device."""
 
     def __init__(self, n: int, m: int, d: int) -> None:
         self.shape, self.dtype, self.device = (n, d), torch.bfloat16, SimpleNamespace(type="cuda")
@@ -71,7 +71,7 @@ def tuning(
     d: int = 384,
     **settings: Any,
 ) -> tuple[tiles.Tile, list[tiles.Tile]]:
-    """The tile of a call on that GPU, and what was timed for it."""
+    """The tile chosen for a call on that GPU, and the tiles timed for it."""
     call = object.__new__(kind)
     call.query, call.sizes = OnGpu(n, m, d), (n, m, d)
     call.rules = PLAIN._replace(**settings)
@@ -93,7 +93,7 @@ def test_timing_happens_once_and_is_remembered(
     best, timed = tuning(monkeypatch)
     assert best == min(CHOICES, key=lambda tile: -tile.bk)
     assert timed == list(CHOICES)
-    tiles._remembered.cache_clear()  # as a new process would
+    tiles._remembered.cache_clear()  # as in a new process
     assert tuning(monkeypatch, n=4096, m=2049) == (best, [])
     assert [path.name for path in tmp_path.iterdir()] == ["tiles.json"]
 
@@ -156,7 +156,7 @@ def test_a_folder_that_cannot_be_written_is_said_and_no_end(
     monkeypatch.setenv(tiles.CACHE_DIR, str(tmp_path / "file" / "folder"))
     with pytest.warns(UserWarning, match=r"cannot be kept in .*folder.*set LLAVE_CACHE_DIR"):
         best, _ = tuning(monkeypatch)
-    assert tuning(monkeypatch) == (best, [])  # this process remembers
+    assert tuning(monkeypatch) == (best, [])  # kept in memory
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"a": 1}', "not json"])

@@ -1,7 +1,7 @@
-"""Machine code of the Triton kernels, compiled for GPUs that need not be there.
+"""Machine code of the Triton kernels. Compiling it needs no GPU.
 
-Tensor-core instructions present, no spills, shared memory within the chip, for every tile of the
-table.
+For every tile of the table the code must have tensor-core instructions and no spills, and its
+shared memory must fit the chip.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ ROOT = Path(__file__).parents[3]
 FUSION = "TRITON_DEFAULT_FP_FUSION"
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may use
 
-# Compiles one kernel and prints what was found, in a process without the interpreter.
+# It compiles one kernel in a process without the interpreter and prints what it found.
 SCRIPT = Path(__file__).with_name("compile_triton.py")
 
 
-# Arguments that are None unless a call has such rules.
+# These arguments are None unless a call has such rules.
 RULES = (
     "p_label", "p_owner", "p_query_id", "p_target_id", "p_row_limit", "p_column_limit",
     "target_alpha",
@@ -49,7 +49,7 @@ def machine_code(
 
 
 def keys(**environment: str) -> dict[str, list[str]]:
-    """What the kernels of ``count_compilations`` are compiled for, and no warning."""
+    """The compilation keys that ``count_compilations`` prints. A UserWarning is an error."""
     command = [
         sys.executable,
         "-W",
@@ -98,7 +98,7 @@ def test_plain_path(kernel: str, arch: int, dtype: str, tile: tiles.Tile) -> Non
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("kernel", ["forward_kernel", "strip_kernel"])
 def test_every_rule_at_once(kernel: str, arch: int, absent: tuple[str, ...]) -> None:
-    """What holds most registers. Without owners every comparison is made anew."""
+    """This case needs the most registers. Without owners every comparison is computed again."""
     tile = tiles.TABLE[tiles.Kind(arch // 10, 2)].masked
     found = machine_code(kernel, arch, "bf16", tile, absent)
     assert found["tensor_core"] > 0
@@ -116,7 +116,7 @@ def test_mined_negatives(arch: int) -> None:
 @pytest.mark.parametrize("which", ["plain", "small"])
 @pytest.mark.parametrize("kernel", ["forward_kernel", "strip_kernel"])
 def test_exact_float32(kernel: str, which: str, arch: int) -> None:
-    """torch's default precision, which has no tensor-core instruction."""
+    """torch's default float32 precision has no tensor-core instruction."""
     tile = getattr(tiles.TABLE[tiles.Kind(arch // 10, 4)], which)
     assert machine_code(kernel, arch, "fp32", tile, precision="ieee")["spills"] == 0
 
