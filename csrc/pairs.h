@@ -74,10 +74,11 @@ struct ColumnReader {
 
 // Whether a pair lies inside the matrix and is no positive.
 CUTE_HOST_DEVICE bool negative(const Problem& p, const Row& row, int column) {
-  return row.label != kOutside && column < p.m && column != row.label;
+  return column != row.label && row.label != kOutside && column < p.m;
 }
 
-// A pair's logits in both directions, and whether it counts there as a negative.
+// A pair's logits in both directions, and whether it counts there as a negative. Other orders of
+// the conditions cost some kernels more instructions, or registers.
 CUTE_HOST_DEVICE Logits logits(const Problem& p, float scale, float similarity, const Row& row,
                                const Column& column) {
   const Rules& rules = p.rules;
@@ -86,10 +87,10 @@ CUTE_HOST_DEVICE Logits logits(const Problem& p, float scale, float similarity, 
       rules.hardness == Hardness::all || own == (rules.hardness == Hardness::hard_negatives);
   const bool duplicate = rules.query_ids != nullptr && row.id == column.id;
   const bool counts = negative(p, row, column.index) && !duplicate;
-  return {{similarity * (weighted ? scale + rules.alpha : scale),
-           counts && (own || !(similarity > row.limit))},
-          {similarity * (weighted ? scale + rules.target_alpha : scale),
-           counts && (own || !(similarity > column.limit))}};
+  const bool in_row = counts && (own || !(similarity > row.limit));
+  const bool in_column = counts && (own || !(similarity > column.limit));
+  return {{similarity * (weighted ? scale + rules.alpha : scale), in_row},
+          {similarity * (weighted ? scale + rules.target_alpha : scale), in_column}};
 }
 
 // Whether a pair has the same logit in both directions.

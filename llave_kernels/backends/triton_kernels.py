@@ -74,7 +74,9 @@ def _similarity(
     TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(BM, BN) float32 similarities. Those beyond the edges of the matrix are arbitrary."""
-    b_s = tl.zeros((TILE.bm, TILE.bn), tl.float32)
+    BM: tl.constexpr = TILE.bm  # triton before 3.7 takes no field as a part of a shape
+    BN: tl.constexpr = TILE.bn
+    b_s = tl.zeros((BM, BN), tl.float32)
     # Rows and columns beyond the edges read the last one again. Masks on these loads would take
     # registers through the whole epilogue.
     p_rows = p_q + tl.minimum(o_m, N - 1).to(tl.int64)[:, None] * s_qn
