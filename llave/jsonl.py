@@ -9,6 +9,8 @@ from typing import Any, BinaryIO
 
 from llave import limits
 
+BLOCK = 1 << 20  # bytes read at a time
+
 
 def parsed(data: bytes) -> Any:
     """Parse JSON.
@@ -37,9 +39,12 @@ def whole(file: BinaryIO) -> Any:
     Raises:
         ValueError: as in ``parsed``, or the file is larger than LLAVE_MAX_JSON_BYTES.
     """
-    data = file.read(limits.value("LLAVE_MAX_JSON_BYTES") + 1)
+    data, most = bytearray(), limits.value("LLAVE_MAX_JSON_BYTES")
+    # In blocks: Python reserves memory for all that a read may return.
+    while len(data) <= most and (block := file.read(BLOCK)):
+        data += block
     limits.check("LLAVE_MAX_JSON_BYTES", len(data), "bytes or more", file.name)
-    return parsed(data)
+    return parsed(bytes(data))
 
 
 def _depth(text: str) -> int:
