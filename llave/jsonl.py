@@ -41,7 +41,7 @@ def whole(file: BinaryIO) -> Any:
     """
     data, most = bytearray(), limits.value("LLAVE_MAX_JSON_BYTES")
     # In blocks: Python reserves memory for all that a read may return.
-    while len(data) <= most and (block := file.read(BLOCK)):
+    while block := file.read(min(BLOCK, most + 1 - len(data))):
         data += block
     limits.check("LLAVE_MAX_JSON_BYTES", len(data), "bytes or more", file.name)
     return parsed(bytes(data))
