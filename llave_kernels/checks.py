@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llave_kernels.rules import HARDNESS_MODES, Rules, RuleSettings
+from llave_kernels.rules import HARDNESS_MODES, RuleSettings
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -255,12 +255,20 @@ def columns(
     return value.to(torch.int64)
 
 
-def rule_tensors(rules: Rules, query: Tensor, target: Tensor) -> Rules:
-    """The rules with checked tensors. Labels and owners become int64."""
+def rule_tensors(
+    query: Tensor,
+    target: Tensor,
+    *,
+    labels: Tensor | None,
+    owners: Tensor | None,
+    query_ids: Tensor | None,
+    target_ids: Tensor | None,
+    symmetric: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Labels and owners as int64, checked along with the other tensors of the rules."""
     n, m, device = len(query), len(target), query.device
-    labels, owners = rules.labels, rules.owners
     if labels is not None:
-        labels = columns("labels", labels, n, m, device, unique=rules.symmetric)
+        labels = columns("labels", labels, n, m, device, unique=symmetric)
     elif m < n:
         raise ValueError(
             f"target has {m} rows for {n} queries: every query needs its positive; pass labels "
@@ -268,8 +276,8 @@ def rule_tensors(rules: Rules, query: Tensor, target: Tensor) -> Rules:
         )
     if owners is not None:
         owners = columns("owners", owners, m, m, device)
-    ids(rules.query_ids, rules.target_ids, n, m, device)
-    return rules._replace(labels=labels, owners=owners)
+    ids(query_ids, target_ids, n, m, device)
+    return labels, owners
 
 
 def ids(query: Tensor | None, target: Tensor | None, n: int, m: int, device: torch.device) -> None:

@@ -59,13 +59,17 @@ def resolve(
     symmetric = checks.flag("symmetric", symmetric)
     margin = checks.margin(false_negative_margin, dtype)
     scale = checks.logit_scale(logit_scale, max(alpha, target_alpha), dtype, device)
+    labels, owners = checks.rule_tensors(
+        query, target, labels=labels, owners=owners, query_ids=query_ids, target_ids=target_ids,
+        symmetric=symmetric,
+    )  # fmt: skip
+    if owners is None:
+        owners = default_owners(n, m, device)
+    # In one go: torch 2.8 cannot trace _replace.
     rules = Rules(
         labels, owners, query_ids, target_ids, None, alpha, target_alpha, hardness, margin,
         symmetric,
     )  # fmt: skip
-    rules = checks.rule_tensors(rules, query, target)
-    if owners is None:
-        rules = rules._replace(owners=default_owners(n, m, device))
     return scale, rules
 
 

@@ -136,7 +136,11 @@ def _checked(query: Tensor, target: Tensor, logit_scale: Tensor, given: tuple[An
     checks.one_of("hardness", rules.hardness, HARDNESS_MODES)
     if rules.column_limit is not None:
         _expect("column_limit", rules.column_limit, (len(target),), query)
-    return checks.rule_tensors(rules, query, target)
+    labels, owners = checks.rule_tensors(
+        query, target, labels=rules.labels, owners=rules.owners, query_ids=rules.query_ids,
+        target_ids=rules.target_ids, symmetric=rules.symmetric,
+    )  # fmt: skip
+    return rules._replace(labels=labels, owners=owners)
 
 
 def _like_outputs(
