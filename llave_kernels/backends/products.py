@@ -92,7 +92,9 @@ def gain(scale: Tensor, *upstream: Tensor) -> Tensor:
     6e-8. Upstream gradients that are not finite are ignored, so that other rows are not affected.
     """
     largest = [d.abs().nan_to_num(nan=0.0, posinf=0.0).amax() for d in upstream if d.numel()]
-    bound = (scale * torch.stack(largest).sum()).clamp(2.0**SMALLEST, 2.0**-SMALLEST)
+    # Both are bounded below, so that neither the gain nor its product with the scale overflows.
+    upstream_sum = torch.stack(largest).sum().clamp(min=2.0**SMALLEST)
+    bound = (scale * upstream_sum).clamp(2.0**SMALLEST, 2.0**-SMALLEST)
     return torch.exp2(torch.floor(LARGEST - torch.log2(bound)))
 
 

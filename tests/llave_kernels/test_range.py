@@ -52,6 +52,23 @@ def test_a_row_of_nan_leaves_the_others_as_they_are(backend: str) -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e4, 1e9, 1e30])
+def test_upstream_gradients_of_zero_give_gradients_of_zero(
+    backend: str, symmetric: bool, scale: float
+) -> None:
+    """Of a row without negatives, and of a loss that its caller multiplies by 0."""
+    for dtype in DTYPES[backend]:
+        for n, factor in ((1, 1.0), (5, 0.0)):
+            pair = [(x / 10).requires_grad_() for x in embeddings(n, n, 6, dtype)]
+            settings: dict[str, Any] = {"alpha": 0.0, "symmetric": symmetric, "backend": backend}
+            loss = hardness_weighted_contrastive_loss(
+                *pair, logit_scale=scale, reduction="none", **settings
+            )
+            for gradient in torch.autograd.grad((loss * factor).sum(), pair):
+                assert bool((gradient == 0).all())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_gradients_that_fit_arrive_whatever_the_unscaled_sum(
     backend: str, symmetric: bool, reduction: str
