@@ -90,8 +90,10 @@ def kept_shape(query: Tensor, target: Tensor, rules: Rules) -> tuple[int, ...]:
 
 
 def _clamp(x: int, low: int, high: int) -> int:
-    """``x`` clamped to a range. Sizes may be symbolic, and one compiled graph serves them all."""
-    return torch.sym_min(high, torch.sym_max(low, x))  # type: ignore[return-value]
+    """``x`` between the bounds. Sizes may be symbolic, and one compiled graph serves them all."""
+    if isinstance(x, int) and isinstance(high, int):  # 0.3 against 2.4 us
+        return min(high, max(low, x))
+    return torch.sym_min(high, torch.sym_max(low, x))
 
 
 class _Strips:
