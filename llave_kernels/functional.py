@@ -46,8 +46,12 @@ def resolve(
     query_ids: Tensor | None = None,
     target_ids: Tensor | None = None,
     false_negative_margin: float | None = None,
+    **unknown: object,
 ) -> tuple[Tensor, Rules]:
     """Check the arguments. Return the scale as a 0-d tensor on the device, and the rules."""
+    if unknown:
+        wrong, taken = ", ".join(map(repr, unknown)), ", ".join(RuleArguments.__annotations__)
+        raise TypeError(f"unexpected keyword argument {wrong}; the rules are {taken}")
     checks.embeddings(query, target)
     n, m, device = len(query), len(target), query.device
     dtype = accumulation_dtype(query.dtype)

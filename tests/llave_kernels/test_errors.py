@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 from collections.abc import Callable
@@ -17,6 +18,8 @@ import torch
 
 from llave_kernels import (
     HardnessWeightedContrastiveLoss,
+    RuleArguments,
+    contrastive_logsumexp,
     hardness_weighted_contrastive_loss,
     scores,
     similarity_statistics,
@@ -371,3 +374,14 @@ def test_every_constructor_names_what_is_wrong(build: Callable[..., Any], names:
 def test_every_constructor_refuses_an_unknown_name(build: Callable[..., Any]) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'strength'"):
         build(strength=1.0)
+
+
+@pytest.mark.parametrize(
+    "loss", [hardness_weighted_contrastive_loss, contrastive_logsumexp], ids=lambda f: f.__name__
+)
+def test_signatures_show_the_rules_and_an_unknown_name_is_an_error(loss: Any) -> None:
+    parameters = inspect.signature(loss).parameters
+    assert set(RuleArguments.__annotations__) < set(parameters)
+    assert parameters["alpha"].default == 9.0
+    with pytest.raises(TypeError, match="unexpected keyword argument 'lables'; the rules are"):
+        loss(torch.ones(2, 2), torch.ones(2, 2), lables=torch.arange(2))
