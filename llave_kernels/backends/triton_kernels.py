@@ -90,10 +90,9 @@ def _similarity(
 
 @triton.jit
 def _labels(p_label, o_m, N, M):
-    """The columns of the rows' positives; ``NOWHERE`` beyond the edge and for a label outside."""
-    if p_label is None:
-        b_label = tl.where((o_m < N) & (o_m < M), o_m, NOWHERE)
-    else:
+    """The columns of the rows' positives, any beyond the edge; ``NOWHERE`` for a label outside."""
+    b_label = o_m
+    if p_label is not None:
         b_label = _columns(p_label, o_m, o_m < N, M, NOWHERE)
     return b_label
 
@@ -147,7 +146,7 @@ def positive_kernel(
 ):  # fmt: skip
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     b_label = _labels(p_label, o_m, N, M)
-    m_label = b_label != NOWHERE
+    m_label = (o_m < N) & (b_label >= 0) & (b_label < M)
     b_sum = tl.zeros((BM,), tl.float32)
     for k in range(0, D, BK):
         o_k = (k + tl.arange(0, BK)).to(tl.int64)
