@@ -98,6 +98,20 @@ def _labels(p_label, o_m, N, M):
 
 
 @triton.jit
+def _factor(own, pairs, scale, alpha, HARDNESS: tl.constexpr):
+    """What similarities are multiplied by: a number where no row owns a negative."""
+    if HARDNESS == "all":
+        factor = scale + alpha
+    elif pairs.owner is None:
+        factor = scale + alpha if HARDNESS == "in_batch" else scale
+    elif HARDNESS == "in_batch":
+        factor = tl.where(own, scale, scale + alpha)
+    else:
+        factor = tl.where(own, scale + alpha, scale)
+    return factor
+
+
+@triton.jit
 def _logits(b_s, b_label, pairs, scale, o_m, o_n, N, M, HARDNESS: tl.constexpr):
     """(BM, BN) logits of rows and of columns, -inf where a pair does not count as a negative."""
     m_m, m_n = o_m < N, o_n < M
@@ -106,12 +120,6 @@ def _logits(b_s, b_label, pairs, scale, o_m, o_n, N, M, HARDNESS: tl.constexpr):
         own = positive
     else:
         own = b_label[:, None] == _columns(pairs.owner, o_n, m_n, M, NOBODY)[None, :]
-    if HARDNESS == "in_batch":
-        weighted = ~own
-    elif HARDNESS == "hard_negatives":
-        weighted = own
-    else:
-        weighted = own | True
     counts = m_m[:, None] & m_n[None, :] & ~positive
     if pairs.query_id is not None:
         b_query_id = tl.load(pairs.query_id + o_m, mask=m_m, other=0)
@@ -124,10 +132,10 @@ def _logits(b_s, b_label, pairs, scale, o_m, o_n, N, M, HARDNESS: tl.constexpr):
     if pairs.column_limit is not None:
         b_limit = tl.load(pairs.column_limit + o_n, mask=m_n, other=INF)
         in_column = counts & (own | ~(b_s > b_limit[None, :]))
-    b_z = b_s * tl.where(weighted, scale + pairs.alpha, scale)
+    b_z = b_s * _factor(own, pairs, scale, pairs.alpha, HARDNESS)
     b_row = tl.where(in_row, b_z, -INF)
     if pairs.target_alpha is not None:
-        b_z = b_s * tl.where(weighted, scale + pairs.target_alpha, scale)
+        b_z = b_s * _factor(own, pairs, scale, pairs.target_alpha, HARDNESS)
     return b_row, tl.where(in_column, b_z, -INF)
 
 
