@@ -72,8 +72,9 @@ class Choices(NamedTuple):
     small: Tile
 
 
-# The code that triton 3.4, 3.6 and 3.9 compile for these spills no registers. They are not timed on
-# a GPU. In 3.4, exact float32 spills twice with a third stage.
+# The code that triton 3.4, 3.6 and 3.9 compile for these spills no registers, but for the small
+# tile's exact float32 in 3.6, which spills up to 5 times. They are not timed on a GPU. In 3.4,
+# exact float32 spills twice with a third stage.
 STAGES_9_4 = 3 if _triton() >= (3, 6) else 2
 TABLE = {
     Kind(9, 2): Choices(

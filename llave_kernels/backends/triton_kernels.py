@@ -91,12 +91,28 @@ def _similarity(
 
 @triton.jit
 def _labels(p_label, o_m, N, M):
-    """The columns of the rows' positives. ``NOWHERE`` beyond the edge and for a label outside."""
-    if p_label is None:
-        b_label = tl.where((o_m < N) & (o_m < M), o_m, NOWHERE)
-    else:
+    """The columns of the rows' positives. ``NOWHERE`` for a label outside.
+
+    A row beyond the edge has any column.
+    """
+    b_label = o_m
+    if p_label is not None:
         b_label = _columns(p_label, o_m, o_m < N, M, NOWHERE)
     return b_label
+
+
+@triton.jit
+def _factor(own, pairs, scale, alpha, HARDNESS: tl.constexpr):
+    """The factor from similarities to logits. Where no row owns a negative, it is a number."""
+    if HARDNESS == "all":
+        factor = scale + alpha
+    elif pairs.owner is None:
+        factor = scale + alpha if HARDNESS == "in_batch" else scale
+    elif HARDNESS == "in_batch":
+        factor = tl.where(own, scale, scale + alpha)
+    else:
+        factor = tl.where(own, scale + alpha, scale)
+    return factor
 
 
 @triton.jit
@@ -108,12 +124,6 @@ def _logits(b_s, b_label, pairs, scale, o_m, o_n, N, M, HARDNESS: tl.constexpr):
         own = positive
     else:
         own = b_label[:, None] == _columns(pairs.owner, o_n, m_n, M, NOBODY)[None, :]
-    if HARDNESS == "in_batch":
-        weighted = ~own
-    elif HARDNESS == "hard_negatives":
-        weighted = own
-    else:
-        weighted = own | True
     counts = m_m[:, None] & m_n[None, :] & ~positive
     if pairs.query_id is not None:
         b_query_id = tl.load(pairs.query_id + o_m, mask=m_m, other=0)
@@ -126,10 +136,10 @@ def _logits(b_s, b_label, pairs, scale, o_m, o_n, N, M, HARDNESS: tl.constexpr):
     if pairs.column_limit is not None:
         b_limit = tl.load(pairs.column_limit + o_n, mask=m_n, other=INF)
         in_column = counts & (own | ~(b_s > b_limit[None, :]))
-    b_z = b_s * tl.where(weighted, scale + pairs.alpha, scale)
+    b_z = b_s * _factor(own, pairs, scale, pairs.alpha, HARDNESS)
     b_row = tl.where(in_row, b_z, -INF)
     if pairs.target_alpha is not None:
-        b_z = b_s * tl.where(weighted, scale + pairs.target_alpha, scale)
+        b_z = b_s * _factor(own, pairs, scale, pairs.target_alpha, HARDNESS)
     return b_row, tl.where(in_column, b_z, -INF)
 
 
@@ -148,7 +158,7 @@ def positive_kernel(
 ):  # fmt: skip
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     b_label = _labels(p_label, o_m, N, M)
-    m_label = b_label != NOWHERE
+    m_label = (o_m < N) & (b_label >= 0) & (b_label < M)
     b_sum = tl.zeros((BM,), tl.float32)
     for k in range(0, D, BK):
         o_k = (k + tl.arange(0, BK)).to(tl.int64)

@@ -116,9 +116,13 @@ def test_mined_negatives(arch: int) -> None:
 @pytest.mark.parametrize("which", ["plain", "small"])
 @pytest.mark.parametrize("kernel", ["forward_kernel", "strip_kernel"])
 def test_exact_float32(kernel: str, which: str, arch: int) -> None:
-    """torch's default float32 precision has no tensor-core instruction."""
+    """torch's default float32 precision has no tensor-core instruction.
+
+    The ptxas of triton 3.6 spills a few registers of the small tile, to fit a third block.
+    """
     tile = getattr(tiles.TABLE[tiles.Kind(arch // 10, 4)], which)
-    assert machine_code(kernel, arch, "fp32", tile, precision="ieee")["spills"] == 0
+    found = machine_code(kernel, arch, "fp32", tile, precision="ieee")
+    assert found["spills"] <= (5 if tiles._triton() == (3, 6) and which == "small" else 0)
 
 
 @pytest.mark.parametrize("kernel", ["combine_kernel", "positive_kernel"])
