@@ -81,7 +81,7 @@ TABLE = {
         plain=Tile(128, 128, 64, 8, 3), masked=Tile(128, 64, 64, 8, 4), small=Tile(64, 64, 64, 4, 4)
     ),
     Kind(8, 2): Choices(
-        plain=Tile(128, 128, 32, 8, 4), masked=Tile(128, 64, 64, 8, 3), small=Tile(64, 64, 32, 4, 4)
+        plain=Tile(128, 128, 32, 8, 4), masked=Tile(128, 64, 64, 8, 3), small=Tile(64, 64, 32, 4, 3)
     ),
     Kind(9, 4): Choices(
         plain=Tile(128, 64, 32, 8, STAGES_9_4),
