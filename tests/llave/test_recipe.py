@@ -226,7 +226,7 @@ def test_settings_have_their_types(
         ("loss.alpha", "null", "should be a valid number"),
         ("loss.scale", "0", "greater than 0"),
         ("loss.mini_batch_size", "0", "greater than 0"),
-        ("loss.backend", "fast", "should be 'auto', 'torch', 'triton' or 'cuda'"),
+        ("loss.backend", "fast", "should be 'auto', 'triton', 'cuda' or 'torch'"),
         ("data.batch_size", "2.5", "should be a valid integer"),
         ("data.batch_size", "0", "greater than 0"),
         ("data.subsets", "plus", "should be a valid list"),
