@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llave_kernels import checks, transforms
+from llave_kernels.precision import float32_matmul
 
 Group: TypeAlias = "dist.ProcessGroup | None"  # a string: some builds of torch lack the class
 T = TypeVar("T")
@@ -140,11 +141,8 @@ def _text(terms: Terms) -> bytes:
 
 
 def _precision() -> str:
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch.backends was used instead, with a setting for each device
-        places: Any = torch.backends
-        return f"{places.cuda.matmul.fp32_precision}, {places.mkldnn.matmul.fp32_precision}"
+    """The precision of both kinds of devices, once if they share it."""
+    return ", ".join(dict.fromkeys(float32_matmul(kind) for kind in ("cuda", "cpu")))
 
 
 def _unread(scale: Tensor) -> bool:

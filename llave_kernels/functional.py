@@ -179,9 +179,8 @@ def _takes_one_direction(
     """Whether to compute gradients along with the loss. This needs a scalar upstream gradient."""
     if rules.symmetric or reduction == "none" or transforms.active():
         return False
-    learns = any(x.requires_grad for x in (query, target, scale))
-    merges = dispatch.one_direction(name, query) is not None
-    return learns and torch.is_grad_enabled() and merges
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, target, scale))
+    return learns and dispatch.one_direction(name, query) is not None
 
 
 def logsumexp(

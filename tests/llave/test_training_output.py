@@ -6,13 +6,15 @@ import os
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 for needed in ("sentence_transformers", "datasets", "torchvision", "accelerate"):
     pytest.importorskip(needed)
 
-from llave import runs  # noqa: E402
+from llave import runs, sealing  # noqa: E402
+from llave.checkpointing import CheckpointingTrainer  # noqa: E402
 from llave.training import read_recipe, train  # noqa: E402
 from llave_kernels import atomic_files  # noqa: E402
 from tests.llave import tiny, train_worker  # noqa: E402
@@ -144,3 +146,30 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_loading(
 
 
 # Kills
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk refuses the second of the two renames."""
+    target, place = tmp_path / "run" / "model", tmp_path / "run" / ".place"
+    for folder, text in ((target, "before"), (place / "model", "after")):
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text(text)
+    trainer = SimpleNamespace(
+        folder=tmp_path / "run", run="id", state=SimpleNamespace(global_step=2)
+    )
+    monkeypatch.setattr(runs, "seal", lambda *_: None)
+    monkeypatch.setattr(runs, "wrote", lambda *_: True)
+    monkeypatch.setattr(sealing, "problem", lambda *_: None)
+    rename = Path.rename
+
+    def refusing(self: Path, to: Path) -> Path:
+        if self == place / "model":
+            raise OSError("no")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", refusing)
+    with pytest.raises(OSError, match="no"):
+        CheckpointingTrainer._publish(trainer, place, target)
+    assert (target / "weights").read_text() == "before"
