@@ -102,7 +102,7 @@ class Rules(NamedTuple):
 
     def arguments(self) -> RuleArguments:
         """The rules as ``functional.resolve`` takes them."""
-        given = self._asdict()
+        given = dict(zip(self._fields, self, strict=True))  # torch 2.8 cannot trace _asdict
         del given["column_limit"]
         given["false_negative_margin"] = given.pop("margin")
         return cast(RuleArguments, given)
