@@ -66,8 +66,8 @@ def embeddings(query: Tensor, target: Tensor) -> None:
 
 def logit_scale(
     value: float | Tensor, strength: float, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """The scale as a 0-d tensor on ``device``. A tensor of one element keeps its graph.
+) -> float | Tensor:
+    """The scale as a number, or as a tensor () on ``device``, which keeps its graph.
 
     Args:
         strength: the larger alpha. The scale plus alpha is the largest factor of a logit.
@@ -76,7 +76,7 @@ def logit_scale(
     if not isinstance(value, Tensor):
         found = positive("logit_scale", value, dtype)
         _finite_sum(found, strength, dtype)
-        return torch.full((), found, dtype=dtype, device=device)
+        return found
     tensor("logit_scale", value)
     if value.numel() != 1:
         raise ValueError(

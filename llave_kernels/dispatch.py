@@ -7,8 +7,11 @@ runs the call or raises an error that says why not.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from llave_kernels import checks
@@ -93,3 +96,16 @@ def one_direction(name: str, query: Tensor) -> OneDirection | None:
     backend = named(name)
     merges = getattr(backend, "merges_gradients", None)
     return cast(OneDirection, backend) if merges is not None and merges(query) else None
+
+
+@contextmanager
+def running_on(query: Tensor) -> Iterator[None]:
+    """Run on the device of ``query`` with autocast off. The public functions have applied it."""
+    kind, device = query.device.type, query.device.index
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    elsewhere = kind == "cuda" and device != torch.cuda.current_device()
+    with (
+        torch.autocast(kind, enabled=False) if casts else nullcontext(),
+        torch.cuda.device(device) if elsewhere else nullcontext(),
+    ):
+        yield

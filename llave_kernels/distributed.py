@@ -21,7 +21,7 @@ from typing_extensions import Unpack
 
 from llave_kernels import checks, dispatch, functional, losses, transforms
 from llave_kernels.agreement import Group, Peer, Terms, agree, learns
-from llave_kernels.precision import autocast
+from llave_kernels.precision import accumulation_dtype, autocast
 from llave_kernels.rules import RuleArguments, Rules, RuleSettings, at_labels, inside
 
 
@@ -79,7 +79,7 @@ class Call(NamedTuple):
 
     query: Tensor
     target: Tensor
-    scale: Tensor
+    scale: float | Tensor
     rules: Rules
     reduction: str
     backend: str
@@ -132,17 +132,19 @@ def checked(
         "their dtype": query.dtype,
         "requires_grad of query": learns(query),
         "requires_grad of target": learns(target),
-        "requires_grad of logit_scale": learns(scale),
+        "requires_grad of logit_scale": isinstance(scale, Tensor) and learns(scale),
         "presence of ids": rules.query_ids is not None,
         "reduction": reduction,
         "backend": backend,
     }
     held = RuleSettings.__annotations__
     told |= {name: value for name, value in rules.arguments().items() if name in held}
-    known = scale
-    if not isinstance(logit_scale, Tensor):  # a float is compared without a look at the device
-        number = checks.positive("logit_scale", logit_scale, scale.dtype)
-        known = torch.tensor(number, dtype=scale.dtype)
+    # A number is compared without a look at the device.
+    known = (
+        scale
+        if isinstance(scale, Tensor)
+        else torch.tensor(scale, dtype=accumulation_dtype(query.dtype))
+    )
     part = Peer(len(query), len(target), rules.owners is not None)
     call = Call(query, target, scale, rules, reduction, name)
     return call, Terms(part, told | dict(settings), known)

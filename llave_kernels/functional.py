@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from llave_kernels import checks, dispatch, losses, ops, transforms
-from llave_kernels.precision import accumulation_dtype, autocast
+from llave_kernels import autograd, checks, dispatch, losses, ops, transforms
+from llave_kernels.precision import accumulation_dtype, autocast, scale_tensor
 from llave_kernels.rules import HARDNESS_MODES, RuleArguments, Rules, at_labels, default_owners
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -47,8 +47,8 @@ def resolve(
     target_ids: Tensor | None = None,
     false_negative_margin: float | None = None,
     **unknown: object,
-) -> tuple[Tensor, Rules]:
-    """Check the arguments. Return the scale as a 0-d tensor on the device, and the rules."""
+) -> tuple[float | Tensor, Rules]:
+    """Check the arguments. Return the scale, a number or a tensor (), and the rules."""
     if unknown:
         wrong, taken = ", ".join(map(repr, unknown)), ", ".join(RuleArguments.__annotations__)
         raise TypeError(f"unexpected keyword argument {wrong}; the rules are {taken}")
@@ -162,9 +162,15 @@ def hardness_weighted_contrastive_loss(
     query, target = autocast(query, target)
     scale, resolved = resolve(query, target, logit_scale, **rules)
     name = dispatch.choose(backend, query, target, resolved)
-    if _takes_one_direction(name, query, target, scale, resolved, reduction):
-        total = ops.one_direction_loss(query, target, scale, name, *resolved)[0]
-        return total / len(query) if reduction == "mean" else total
+    if reduction != "none":
+        weight = 1 / len(query) if reduction == "mean" else 1.0
+        merges = _merges_gradients(name, query, target, scale, resolved)
+        if autograd.serves(query, target, scale):
+            run = autograd.one_direction_loss if merges else autograd.total_loss
+            return run(query, target, scale, dispatch.named(name), resolved, weight)
+        if merges:
+            scale = scale_tensor(scale, query)
+            return weight * ops.one_direction_loss(query, target, scale, name, *resolved)[0]
     logits = logsumexp(query, target, scale, resolved, name)
     target_lse = logits.target
     if target_lse is not None:
@@ -173,19 +179,24 @@ def hardness_weighted_contrastive_loss(
     return losses.reduce(loss, reduction)
 
 
-def _takes_one_direction(
-    name: str, query: Tensor, target: Tensor, scale: Tensor, rules: Rules, reduction: str
+def _merges_gradients(
+    name: str, query: Tensor, target: Tensor, scale: float | Tensor, rules: Rules
 ) -> bool:
-    """Whether to compute gradients along with the loss. This needs a scalar upstream gradient."""
-    if rules.symmetric or reduction == "none" or transforms.active():
+    """Whether gradients are computed along with a total loss, as ``OneDirection`` does."""
+    if rules.symmetric or transforms.active() or not torch.is_grad_enabled():
         return False
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, target, scale))
+    learns = any(isinstance(x, Tensor) and x.requires_grad for x in (query, target, scale))
     return learns and dispatch.one_direction(name, query) is not None
 
 
 def logsumexp(
-    query: Tensor, target: Tensor, scale: Tensor, rules: Rules, backend: str
+    query: Tensor, target: Tensor, scale: float | Tensor, rules: Rules, backend: str
 ) -> ContrastiveLogits:
     """``contrastive_logsumexp`` of resolved arguments, on the named backend."""
-    positive, rows, columns, _ = ops.contrastive_logsumexp(query, target, scale, backend, *rules)
+    scale = scale_tensor(scale, query)
+    if autograd.serves(query, target, scale):
+        outputs = autograd.logsumexp(query, target, scale, dispatch.named(backend), rules)
+    else:
+        outputs = ops.contrastive_logsumexp(query, target, scale, backend, *rules)[:3]
+    positive, rows, columns = outputs
     return ContrastiveLogits(positive, rows, columns if rules.symmetric else None)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from llave_kernels.backends.protocol import LogSumExps
+from llave_kernels.rules import at_labels, inside
 
 
 def direction_loss(positive: Tensor, lse: Tensor) -> Tensor:
@@ -19,6 +23,27 @@ def loss_of_rows(positive: Tensor, query_lse: Tensor, target_lse: Tensor | None)
     """(N,) losses. ``target_lse`` (N,) is of the positives' columns, None in one direction."""
     loss = direction_loss(positive, query_lse)
     return loss if target_lse is None else (loss + direction_loss(positive, target_lse)) / 2
+
+
+def total_and_slopes(
+    outputs: LogSumExps, labels: Tensor | None, weight: float
+) -> tuple[Tensor, LogSumExps]:
+    """``weight`` times the sum of the losses (), and its gradients with respect to ``outputs``."""
+    positive, query_lse, target_lse = outputs
+    if not len(target_lse):
+        total = weight * loss_of_rows(positive, query_lse, None).sum()
+        rows = weight * torch.sigmoid(query_lse - positive)
+        return total, LogSumExps(-rows, rows, target_lse)
+    columns = at_labels(target_lse, labels, len(positive))
+    total = weight * loss_of_rows(positive, query_lse, columns).sum()
+    rows, columns = (weight / 2 * torch.sigmoid(x - positive) for x in (query_lse, columns))
+    slopes = torch.zeros_like(target_lse)
+    if labels is None:
+        slopes[: len(columns)] = columns
+    else:
+        known, safe = inside(labels, len(target_lse))
+        slopes.index_add_(0, safe, torch.where(known, columns, 0.0))
+    return total, LogSumExps(-(rows + columns), rows, slopes)
 
 
 def reduce(loss: Tensor, reduction: str) -> Tensor:

@@ -6,8 +6,7 @@ computes the gradients along with the loss. Its upstream gradient is a scalar.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +38,8 @@ def contrastive_logsumexp(
     module = dispatch.supporting(backend, query, target, rules)
     shape = module.kept_shape(query, target, rules)
     kept = query.new_empty(shape, dtype=accumulation_dtype(query.dtype))
-    with _on(query, target, logit_scale):
+    transforms.refuse_tangents(query, target, logit_scale)
+    with dispatch.running_on(query):
         return *module.forward(query, target, logit_scale, rules, kept), kept
 
 
@@ -78,7 +78,8 @@ def contrastive_logsumexp_backward(
     upstream = _like_outputs(rules, query, target, "d_", d_positive, d_query_lse, d_target_lse)
     outputs = _like_outputs(rules, query, target, "", positive, query_lse, target_lse)
     _expect("kept", kept, module.kept_shape(query, target, rules), query)
-    with _on(query, target, logit_scale):
+    transforms.refuse_tangents(query, target, logit_scale)
+    with dispatch.running_on(query):
         return module.backward(
             upstream, query, target, logit_scale, outputs, kept, rules,
             scale_gradient=scale_gradient,
@@ -109,7 +110,8 @@ def one_direction_loss(
             f"backend={backend!r} does not make gradients along with the loss of this call; take "
             "torch.ops.llave.contrastive_logsumexp"
         )
-    with _on(query, target, logit_scale):
+    transforms.refuse_tangents(query, target, logit_scale)
+    with dispatch.running_on(query):
         loss, gradients = module.one_direction(query, target, logit_scale, rules)
         return loss.sum(), *gradients
 
@@ -163,17 +165,6 @@ def _expect(name: str, value: Tensor, shape: tuple[int, ...], query: Tensor) -> 
         )
 
 
-@contextmanager
-def _on(query: Tensor, *others: Tensor) -> Iterator[None]:
-    """Run on the inputs' device with autocast off. The public functions have applied it already."""
-    transforms.refuse_tangents(query, *others)
-    kind = query.device.type
-    device = torch.cuda.device_of(query)  # type: ignore[no-untyped-call]
-    casts = torch.amp.is_autocast_available(kind)
-    with device, torch.autocast(kind, enabled=False) if casts else nullcontext():
-        yield
-
-
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     pass
 
@@ -212,13 +203,19 @@ def _setup_one_direction(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 
 def _backward_one_direction(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        transforms.refuse_second_derivative()
     nothing = [None] * (1 + len(Rules._fields))
     if d_loss is None:
         return None, None, None, *nothing
-    gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-    return *((x * d_loss).to(dtype) for x, dtype in gradients), *nothing
+    return *apply_upstream(d_loss, ctx.saved_tensors, ctx.dtypes), *nothing
+
+
+def apply_upstream(
+    d_loss: Tensor, gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+) -> Iterator[Tensor]:
+    """Gradients computed along with a loss, times its upstream gradient, in ``dtypes``."""
+    if torch.is_grad_enabled():
+        transforms.refuse_second_derivative()
+    return ((x * d_loss).to(dtype) for x, dtype in zip(gradients, dtypes, strict=True))
 
 
 one_direction_loss.register_autograd(_backward_one_direction, setup_context=_setup_one_direction)

@@ -18,6 +18,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def scale_tensor(scale: float | Tensor, query: Tensor) -> Tensor:
+    """The logit scale as a tensor () in the accumulation dtype, on the device of ``query``."""
+    if isinstance(scale, Tensor):
+        return scale
+    dtype = accumulation_dtype(query.dtype)
+    return torch.full((), scale, dtype=dtype, device=query.device)
+
+
 def autocast(query: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Cast embeddings to the autocast dtype if autocast is on. float64 stays as it is."""
     checks.tensor("query", query)

@@ -19,10 +19,19 @@ INSTEAD = (
 )
 _library: Any = torch.library.Library("llave", "FRAGMENT")  # type: ignore[no-untyped-call]
 
+_BATCHED: Any = torch._C._parse_dispatch_key("Batched")  # of torch.autograd.grad(is_grads_batched=True)
+
 
 def active() -> bool:
     """Whether the code runs inside a ``torch.func`` transform."""
     return torch._C._are_functorch_transforms_active()
+
+
+def of_backward(*upstream: Tensor) -> bool:
+    """Whether a backward is itself differentiated, transformed or run for a batch of gradients."""
+    if torch.is_grad_enabled() or active():
+        return True
+    return any(torch._C._dispatch_keys(d).has(_BATCHED) for d in upstream)
 
 
 def support(

@@ -36,6 +36,22 @@ class Gradients(NamedTuple):
     logit_scale: Tensor
 
 
+class TotalLoss(NamedTuple):
+    """A weighted sum of the rows' losses, and what its gradients are made from.
+
+    Attributes:
+        total: () the sum.
+        outputs: the log-sum-exps.
+        slopes: the gradients of ``total`` with respect to ``outputs``.
+        kept: what the forward keeps for the backward.
+    """
+
+    total: Tensor
+    outputs: LogSumExps
+    slopes: LogSumExps
+    kept: Tensor
+
+
 class Backend(Protocol):
     """Computes the log-sum-exps of a batch, and their gradients.
 
@@ -108,3 +124,31 @@ class OneDirection(Protocol):
         All are in the accumulation dtype. The upstream gradient is not applied yet, and the
         gradients of a sum over many rows may not fit the inputs' dtype.
         """
+
+
+class FusedLoss(Protocol):
+    """What a backend may add to ``Backend``: the loss along with the log-sum-exps.
+
+    Eager calls use it. It saves the launches that would compose the loss from the log-sum-exps.
+    """
+
+    def total_loss(
+        self, query: Tensor, target: Tensor, scale: float | Tensor, rules: Rules, weight: float
+    ) -> TotalLoss:
+        """``weight`` times the sum of the rows' losses.
+
+        ``scale`` is a number, or a tensor () as in ``Backend``.
+        """
+
+    def total_gradients(
+        self,
+        d_total: Tensor,
+        query: Tensor,
+        target: Tensor,
+        scale: float | Tensor,
+        saved: TotalLoss,
+        rules: Rules,
+        *,
+        scale_gradient: bool,
+    ) -> Gradients:
+        """The gradients, from the total's upstream gradient (). The rest is as in ``Backend``."""
