@@ -34,7 +34,7 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
     const Place_ place(thread);
     Tensor s = make_tensor(accumulators.data(), matrix_layout(accumulators.layout()));
     constexpr int R = decltype(size<0>(s))::value;
-    const float scale = *p.scale;
+    const float scale = p.logit_scale();
     const float gain = out.gain == nullptr ? scale : scale * *out.gain;
     Row rows[R];
     float query_lse[R], d_query[R], d_positive[R];

@@ -147,8 +147,13 @@ Problem make_problem(const py::kwargs& given) {
   p.target_stride = arguments.take<int64_t>("target_stride");
   require_rows("query", p.query, p.query_stride, p);
   require_rows("target", p.target, p.target_stride, p);
-  p.scale = arguments.take_pointer<float>("scale");
-  require("scale", p.scale, 4);
+  const py::object scale = arguments.take<py::object>("scale");
+  if (py::isinstance<py::float_>(scale)) {
+    p.scale_value = scale.cast<float>();
+  } else {
+    p.scale = pointer<float>(scale.cast<Address>());
+    require("scale", p.scale, 4);
+  }
   p.rules = take_rules(arguments);
   if (p.rules.labels == nullptr && p.n > p.m) {
     refuse("labels is a null pointer: row i's positive is column i, and n = " +
@@ -242,6 +247,33 @@ void forward(int device, int architecture, const Problem& whole, int start, int 
   launch_combine(rows, columns, cuda_stream);
 }
 
+void loss(int device, const Problem& p, Address positive, Address query_lse, Address target_lse,
+          float weight, Address total, Address gain, Address d_positive, Address d_query_lse,
+          Address d_target_lse, Address stream) {
+  require("positive", positive, 4);
+  require("query_lse", query_lse, 4);
+  require("total", total, 4);
+  require("gain", gain, 4);
+  require("d_positive", d_positive, 4);
+  require("d_query_lse", d_query_lse, 4);
+  if (p.rules.symmetric) {
+    require("target_lse", target_lse, 4);
+    require("d_target_lse", d_target_lse, 4);
+  }
+  const LossCall call = {p,
+                         pointer<float>(positive),
+                         pointer<float>(query_lse),
+                         pointer<float>(target_lse),
+                         weight,
+                         pointer<float>(total),
+                         pointer<float>(gain),
+                         pointer<float>(d_positive),
+                         pointer<float>(d_query_lse),
+                         pointer<float>(d_target_lse)};
+  select_device(device);
+  launch_loss(call, pointer<CUstream_st>(stream));
+}
+
 void backward(int device, int architecture, const Problem& whole, int start, int stop,
               Address query_lse, Address target_lse, Address d_positive, Address d_query_lse,
               Address d_target_lse, Address gain, Address ds, int64_t pitch, Address stream) {
@@ -298,6 +330,12 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("target_lse"), py::arg("stream"),
         "Positive logits and log-sum-exps of rows start to stop. The strips of a call go from "
         "the first row on with one workspace; target_lse is complete after the last.");
+  m.def("loss", &loss, py::kw_only(), py::arg("device"), py::arg("problem"), py::arg("positive"),
+        py::arg("query_lse"), py::arg("target_lse"), py::arg("weight"), py::arg("total"),
+        py::arg("gain"), py::arg("d_positive"), py::arg("d_query_lse"), py::arg("d_target_lse"),
+        py::arg("stream"),
+        "`weight` times the sum of the rows' losses, its gradients with respect to the log-sum-exps, "
+        "and the `gain` for the backward in float16.");
   m.def("backward", &backward, py::kw_only(), py::arg("device"), py::arg("architecture"),
         py::arg("problem"), py::arg("start"), py::arg("stop"), py::arg("query_lse"),
         py::arg("target_lse"), py::arg("d_positive"), py::arg("d_query_lse"),

@@ -41,7 +41,7 @@ class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
     const Place_ place(thread);
     Tensor z = make_tensor(accumulators.data(), matrix_layout(accumulators.layout()));
     constexpr int R = decltype(size<0>(z))::value;
-    const float scale = *p.scale;
+    const float scale = p.logit_scale();
     Row rows[R];
     bool edge = i0 + kRows > p.n || j0 + kColumns > p.m, positives = false;
     CUTE_UNROLL

@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include "combine.h"
+#include "loss.h"
 #include "problem.h"
 
 namespace llave {
@@ -20,5 +21,7 @@ template <int Architecture, class Element>
 void launch_backward(const Problem&, const BackwardOutputs&, cudaStream_t stream);
 
 void launch_combine(const Combination& rows, const Combination& columns, cudaStream_t stream);
+
+void launch_loss(const LossCall&, cudaStream_t stream);
 
 }  // namespace llave

@@ -17,8 +17,11 @@ struct Problem {
   const void* target;  // (m, d)
   int64_t query_stride, target_stride;
   int n, m, d;
-  const float* scale;  // logit scale, ()
+  const float* scale;  // logit scale, (), or null: it is `scale_value`
+  float scale_value;
   Rules rules;
+
+  CUTE_HOST_DEVICE float logit_scale() const { return scale == nullptr ? scale_value : *scale; }
 
   // The same problem for rows `start` to `stop` only.
   Problem rows(int start, int stop) const {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llave_kernels.backends import positives, products, strip_gemm
-from llave_kernels.backends.protocol import Gradients, LogSumExps
+from llave_kernels.backends.protocol import Gradients, LogSumExps, TotalLoss
 from llave_kernels.precision import float32_matmul
 from llave_kernels.rules import Rules
 
@@ -112,24 +112,32 @@ def forward(
 ) -> LogSumExps:
     """The log-sum-exps, in float32."""
     call = _Call(query, target, logit_scale, rules)
-    n, m = len(query), len(target)
-    sizes = (n, n, m if rules.symmetric else 0)
-    outputs = LogSumExps(*(query.new_empty(k, dtype=torch.float32) for k in sizes))
-    rows = strip_gemm.strip_rows(n, m, query.dtype.itemsize)
-    workspace_bytes = _cuda.forward_workspace(call.problem, rows)
-    workspace = query.new_empty(workspace_bytes, dtype=torch.uint8)
-    for start in range(0, n, rows):
-        _cuda.forward(
-            **call.launch,
-            start=start,
-            stop=min(start + rows, n),
-            workspace=workspace.data_ptr(),
-            workspace_bytes=workspace_bytes,
-            positive=outputs.positive.data_ptr(),
-            query_lse=outputs.query_lse.data_ptr(),
-            target_lse=outputs.target_lse.data_ptr(),
-        )
+    outputs = LogSumExps(*(query.new_empty(k, dtype=torch.float32) for k in call.lengths))
+    call.forward(outputs)
     return outputs
+
+
+def total_loss(
+    query: Tensor, target: Tensor, scale: float | Tensor, rules: Rules, weight: float
+) -> TotalLoss:
+    """As ``FusedLoss.total_loss``. It keeps the gain for float16."""
+    call = _Call(query, target, scale, rules)
+    lengths = call.lengths
+    memory = query.new_empty(2 * sum(lengths) + 2, dtype=torch.float32)
+    *vectors, total, gain = memory.split_with_sizes([*lengths, *lengths, 1, 1])
+    outputs, slopes = LogSumExps(*vectors[:3]), LogSumExps(*vectors[3:])
+    call.forward(outputs)
+    _cuda.loss(
+        device=call.launch["device"],
+        problem=call.problem,
+        stream=call.launch["stream"],
+        weight=weight,
+        total=total.data_ptr(),
+        gain=gain.data_ptr(),
+        **_addresses(outputs),
+        **_addresses(slopes, "d_"),
+    )
+    return TotalLoss(total.view(()), outputs, slopes, gain.view(()))
 
 
 def backward(
@@ -144,42 +152,46 @@ def backward(
     scale_gradient: bool,
 ) -> Gradients:
     """The gradients. That of logit_scale is NaN unless ``scale_gradient``."""
-    call = _Call(query, target, logit_scale, rules)
     gain = products.gain(logit_scale, *upstream) if query.dtype == torch.float16 else None
+    call = _Call(query, target, logit_scale, rules)
+    return call.gradients(outputs, upstream, gain, gain, scale_gradient=scale_gradient)
 
-    def fill(ds: Tensor, start: int, stop: int) -> None:
-        _cuda.backward(
-            **call.launch,
-            start=start,
-            stop=stop,
-            query_lse=outputs.query_lse.data_ptr(),
-            target_lse=outputs.target_lse.data_ptr(),
-            d_positive=upstream.positive.data_ptr(),
-            d_query_lse=upstream.query_lse.data_ptr(),
-            d_target_lse=upstream.target_lse.data_ptr(),
-            gain=_address(gain),
-            ds=ds.data_ptr(),
-            pitch=ds.stride(0),
-        )
 
-    return strip_gemm.gradients(
-        query, target, logit_scale, fill, gain, scale_gradient=scale_gradient
+def total_gradients(
+    d_total: Tensor,
+    query: Tensor,
+    target: Tensor,
+    scale: float | Tensor,
+    saved: TotalLoss,
+    rules: Rules,
+    *,
+    scale_gradient: bool,
+) -> Gradients:
+    """As ``FusedLoss.total_gradients``. dS takes the upstream gradient, but for float16."""
+    call = _Call(query, target, scale, rules)
+    factor, divisor = d_total, None
+    if query.dtype == torch.float16:  # the gain brings the slopes into its range, whatever d_total
+        factor, divisor = saved.kept, saved.kept / d_total
+    return call.gradients(
+        saved.outputs, saved.slopes, factor, divisor, scale_gradient=scale_gradient
     )
 
 
 class _Call:
     """The arguments that the launches of one call share. It keeps their tensors alive."""
 
-    def __init__(self, query: Tensor, target: Tensor, scale: Tensor, rules: Rules) -> None:
+    def __init__(self, query: Tensor, target: Tensor, scale: float | Tensor, rules: Rules) -> None:
         if query.device.type != _cuda.device:
             raise ValueError(f"query is on {query.device}, not on a {_cuda.device} device")
+        self.query, self.target, self.scale = query, target, scale
+        n, m = len(query), len(target)
+        self.lengths = n, n, m if rules.symmetric else 0  # of LogSumExps
         query, target = _aligned(query), _aligned(target)
         row_limit = column_limit = None
         if rules.margin is not None:
             row_limit = margin_limit(query, target, rules.labels, rules.margin)
             column_limit = rules.column_limits(row_limit, len(target))
         tensors = {
-            "scale": scale,
             "labels": rules.labels,
             "owners": rules.owners,
             "query_ids": rules.query_ids,
@@ -188,16 +200,17 @@ class _Call:
             "column_limit": column_limit,
         }
         held = {name: None if x is None else x.contiguous() for name, x in tensors.items()}
-        self.tensors = query, target, held
+        self.held = query, target, held
         self.problem = _cuda.Problem(
             type=str(query.dtype).removeprefix("torch."),
             query=query.data_ptr(),
             target=target.data_ptr(),
             query_stride=query.stride(0),
             target_stride=target.stride(0),
-            n=len(query),
-            m=len(target),
+            n=n,
+            m=m,
             d=query.shape[1],
+            scale=scale if isinstance(scale, float) else scale.data_ptr(),
             **{name: _address(x) for name, x in held.items()},
             alpha=rules.alpha,
             target_alpha=rules.target_alpha,
@@ -211,6 +224,54 @@ class _Call:
             "problem": self.problem,
             "stream": stream,
         }
+
+    def forward(self, outputs: LogSumExps) -> None:
+        """Fill the log-sum-exps."""
+        n, m, itemsize = len(self.query), len(self.target), self.query.dtype.itemsize
+        rows = strip_gemm.strip_rows(n, m, itemsize)
+        workspace_bytes = _cuda.forward_workspace(self.problem, rows)
+        workspace = self.query.new_empty(workspace_bytes, dtype=torch.uint8)
+        for start in range(0, n, rows):
+            _cuda.forward(
+                **self.launch,
+                start=start,
+                stop=min(start + rows, n),
+                workspace=workspace.data_ptr(),
+                workspace_bytes=workspace_bytes,
+                **_addresses(outputs),
+            )
+
+    def gradients(
+        self,
+        outputs: LogSumExps,
+        upstream: LogSumExps,
+        factor: Tensor | None,
+        divisor: Tensor | None,
+        *,
+        scale_gradient: bool,
+    ) -> Gradients:
+        """The gradients, from dS times ``factor``, over ``divisor``. None is 1."""
+
+        def fill(ds: Tensor, start: int, stop: int) -> None:
+            _cuda.backward(
+                **self.launch,
+                start=start,
+                stop=stop,
+                query_lse=outputs.query_lse.data_ptr(),
+                target_lse=outputs.target_lse.data_ptr(),
+                **_addresses(upstream, "d_"),
+                gain=_address(factor),
+                ds=ds.data_ptr(),
+                pitch=ds.stride(0),
+            )
+
+        return strip_gemm.gradients(
+            self.query, self.target, self.scale, fill, divisor, scale_gradient=scale_gradient
+        )
+
+
+def _addresses(values: LogSumExps, prefix: str = "") -> dict[str, int]:
+    return {prefix + name: x.data_ptr() for name, x in zip(values._fields, values, strict=True)}
 
 
 def _address(x: Tensor | None) -> int:

@@ -7,7 +7,6 @@ spend its time on atomics. Two GEMMs per strip run at the library's rate.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -29,13 +28,13 @@ def strip_rows(n: int, m: int, itemsize: int) -> int:
 def gradients(
     query: Tensor,
     target: Tensor,
-    logit_scale: Tensor,
+    logit_scale: float | Tensor,
     fill: Callable[[Tensor, int, int], None],
     gain: Tensor | None,
     *,
     scale_gradient: bool,
 ) -> Gradients:
-    """The gradients. That of logit_scale is NaN unless ``scale_gradient``.
+    """The gradients. That of logit_scale has no meaning unless ``scale_gradient``.
 
     ``fill(ds, start, stop)`` writes ``gain * dS`` of those rows into the first M columns of ``ds``.
     ``ds`` is contiguous, and its width is a multiple of 16. ``gain`` is a 0-d power of two, or None
@@ -46,7 +45,8 @@ def gradients(
     rows = len(workspace)
     d_query = query.new_empty(query.shape)
     d_target = query.new_zeros(target.shape, dtype=torch.float32)
-    d_scale = logit_scale.new_full((), 0.0 if scale_gradient else math.nan)
+    make_scale = query.new_zeros if scale_gradient else query.new_empty
+    d_scale = make_scale((), dtype=torch.float32)
     for start in range(0, n, rows):
         stop = min(start + rows, n)
         fill(workspace[: stop - start], start, stop)

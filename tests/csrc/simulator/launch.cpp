@@ -100,6 +100,14 @@ void launch_combine(const Combination& rows, const Combination& columns, cudaStr
   for (int64_t j = 0; j < columns.length; ++j) columns.combine(j);
 }
 
+void launch_loss(const LossCall& call, cudaStream_t) {
+  const Problem& p = call.problem;
+  for (int j = 0; p.rules.symmetric && j < p.m; ++j) call.d_target_lse[j] = 0.0f;
+  LossPart all = LossPart::nothing();
+  for (int i = 0; i < p.n; ++i) all.add(call.row(i));
+  call.finish(all);
+}
+
 #define LLAVE_INSTANTIATE(architecture, element)                                               \
   template int launch_forward<architecture, element>(const Problem&, const ForwardOutputs&,    \
                                                      cudaStream_t);                            \
