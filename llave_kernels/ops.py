@@ -72,7 +72,7 @@ def contrastive_logsumexp_backward(
     backend: str,
     *given: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backend's ``Gradients``. The scale's may be NaN unless ``scale_gradient``."""
+    """The backend's ``Gradients``. The scale's is any number unless ``scale_gradient``."""
     rules = _checked(query, target, logit_scale, given)
     module = dispatch.named(backend)
     upstream = _like_outputs(rules, query, target, "d_", d_positive, d_query_lse, d_target_lse)

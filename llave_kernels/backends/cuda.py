@@ -151,7 +151,7 @@ def backward(
     *,
     scale_gradient: bool,
 ) -> Gradients:
-    """The gradients. That of logit_scale is NaN unless ``scale_gradient``."""
+    """The gradients. That of logit_scale is uninitialised unless ``scale_gradient``."""
     gain = products.gain(logit_scale, *upstream) if query.dtype == torch.float16 else None
     call = _Call(query, target, logit_scale, rules)
     return call.gradients(outputs, upstream, gain, gain, scale_gradient=scale_gradient)

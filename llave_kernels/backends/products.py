@@ -11,7 +11,9 @@ AMD. For 512 x 8,192 from D = 1,024 on two cores, oneDNN reaches 481 GFLOP/s and
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ WIDENED = 1 << 21  # numbers widened at a time: 8 MiB of float32
 # The largest float16 is 65504, almost twice this.
 LARGEST = 15.0  # log2 of the largest |dS| after the gain
 SMALLEST = -100.0  # log2 of the smallest |dS| that the gain brings up to the largest
+_SETTING = Lock()  # of torch's own setting, which all threads share
 
 
 @lru_cache
@@ -48,10 +51,25 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
+def store_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out = a @ b``. Half precision is the sum in float32, rounded once."""
+    if _halves(a, b) and out.dtype == torch.float32:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    elif _halves(a, b):
+        with _parts_in_float32(out):
+            torch.mm(a, b, out=out)
+    elif a.dtype == b.dtype == out.dtype and a.dtype.itemsize > 2 and not _takes_onednn(a, b):
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(product(a, b))
+
+
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """``out += a @ b``"""
+    """``out += a @ b``. ``out`` is in float32, or in float64 for float64."""
     if _halves(a, b):
-        out += product(a, b)
+        # A batch of one. Before torch 2.10, addmm does not add half precision to float32.
+        total = out[None]
+        torch.baddbmm(total, a[None], b[None], out_dtype=torch.float32, out=total)
     elif a.dtype.itemsize == 2 or b.dtype.itemsize == 2:
         for part in _inner_parts(a, b):
             out.addmm_(a[:, part].float(), b[part].float())
@@ -61,6 +79,25 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
             out[part] += product(a[part], b)
     else:
         out.addmm_(a, b)
+
+
+@contextmanager
+def _parts_in_float32(out: Tensor) -> Iterator[None]:
+    """Keep the parts of a split sum in float32.
+
+    By default torch lets cuBLAS round each part to half precision.
+    """
+    name = f"allow_{'bf' if out.dtype == torch.bfloat16 else 'fp'}16_reduced_precision_reduction"
+    settings = torch.backends.cuda.matmul
+    with _SETTING:
+        if not getattr(settings, name):
+            yield
+            return
+        setattr(settings, name, False)
+        try:
+            yield
+        finally:
+            setattr(settings, name, True)
 
 
 def rounding(x: Tensor) -> float:

@@ -102,7 +102,7 @@ class Backend(Protocol):
         """The gradients. Those of query and target have the inputs' dtype.
 
         ``upstream`` and ``outputs`` are contiguous. Without ``scale_gradient``, the gradient of the
-        scale may be NaN.
+        scale may be any number.
         """
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llave_kernels.backends.products import product
+from llave_kernels.backends.products import add_product, product, store_product
 from llave_kernels.backends.protocol import Gradients
 
 WORKSPACE = 256 << 20  # bytes of dS at a time
@@ -34,7 +34,7 @@ def gradients(
     *,
     scale_gradient: bool,
 ) -> Gradients:
-    """The gradients. That of logit_scale has no meaning unless ``scale_gradient``.
+    """The gradients. That of logit_scale is uninitialised unless ``scale_gradient``.
 
     ``fill(ds, start, stop)`` writes ``gain * dS`` of those rows into the first M columns of ``ds``.
     ``ds`` is contiguous, and its width is a multiple of 16. ``gain`` is a 0-d power of two, or None
@@ -44,23 +44,34 @@ def gradients(
     workspace = strip_workspace(query, target)
     rows = len(workspace)
     d_query = query.new_empty(query.shape)
-    d_target = query.new_zeros(target.shape, dtype=torch.float32)
-    make_scale = query.new_zeros if scale_gradient else query.new_empty
-    d_scale = make_scale((), dtype=torch.float32)
+    d_scale = query.new_empty((), dtype=torch.float32)
+    # dT is rounded after everything that is computed from it.
+    final = rows >= n and gain is None and not scale_gradient
+    d_target = target.new_empty(target.shape, dtype=target.dtype if final else torch.float32)
     for start in range(0, n, rows):
         stop = min(start + rows, n)
         fill(workspace[: stop - start], start, stop)
         ds = workspace[: stop - start, :m]
-        strip, queries = product(ds, target), query[start:stop]
-        if gain is not None:
-            strip /= gain
-        d_query[start:stop] = strip
-        d_target += product(ds.T, queries)
-        if scale_gradient:  # from dQ before it is rounded, because the terms cancel
-            d_scale += torch.linalg.vecdot(queries.float(), strip).sum() / logit_scale
-    if gain is not None:
-        d_target /= gain
-    return Gradients(d_query, d_target.to(target.dtype), d_scale)
+        if gain is None:
+            store_product(d_query[start:stop], ds, target)
+        else:  # before the division the numbers may not fit half precision
+            torch.div(product(ds, target), gain, out=d_query[start:stop])
+        put = add_product if start else store_product
+        put(d_target, ds.T, query[start:stop])
+    del workspace, ds
+    total, d_target = d_target, _rounded(d_target, target.dtype, gain)
+    if scale_gradient:
+        # kappa d kappa = sum_j t_j . dt_j, with dT before it is rounded, because the terms cancel
+        terms = target * total if total is d_target else total.mul_(target)
+        torch.div(terms.sum(), logit_scale if gain is None else logit_scale * gain, out=d_scale)
+    return Gradients(d_query, d_target, d_scale)
+
+
+def _rounded(d_target: Tensor, dtype: torch.dtype, gain: Tensor | None) -> Tensor:
+    """``d_target / gain`` in that dtype."""
+    if gain is None:
+        return d_target.to(dtype)
+    return torch.div(d_target, gain, out=d_target.new_empty(d_target.shape, dtype=dtype))
 
 
 def strip_workspace(query: Tensor, target: Tensor) -> Tensor:

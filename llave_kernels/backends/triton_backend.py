@@ -98,7 +98,7 @@ def backward(
     *,
     scale_gradient: bool,
 ) -> Gradients:
-    """The gradients. That of logit_scale is NaN unless ``scale_gradient``."""
+    """The gradients. That of logit_scale is uninitialised unless ``scale_gradient``."""
     factor = gain(logit_scale, *upstream) if query.dtype == torch.float16 else None
     call = _Backward(query, target, logit_scale, rules, outputs, upstream, factor)
     tile = call.tile()

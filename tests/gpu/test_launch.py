@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 from llave_kernels import hardness_weighted_contrastive_loss
 from tests.helpers import assert_contract, embeddings, fused
@@ -91,13 +92,20 @@ def test_cuda_graph_capture(backend: str) -> None:
 
 
 def test_memory_is_linear(backend: str) -> None:
-    n, d = 32768, 256
-    query, target = (x.requires_grad_() for x in on_gpu(n, n, d))
+    """Under 1 GB with both gradients, at N = 65,536 and D = 1,536."""
+    few = [x.requires_grad_() for x in on_gpu(512, 512, 1536)]
+    hardness_weighted_contrastive_loss(*few, backend=backend).backward()  # libraries' workspaces
+    query, target = (
+        normalize(
+            torch.randn(65536, 1536, dtype=torch.bfloat16, device="cuda"), dim=1
+        ).requires_grad_()
+        for _ in range(2)
+    )
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     hardness_weighted_contrastive_loss(query, target, backend=backend).backward()
     extra = torch.cuda.max_memory_allocated() - before
-    assert extra < (1 << 30)
+    assert extra < 1e9
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
