@@ -56,6 +56,15 @@ def _exp(x):
 
 
 @triton.jit
+def _scale(p_scale):
+    """The logit scale, from a pointer or as the number that it is."""
+    scale = p_scale
+    if p_scale.dtype.is_ptr():
+        scale = tl.load(p_scale)
+    return scale
+
+
+@triton.jit
 def _finite(x):
     """0 in place of -inf, so that (-inf) - x stays -inf where nothing is summed."""
     return tl.where(x == -INF, 0.0, x)
@@ -193,7 +202,7 @@ def forward_kernel(
     BM: tl.constexpr = TILE.bm
     BN: tl.constexpr = TILE.bn
     i_rows, i_columns = tl.program_id(0), tl.program_id(1)
-    scale = tl.load(p_scale)
+    scale = _scale(p_scale)
     for r in range(0, ROWS):
         o_m = (i_rows * ROWS + r) * BM + tl.arange(0, BM)
         m_m = o_m < N
@@ -270,7 +279,7 @@ def strip_kernel(
     o_m = START + i_m * BM + tl.arange(0, BM)
     o_n = i_n * BN + tl.arange(0, BN)
     m_m, m_n = o_m < STOP, o_n < M
-    scale = tl.load(p_scale)
+    scale = _scale(p_scale)
     gain = scale
     if p_gain is not None:
         gain = tl.load(p_gain) * scale
