@@ -18,13 +18,13 @@ from torch import Tensor
 
 from llave_kernels.backends import positives, products, strip_gemm
 from llave_kernels.backends.protocol import Gradients, LogSumExps, TotalLoss
+from llave_kernels.backends.rows import aligned
 from llave_kernels.precision import float32_matmul
 from llave_kernels.rules import Rules
 
 NAME = "cuda"
 ARCHITECTURE = "LLAVE_CUDA_ARCH"
 BUILD_NOTE = Path(__file__).parents[1] / "cuda_build.txt"  # written by setup.py
-ROW_BYTES = 16  # the loads need rows whose address and size are multiples of this
 
 
 def _not_built(error: ImportError) -> str:
@@ -186,7 +186,7 @@ class _Call:
         self.query, self.target, self.scale = query, target, scale
         n, m = len(query), len(target)
         self.lengths = n, n, m if rules.symmetric else 0  # of LogSumExps
-        query, target = _aligned(query), _aligned(target)
+        query, target = aligned(query), aligned(target)
         row_limit = column_limit = None
         if rules.margin is not None:
             row_limit = margin_limit(query, target, rules.labels, rules.margin)
@@ -276,16 +276,3 @@ def _addresses(values: LogSumExps, prefix: str = "") -> dict[str, int]:
 
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """``x``, or a copy whose rows are padded with zeros to a multiple of 16 bytes."""
-    n, d = x.shape
-    step = ROW_BYTES // x.itemsize
-    width = -(-d // step) * step
-    aligned = x.data_ptr() % ROW_BYTES == 0 and x.stride(0) % step == 0 and x.stride(0) >= d
-    if width == d and x.stride(1) == 1 and aligned:
-        return x
-    padded = x.new_zeros((n, width))
-    padded[:, :d] = x
-    return padded

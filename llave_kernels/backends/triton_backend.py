@@ -18,6 +18,7 @@ from torch import Tensor
 from llave_kernels.backends import positives, tiles
 from llave_kernels.backends.products import gain
 from llave_kernels.backends.protocol import Gradients, LogSumExps
+from llave_kernels.backends.rows import ROW_BYTES, aligned
 from llave_kernels.backends.strip_gemm import gradients, strip_workspace
 from llave_kernels.precision import float32_matmul
 from llave_kernels.rules import Rules
@@ -145,11 +146,12 @@ class _Call:
     kernel: str
 
     def __init__(self, query: Tensor, target: Tensor, scale: Tensor, rules: Rules) -> None:
-        self.query, self.target, self.rules = query, target, rules
-        n, (m, d) = len(query), target.shape
-        self.sizes = (n, m, d, *query.stride(), *target.stride())
         self.pairs = pairs(query, target, rules)
-        self.inputs = (query, target, scale, *self.pairs)
+        self.query, self.target, self.rules = aligned(query), aligned(target), rules
+        n, (m, d) = len(query), self.target.shape
+        rows = (d, self.query.stride(0), self.target.stride(0))
+        self.sizes = (n, m, *(x * query.itemsize // ROW_BYTES for x in rows))
+        self.inputs = (self.query, self.target, scale, *self.pairs)
 
     def options(self, tile: tiles.Tile) -> dict[str, Any]:
         """The kernel's constants and its launch and compile options."""
@@ -173,7 +175,8 @@ class _Call:
 
     def _key(self) -> str:
         """The class of calls that a timing holds for."""
-        n, m, d, *_ = self.sizes
+        n, m = self.sizes[:2]
+        d = self.query.shape[1]
         device = self.query.device
         major, minor = torch.cuda.get_device_capability(device)
         where = f"{torch.cuda.get_device_name(device)} {major}.{minor} triton {triton.__version__}"
@@ -201,11 +204,11 @@ class _Forward(_Call):
 
     def positive_similarity(self) -> Tensor:
         """(N,) similarities of the positives."""
-        n, m, d, *strides = self.sizes
+        n = len(self.query)
         out = self.query.new_empty(n, dtype=torch.float32)
         block = 16
         kernels.positive_kernel[(triton.cdiv(n, block),)](
-            self.query, self.target, self.pairs.label, out, n, m, d, *strides,
+            self.query, self.target, self.pairs.label, out, *self.sizes,
             BM=block, BK=64, **COMPILE,
         )  # fmt: skip
         return out

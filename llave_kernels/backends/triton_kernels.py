@@ -14,9 +14,12 @@ compiled without it.
 
 Logits keep base e until the maximum is subtracted. Changing the base first would round large ones.
 
-The numbers of rows, columns and parts are ``do_not_specialize``. Otherwise a batch of another size
-could compile again, because it is or is not a multiple of 16. Widths and strides are specialised,
-because they decide how wide a load is.
+Rows of inputs start at multiples of 16 bytes and are as long. The width ``D`` and the strides
+``s_q`` and ``s_t`` count units of 16 bytes. From the factor the compiler knows that a load may take
+16 bytes. By itself Triton only finds out whether a number is a multiple of 16.
+
+Sizes are ``do_not_specialize``. Otherwise a batch of another size could compile again, because it
+is or is not a multiple of 16.
 """
 
 from __future__ import annotations
@@ -79,21 +82,23 @@ def _columns(p, o, m, M, OUTSIDE: tl.constexpr):
 
 @triton.jit
 def _similarity(
-    p_q, p_t, o_m, o_n, N, M, D, s_qn, s_qd, s_tm, s_td,
+    p_q, p_t, o_m, o_n, N, M, D, s_q, s_t,
     TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(BM, BN) float32 similarities. Those beyond the edges of the matrix are arbitrary."""
     BM: tl.constexpr = TILE.bm  # triton before 3.7 takes no field as a part of a shape
     BN: tl.constexpr = TILE.bn
+    UNIT: tl.constexpr = 128 // p_q.dtype.element_ty.primitive_bitwidth
     b_s = tl.zeros((BM, BN), tl.float32)
     # Rows and columns beyond the edges read the last one again. Masks on these loads would take
     # registers through the whole epilogue.
-    p_rows = p_q + tl.minimum(o_m, N - 1).to(tl.int64)[:, None] * s_qn
-    p_columns = p_t + tl.minimum(o_n, M - 1).to(tl.int64)[None, :] * s_tm
-    for k in range(0, D, TILE.bk):
-        o_k = (k + tl.arange(0, TILE.bk)).to(tl.int64)  # a transposed input has large strides
-        b_q = tl.load(p_rows + o_k[None, :] * s_qd, mask=(o_k < D)[None, :], other=0.0)
-        b_t = tl.load(p_columns + o_k[:, None] * s_td, mask=(o_k < D)[:, None], other=0.0)
+    p_rows = p_q + tl.minimum(o_m, N - 1).to(tl.int64)[:, None] * (tl.cast(s_q, tl.int64) * UNIT)
+    p_columns = p_t + tl.minimum(o_n, M - 1).to(tl.int64)[None, :] * (tl.cast(s_t, tl.int64) * UNIT)
+    for k in range(0, D * UNIT, TILE.bk):
+        o_k = k + tl.arange(0, TILE.bk)
+        m_k = o_k < D * UNIT
+        b_q = tl.load(p_rows + o_k[None, :], mask=m_k[None, :], other=0.0)
+        b_t = tl.load(p_columns + o_k[:, None], mask=m_k[:, None], other=0.0)
         b_s = tl.dot(b_q, b_t, b_s, input_precision=PRECISION)
     return b_s
 
@@ -160,34 +165,33 @@ def _running(b_max, b_sum, b_tile_max, b_tile_sum):
     return b_new, b_sum * _exp(b_max - b_shift) + b_tile_sum * _exp(b_tile_max - b_shift)
 
 
-@triton.jit(do_not_specialize=["N", "M"])
+@triton.jit(do_not_specialize=["N", "M", "D", "s_q", "s_t"])
 def positive_kernel(
-    p_q, p_t, p_label, p_similarity, N, M, D, s_qn, s_qd, s_tm, s_td,
+    p_q, p_t, p_label, p_similarity, N, M, D, s_q, s_t,
     BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     b_label = _labels(p_label, o_m, N, M)
     m_label = (o_m < N) & (b_label >= 0) & (b_label < M)
     b_sum = tl.zeros((BM,), tl.float32)
-    for k in range(0, D, BK):
-        o_k = (k + tl.arange(0, BK)).to(tl.int64)
-        m = m_label[:, None] & (o_k < D)[None, :]
-        b_q = tl.load(
-            p_q + o_m.to(tl.int64)[:, None] * s_qn + o_k[None, :] * s_qd, mask=m, other=0.0
-        )
-        b_t = tl.load(
-            p_t + b_label.to(tl.int64)[:, None] * s_tm + o_k[None, :] * s_td, mask=m, other=0.0
-        )
+    UNIT: tl.constexpr = 128 // p_q.dtype.element_ty.primitive_bitwidth
+    p_rows = p_q + o_m.to(tl.int64)[:, None] * (tl.cast(s_q, tl.int64) * UNIT)
+    p_columns = p_t + b_label.to(tl.int64)[:, None] * (tl.cast(s_t, tl.int64) * UNIT)
+    for k in range(0, D * UNIT, BK):
+        o_k = k + tl.arange(0, BK)
+        m = m_label[:, None] & (o_k < D * UNIT)[None, :]
+        b_q = tl.load(p_rows + o_k[None, :], mask=m, other=0.0)
+        b_t = tl.load(p_columns + o_k[None, :], mask=m, other=0.0)
         b_sum += tl.sum(b_q.to(tl.float32) * b_t.to(tl.float32), 1)
     tl.store(p_similarity + o_m, tl.where(m_label, b_sum, float("nan")), mask=o_m < N)
 
 
-@triton.jit(do_not_specialize=["N", "M", "ROWS", "COLUMNS"])
+@triton.jit(do_not_specialize=["N", "M", "D", "s_q", "s_t", "ROWS", "COLUMNS"])
 def forward_kernel(
     p_q, p_t, p_scale,
     p_label, p_owner, p_query_id, p_target_id, p_row_limit, p_column_limit, alpha, target_alpha,
     p_row_max, p_row_sum, p_column_max, p_column_sum,
-    N, M, D, s_qn, s_qd, s_tm, s_td, ROWS, COLUMNS,
+    N, M, D, s_q, s_t, ROWS, COLUMNS,
     HARDNESS: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One program owns ROWS x COLUMNS tiles.
@@ -212,7 +216,7 @@ def forward_kernel(
         for c in range(0, COLUMNS):
             o_n = (i_columns * COLUMNS + c) * BN + tl.arange(0, BN)
             m_n = o_n < M
-            b_s = _similarity(p_q, p_t, o_m, o_n, N, M, D, s_qn, s_qd, s_tm, s_td, TILE, PRECISION)
+            b_s = _similarity(p_q, p_t, o_m, o_n, N, M, D, s_q, s_t, TILE, PRECISION)
             b_z, b_z_column = _logits(b_s, b_label, pairs, scale, o_m, o_n, N, M, HARDNESS)
             b_max = tl.max(b_z, 1)
             b_sum = tl.sum(_exp(b_z - _finite(b_max)[:, None]), 1)
@@ -252,12 +256,12 @@ def combine_kernel(p_max, p_sum, p_lse, PARTS, LENGTH, BLOCK: tl.constexpr):
     tl.store(p_lse + o, _finite(b_max) + tl.log(b_sum), mask=m)
 
 
-@triton.jit(do_not_specialize=["START", "STOP", "M"])
+@triton.jit(do_not_specialize=["START", "STOP", "M", "D", "s_q", "s_t"])
 def strip_kernel(
     p_q, p_t, p_scale,
     p_label, p_owner, p_query_id, p_target_id, p_row_limit, p_column_limit, alpha, target_alpha,
     p_d_positive, p_query_lse, p_d_query_lse, p_target_lse, p_d_target_lse, p_gain, p_ds,
-    START, STOP, M, D, s_qn, s_qd, s_tm, s_td, s_ds,
+    START, STOP, M, D, s_q, s_t, s_ds,
     HARDNESS: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """dS of rows START to STOP, times a gain (a power of two that keeps float16 in range).
@@ -284,7 +288,7 @@ def strip_kernel(
     if p_gain is not None:
         gain = tl.load(p_gain) * scale
     b_label = _labels(pairs.label, o_m, STOP, M)
-    b_s = _similarity(p_q, p_t, o_m, o_n, STOP, M, D, s_qn, s_qd, s_tm, s_td, TILE, PRECISION)
+    b_s = _similarity(p_q, p_t, o_m, o_n, STOP, M, D, s_q, s_t, TILE, PRECISION)
     b_z, b_z_column = _logits(b_s, b_label, pairs, scale, o_m, o_n, STOP, M, HARDNESS)
     b_lse = _finite(tl.load(p_query_lse + o_m, mask=m_m, other=0.0))
     b_d = tl.load(p_d_query_lse + o_m, mask=m_m, other=0.0)

@@ -47,16 +47,19 @@ def compiled(
     kernel = getattr(triton_kernels, name)
     values = dict.fromkeys(absent) | {
         "HARDNESS": hardness, "PRECISION": precision, "TILE": tile,
-        "BM": tile.bm, "BK": tile.bk, "BLOCK": 128, "s_qd": 1, "s_td": 1,
+        "BM": tile.bm, "BK": tile.bk, "BLOCK": 128,
     }  # fmt: skip
     signature = {a: argument_type(a, dtype) for a in kernel.arg_names}
     constants = {a: values[a] for a in kernel.arg_names if a in values}
     signature |= dict.fromkeys(constants, "constexpr")
-    # A launch finds out by itself which pointers, sizes and strides are divisible by 16.
+    # A launch finds out by itself which pointers and numbers are divisible by 16. It does not ask
+    # for sizes.
     aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, a in enumerate(kernel.arg_names)
-        if a not in constants and signature[a] != "fp32" and a not in ("ROWS", "COLUMNS")
+        (parameter.num,): [["tt.divisibility", 16]]
+        for parameter in kernel.params
+        if parameter.name not in constants
+        and signature[parameter.name] != "fp32"
+        and not parameter.do_not_specialize
     }
     source = ASTSource(kernel, signature, constants, aligned)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
@@ -78,6 +81,8 @@ def main(name: str, arch: str, dtype: str, tile: str, settings: str) -> None:
         "traps": len(re.findall(r"\bBPT\b", listing)),
         "spills": len(re.findall(r"\b(LDL|STL)\b", listing)),
         "shared": kernel.metadata.shared,
+        "copies": len(re.findall(r"\bLDGSTS", listing)),
+        "wide_copies": len(re.findall(r"\bLDGSTS\S*\.128\b", listing)),
     }
     print(json.dumps(report))
 

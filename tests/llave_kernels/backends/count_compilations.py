@@ -1,4 +1,4 @@
-"""Print, as JSON, the keys for which Triton kernels are compiled in calls of many sizes.
+"""Print, as JSON, the keys for which Triton kernels are compiled in calls of many shapes.
 
 A driver without a GPU stands in. Compilations are only recorded, and nothing runs.
 """
@@ -18,7 +18,7 @@ from llave_kernels.backends.protocol import LogSumExps
 from llave_kernels.rules import Rules
 
 SIZES = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 48, 50, 64, 100, 112, 128, 129, 160, 250, 256)
-D = 64
+WIDTHS = (1, 33, 64, 100, 200, 256)
 
 driver = SimpleNamespace(
     get_current_target=lambda: GPUTarget("cuda", 90, 32),
@@ -28,8 +28,14 @@ driver = SimpleNamespace(
 )
 
 
-def step(n: int, m: int) -> None:
-    query, target = torch.zeros(n, D), torch.zeros(m, D)
+def layouts(n: int, d: int) -> list[torch.Tensor]:
+    """Contiguous, transposed, every second column, and starting at no multiple of 16 bytes."""
+    offset = torch.zeros(n * d + 1)[1:].view(n, d)
+    return [torch.zeros(n, d), torch.zeros(d, n).T, torch.zeros(n, 2 * d)[:, ::2], offset]
+
+
+def step(query: torch.Tensor, target: torch.Tensor) -> None:
+    n, m = len(query), len(target)
     owners = torch.arange(m) % n
     rules = Rules(None, owners, None, None, None, 9.0, 9.0, "in_batch", None, True)
     scale = torch.tensor(50.0)
@@ -52,7 +58,10 @@ def main() -> None:
     triton.knobs.runtime.jit_cache_hook = note
     for n in SIZES:
         for m in (n, 3 * n):
-            step(n, m)
+            step(torch.zeros(n, 64), torch.zeros(m, 64))
+    for d in WIDTHS:
+        for query, target in zip(layouts(32, d), layouts(50, d), strict=True):
+            step(query, target)
     print(json.dumps({name: sorted(keys) for name, keys in compiled.items()}))
 
 

@@ -1,7 +1,7 @@
 """Machine code of the Triton kernels. Compiling it needs no GPU.
 
-For every tile of the table the code must have tensor-core instructions and no spills, and its
-shared memory must fit the chip.
+For every tile of the table the code must have tensor-core instructions, asynchronous copies of 16
+bytes and no spills, and its shared memory must fit the chip.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def keys(**environment: str) -> dict[str, list[str]]:
     return json.loads(run.stdout)
 
 
-def test_batches_of_every_size_share_one_kernel() -> None:
+def test_inputs_of_every_shape_and_layout_share_one_kernel() -> None:
     found = keys()
     assert {name: len(each) for name, each in found.items()} == dict.fromkeys(
         ("positive_kernel", "forward_kernel", "combine_kernel", "strip_kernel"), 1
@@ -90,6 +90,7 @@ def test_plain_path(kernel: str, arch: int, dtype: str, tile: tiles.Tile) -> Non
     found = machine_code(kernel, arch, dtype, tile)
     assert found["tensor_core"] > 0
     assert found["wgmma"] > 0 or arch < 90
+    assert 0 < found["copies"] == found["wide_copies"]  # asynchronous, 16 bytes each
     assert found["spills"] == 0
     assert found["shared"] <= SHARED_MEMORY[arch]
 
