@@ -167,11 +167,9 @@ def total_gradients(
     *,
     scale_gradient: bool,
 ) -> Gradients:
-    """As ``FusedLoss.total_gradients``. dS takes the upstream gradient, but for float16."""
+    """As ``FusedLoss.total_gradients``."""
     call = _Call(query, target, scale, rules)
-    factor, divisor = d_total, None
-    if query.dtype == torch.float16:  # the gain brings the slopes into its range, whatever d_total
-        factor, divisor = saved.kept, saved.kept / d_total
+    factor, divisor = products.factors(query.dtype, saved.kept, d_total)
     return call.gradients(
         saved.outputs, saved.slopes, factor, divisor, scale_gradient=scale_gradient
     )

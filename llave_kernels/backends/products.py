@@ -135,6 +135,16 @@ def gain(scale: Tensor, *upstream: Tensor) -> Tensor:
     return torch.exp2(torch.floor(LARGEST - torch.log2(bound)))
 
 
+def factors(dtype: torch.dtype, gain: Tensor, d_total: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What dS is multiplied by, and what the gradients are then divided by, for a total loss.
+
+    Args:
+        gain: the power of two that brings dS into the range of float16, without ``d_total``.
+        d_total: the upstream gradient ().
+    """
+    return (gain, gain / d_total) if dtype == torch.float16 else (d_total, None)
+
+
 def _halves(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.dtype.itemsize == 2 and multiplies_halves(a.device.type)
 

@@ -10,16 +10,17 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llave_kernels.backends import positives, tiles
-from llave_kernels.backends.products import gain
-from llave_kernels.backends.protocol import Gradients, LogSumExps
+from llave_kernels.backends.products import factors, gain
+from llave_kernels.backends.protocol import Gradients, LogSumExps, TotalLoss
 from llave_kernels.backends.rows import ROW_BYTES, aligned
-from llave_kernels.backends.strip_gemm import gradients, strip_workspace
+from llave_kernels.backends.strip_gemm import ALIGNMENT, gradients, strip_workspace
 from llave_kernels.precision import float32_matmul
 from llave_kernels.rules import Rules
 
@@ -30,10 +31,12 @@ if INSTALLED:
     import triton
 
     from llave_kernels.backends import triton_kernels as kernels
+    from llave_kernels.backends import triton_loss as loss
 
 SUPER_TILE = 16  # most tiles per program along each side; fewer if the GPU would not be full
 PROGRAMS_PER_SM = 4
 COMBINE_BLOCK = 128
+LOSS_BLOCK = 1024
 # Set here, because TRITON_DEFAULT_FP_FUSION in the environment would change the results.
 COMPILE = {"enable_fp_fusion": True}
 
@@ -84,8 +87,31 @@ def forward(
 ) -> LogSumExps:
     """The log-sum-exps, in float32."""
     call = _Forward(query, target, logit_scale, rules)
-    lses = call.run(call.tile())
-    return LogSumExps(call.positive_similarity() * logit_scale, *lses)
+    sizes = (len(query), len(query), len(target) if rules.symmetric else 0)
+    outputs = LogSumExps(*(query.new_empty(k, dtype=torch.float32) for k in sizes))
+    call.run(call.tile(), outputs)
+    torch.mul(call.positive_similarity(), logit_scale, out=outputs.positive)
+    return outputs
+
+
+def total_loss(
+    query: Tensor, target: Tensor, scale: float | Tensor, rules: Rules, weight: float
+) -> TotalLoss:
+    """As ``FusedLoss.total_loss``. It keeps the gain for float16."""
+    n, m = len(query), len(target)
+    length = -(-max(n, m) // ALIGNMENT) * ALIGNMENT  # so that every row is aligned
+    results = query.new_empty((7, length), dtype=torch.float32)
+    rows, columns, positive, d_positive, d_rows, d_columns, totals = results.unbind()
+    columns, d_columns = (x[: m if rules.symmetric else 0] for x in (columns, d_columns))
+    outputs = LogSumExps(positive[:n], rows[:n], columns)
+    slopes = LogSumExps(d_positive[:n], d_rows[:n], d_columns)
+    call = _Forward(query, target, scale, rules)
+    call.run(call.tile(), outputs)
+    loss.loss_kernel[(1,)](
+        call.positive_similarity(), scale, call.pairs.label, results, length, weight, n, m,
+        SYMMETRIC=rules.symmetric, BLOCK=LOSS_BLOCK, num_warps=8, **COMPILE,
+    )  # fmt: skip
+    return TotalLoss(totals[0], outputs, slopes, totals[1])
 
 
 def backward(
@@ -102,12 +128,25 @@ def backward(
     """The gradients. That of logit_scale is uninitialised unless ``scale_gradient``."""
     factor = gain(logit_scale, *upstream) if query.dtype == torch.float16 else None
     call = _Backward(query, target, logit_scale, rules, outputs, upstream, factor)
-    tile = call.tile()
-
-    def fill(ds: Tensor, start: int, stop: int) -> None:
-        call.fill(tile, ds, start, stop)
-
+    fill = partial(call.fill, call.tile())
     return gradients(query, target, logit_scale, fill, factor, scale_gradient=scale_gradient)
+
+
+def total_gradients(
+    d_total: Tensor,
+    query: Tensor,
+    target: Tensor,
+    scale: float | Tensor,
+    saved: TotalLoss,
+    rules: Rules,
+    *,
+    scale_gradient: bool,
+) -> Gradients:
+    """As ``FusedLoss.total_gradients``."""
+    factor, divisor = factors(query.dtype, saved.kept, d_total)
+    call = _Backward(query, target, scale, rules, saved.outputs, saved.slopes, factor)
+    fill = partial(call.fill, call.tile())
+    return gradients(query, target, scale, fill, divisor, scale_gradient=scale_gradient)
 
 
 def pairs(query: Tensor, target: Tensor, rules: Rules) -> kernels.Pairs:
@@ -145,7 +184,7 @@ class _Call:
 
     kernel: str
 
-    def __init__(self, query: Tensor, target: Tensor, scale: Tensor, rules: Rules) -> None:
+    def __init__(self, query: Tensor, target: Tensor, scale: float | Tensor, rules: Rules) -> None:
         self.pairs = pairs(query, target, rules)
         self.query, self.target, self.rules = aligned(query), aligned(target), rules
         n, (m, d) = len(query), self.target.shape
@@ -213,8 +252,8 @@ class _Forward(_Call):
         )  # fmt: skip
         return out
 
-    def run(self, tile: tiles.Tile) -> tuple[Tensor, Tensor]:
-        """Log-sum-exps of the rows (N,) and of the columns (M,), or (0,) in one direction."""
+    def run(self, tile: tiles.Tile, outputs: LogSumExps) -> None:
+        """Fill the log-sum-exps of the rows and of the columns."""
         n, m = self.sizes[:2]
         rows, columns = _super_tile(
             triton.cdiv(n, tile.bm), triton.cdiv(m, tile.bn), self.query.device
@@ -226,8 +265,9 @@ class _Forward(_Call):
             *self.inputs, *by_row, *(by_column or (None, None)), *self.sizes, rows, columns,
             **self.options(tile),
         )  # fmt: skip
-        target_lse = self.query.new_empty(0, dtype=torch.float32)
-        return _combine(*by_row), target_lse if by_column is None else _combine(*by_column)
+        _combine(*by_row, outputs.query_lse)
+        if by_column is not None:
+            _combine(*by_column, outputs.target_lse)
 
     def _partial(self, parts: int, length: int) -> tuple[Tensor, Tensor]:
         """Maxima and sums, (parts, length) each and uninitialised.
@@ -239,7 +279,10 @@ class _Forward(_Call):
         )
         return maximum, total
 
-    trial = run
+    def trial(self, tile: tiles.Tile) -> None:
+        n, m = len(self.query), len(self.target)
+        lses = (self.query.new_empty(k, dtype=torch.float32) for k in (n, n, m))
+        self.run(tile, LogSumExps(*lses))
 
 
 class _Backward(_Call):
@@ -249,7 +292,7 @@ class _Backward(_Call):
         self,
         query: Tensor,
         target: Tensor,
-        scale: Tensor,
+        scale: float | Tensor,
         rules: Rules,
         outputs: LogSumExps,
         upstream: LogSumExps,
@@ -284,10 +327,8 @@ def _super_tile(n_m: int, n_n: int, device: torch.device) -> tuple[int, int]:
     return rows, columns
 
 
-def _combine(maximum: Tensor, total: Tensor) -> Tensor:
+def _combine(maximum: Tensor, total: Tensor, lse: Tensor) -> None:
     parts, length = maximum.shape
-    lse = maximum.new_empty(length)
     kernels.combine_kernel[(triton.cdiv(length, COMBINE_BLOCK),)](
         maximum, total, lse, parts, length, BLOCK=COMBINE_BLOCK, **COMPILE
     )
-    return lse

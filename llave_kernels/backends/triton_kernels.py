@@ -61,9 +61,9 @@ def _exp(x):
 @triton.jit
 def _scale(p_scale):
     """The logit scale, from a pointer or as the number that it is."""
-    scale = p_scale
-    if p_scale.dtype.is_ptr():
-        scale = tl.load(p_scale)
+    scale = tl.to_tensor(p_scale)
+    if scale.dtype.is_ptr():
+        scale = tl.load(scale)
     return scale
 
 

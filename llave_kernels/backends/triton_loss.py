@@ -50,27 +50,27 @@ def _largest(x):
 
 @triton.jit(do_not_specialize=["N", "M"])
 def loss_kernel(
-    p_similarity, p_scale, p_label, p_lse, weight, N, M,
+    p_similarity, p_scale, p_label, p_lse, LENGTH, weight, N, M,
     SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The loss of all rows and its slopes, by one program, which sums in a fixed order.
 
-    ``p_lse`` holds the log-sum-exps of the rows and, in both directions, of the columns. Behind
-    them go the positives' logits, the slopes of the three, the weighted sum of the losses, and the
-    gain that brings dS into the range of float16 (``products.gain``).
+    ``p_lse`` (7, LENGTH) holds the log-sum-exps of the rows and of the columns. Further rows take
+    the positives' logits and the slopes of positives, rows and columns. The last takes the weighted
+    sum of the losses and the gain that brings dS into the range of float16 (``products.gain``).
     """
-    length = M if SYMMETRIC else 0
-    p_column = p_lse + N
-    p_positive = p_column + length
-    p_d_positive = p_positive + N
-    p_d_row = p_d_positive + N
-    p_d_column = p_d_row + N
-    p_total = p_d_column + length
+    p_column = p_lse + LENGTH
+    p_positive = p_lse + 2 * LENGTH
+    p_d_positive = p_lse + 3 * LENGTH
+    p_d_row = p_lse + 4 * LENGTH
+    p_d_column = p_lse + 5 * LENGTH
+    p_total = p_lse + 6 * LENGTH
     scale = _scale(p_scale)
     o = tl.arange(0, BLOCK)
-    for start in range(0, length, BLOCK):
-        tl.store(p_d_column + start + o, tl.zeros((BLOCK,), tl.float32), mask=start + o < length)
-    tl.debug_barrier()  # the zeros are written before the slopes
+    if SYMMETRIC:
+        for start in range(0, M, BLOCK):
+            tl.store(p_d_column + start + o, tl.zeros((BLOCK,), tl.float32), mask=start + o < M)
+        tl.debug_barrier()  # the zeros are written before the slopes
     b_loss = tl.zeros((BLOCK,), tl.float32)
     top_positive, top_row, top_column = 0.0, 0.0, 0.0
     for start in range(0, N, BLOCK):
@@ -102,4 +102,4 @@ def loss_kernel(
     bound = scale * (top_positive + top_row + top_column)
     bound = tl.minimum(tl.maximum(bound, SMALLEST), 1 / SMALLEST)
     tl.store(p_total, weight * tl.sum(b_loss, 0))
-    tl.store(p_total + 1, tl.exp2(tl.floor(LARGEST - tl.log2(bound))))
+    tl.store(p_total + 1, tl.exp2(tl.floor(-tl.log2(bound) + LARGEST)))
