@@ -19,7 +19,7 @@ BLOCK = 512  # bytes to which torch's allocator rounds
 # They launch nothing: allocations and views.
 IDLE = {
     "empty", "empty_like", "empty_strided", "new_empty", "alias", "as_strided", "detach", "expand",
-    "permute", "select", "slice", "split", "squeeze", "t", "transpose", "unsqueeze", "view",
+    "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
     "_unsafe_view",
 }  # fmt: skip
 
@@ -112,6 +112,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, backend: str) -> Accounts:
             # tests/csrc/test_extension.py shows that it is never more.
             forward_workspace=lambda problem, rows: rows * problem.m * 2 // 10 + (1 << 20),
             forward=lambda **given: launch("forward"),
+            loss=lambda **given: launch("loss"),
             backward=lambda **given: launch("backward"),
         )
         monkeypatch.setattr(cuda, "_cuda", stub)
@@ -120,6 +121,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, backend: str) -> Accounts:
     else:
         for name in ("positive_kernel", "forward_kernel", "combine_kernel", "strip_kernel"):
             monkeypatch.setattr(triton_backend.kernels, name, _Kernel(accounts, name))
+        monkeypatch.setattr(triton_backend.loss, "loss_kernel", _Kernel(accounts, "loss_kernel"))
         monkeypatch.setattr(triton_backend, "unavailable", lambda: None)
         monkeypatch.setattr(triton_backend, "supports", lambda query, target, rules: None)
         plain = tiles.TABLE[tiles.Kind(9, 2)].plain
