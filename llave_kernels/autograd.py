@@ -20,7 +20,6 @@ from llave_kernels.backends.protocol import (
     Gradients,
     LogSumExps,
     OneDirection,
-    TotalLoss,
 )
 from llave_kernels.precision import accumulation_dtype, scale_tensor
 from llave_kernels.rules import TENSORS, Rules
@@ -57,7 +56,7 @@ def total_loss(
     weight: float,
 ) -> Tensor:
     """``weight`` times the sum of the rows' losses, (). The rules are resolved."""
-    total: Tensor = _TotalLoss.apply(query, target, scale, backend, rules, weight)
+    total: Tensor = _TotalLoss.apply(query, target, scale, _fused(backend), rules, weight)
     return total
 
 
@@ -75,9 +74,41 @@ def one_direction_loss(
     return total * weight
 
 
-def _fused(backend: Backend) -> FusedLoss | None:
-    """The backend if it computes the loss itself, or None."""
-    return cast(FusedLoss, backend) if hasattr(backend, "total_loss") else None
+def _fused(backend: Backend) -> FusedLoss:
+    """The backend if it computes the loss itself, else the loss composed from its outputs."""
+    found = hasattr(backend, "total_loss")
+    return cast(FusedLoss, backend) if found else _Composed(backend)
+
+
+class _Composed:
+    """The ``FusedLoss`` of a backend that has none."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend, self.NAME = backend, backend.NAME
+
+    def total_loss(
+        self, query: Tensor, target: Tensor, scale: float | Tensor, rules: Rules, weight: float
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        outputs, kept = _forward(query, target, scale_tensor(scale, query), self.backend, rules)
+        total, slopes = losses.total_and_slopes(outputs, rules.labels, weight)
+        return total, (*outputs, *slopes, kept)
+
+    def total_gradients(
+        self,
+        d_total: Tensor,
+        query: Tensor,
+        target: Tensor,
+        scale: float | Tensor,
+        saved: tuple[Tensor, ...],
+        rules: Rules,
+        *,
+        scale_gradient: bool,
+    ) -> Gradients:
+        upstream = LogSumExps(*(slope * d_total for slope in saved[3:6]))
+        return self.backend.backward(
+            upstream, query, target, scale_tensor(scale, query), LogSumExps(*saved[:3]), saved[6],
+            rules, scale_gradient=scale_gradient,
+        )  # fmt: skip
 
 
 def _forward(
@@ -88,33 +119,6 @@ def _forward(
     kept = query.new_empty(shape, dtype=accumulation_dtype(query.dtype))
     with dispatch.running_on(query):
         return backend.forward(query, target, scale, rules, kept), kept
-
-
-def _backward(
-    upstream: LogSumExps,
-    query: Tensor,
-    target: Tensor,
-    scale: float | Tensor,
-    outputs: LogSumExps,
-    kept: Tensor,
-    rules: Rules,
-    backend: Backend,
-    *,
-    scale_gradient: bool,
-) -> Gradients:
-    """The gradients of the log-sum-exps, by the operator if something traces or transforms them.
-
-    The operator also refuses a second derivative.
-    """
-    scale = scale_tensor(scale, query)
-    if transforms.of_backward(*upstream):
-        return Gradients(*ops.contrastive_logsumexp_backward(
-            *upstream, *outputs, kept, scale_gradient, query, target, scale, backend.NAME, *rules
-        ))  # fmt: skip
-    with dispatch.running_on(query):
-        return backend.backward(
-            upstream, query, target, scale, outputs, kept, rules, scale_gradient=scale_gradient
-        )
 
 
 class _LogSumExp(Function):
@@ -133,13 +137,22 @@ class _LogSumExp(Function):
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         query, target, scale, *saved = ctx.saved_tensors
-        outputs, learnable = LogSumExps(*saved[:3]), ctx.needs_input_grad[2]
+        outputs, kept, learnable = LogSumExps(*saved[:3]), saved[3], ctx.needs_input_grad[2]
+        rules = Rules(*saved[4:], *ctx.settings)
         pairs = zip(given, outputs, strict=True)
-        upstream = (torch.zeros_like(x) if d is None else d.contiguous() for d, x in pairs)
-        dq, dt, d_scale = _backward(
-            LogSumExps(*upstream), query, target, scale, outputs, saved[3],
-            Rules(*saved[4:], *ctx.settings), ctx.backend, scale_gradient=learnable,
-        )  # fmt: skip
+        upstream = LogSumExps(
+            *(torch.zeros_like(x) if d is None else d.contiguous() for d, x in pairs)
+        )
+        if transforms.of_backward(*upstream):
+            found = ops.contrastive_logsumexp_backward(
+                *upstream, *outputs, kept, learnable, query, target, scale, ctx.backend.NAME, *rules
+            )
+        else:
+            with dispatch.running_on(query):
+                found = ctx.backend.backward(
+                    upstream, query, target, scale, outputs, kept, rules, scale_gradient=learnable
+                )
+        dq, dt, d_scale = found
         return dq, dt, d_scale if learnable else None, None, None
 
 
@@ -152,42 +165,56 @@ class _TotalLoss(Function):
         query: Tensor,
         target: Tensor,
         scale: float | Tensor,
-        backend: Backend,
+        backend: FusedLoss,
         rules: Rules,
         weight: float,
     ) -> Tensor:
-        if (fused := _fused(backend)) is not None:
-            with dispatch.running_on(query):
-                total, outputs, slopes, kept = fused.total_loss(query, target, scale, rules, weight)
-        else:
-            outputs, kept = _forward(query, target, scale_tensor(scale, query), backend, rules)
-            total, slopes = losses.total_and_slopes(outputs, rules.labels, weight)
+        with dispatch.running_on(query):
+            total, saved = backend.total_loss(query, target, scale, rules, weight)
         ctx.number, tensor = (None, scale) if isinstance(scale, Tensor) else (scale, None)
-        ctx.save_for_backward(query, target, tensor, *outputs, *slopes, kept, *rules[:TENSORS])
-        ctx.backend, ctx.settings = backend, rules[TENSORS:]
+        ctx.save_for_backward(query, target, tensor, *rules[:TENSORS], *saved)
+        ctx.backend, ctx.settings, ctx.weight = backend, rules[TENSORS:], weight
         return total
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        query, target, scale, *saved = ctx.saved_tensors
+        query, target, scale, *rest = ctx.saved_tensors
+        rules, saved = Rules(*rest[:TENSORS], *ctx.settings), rest[TENSORS:]
+        learnable = ctx.needs_input_grad[2]
         scale = ctx.number if scale is None else scale
-        outputs, slopes, kept = LogSumExps(*saved[:3]), LogSumExps(*saved[3:6]), saved[6]
-        rules, learnable = Rules(*saved[7:], *ctx.settings), ctx.needs_input_grad[2]
-        fused = _fused(ctx.backend)
-        if fused is None or transforms.of_backward(d_total):
-            upstream = LogSumExps(*(slope * d_total for slope in slopes))
-            found = _backward(
-                upstream, query, target, scale, outputs, kept, rules, ctx.backend,
-                scale_gradient=learnable,
-            )  # fmt: skip
+        if transforms.of_backward(d_total):
+            found = _graph_gradients(d_total, query, target, scale, ctx.backend, rules, ctx.weight)
         else:
             with dispatch.running_on(query):
-                found = fused.total_gradients(
-                    d_total, query, target, scale, TotalLoss(d_total, outputs, slopes, kept), rules,
-                    scale_gradient=learnable,
-                )  # fmt: skip
+                found = ctx.backend.total_gradients(
+                    d_total, query, target, scale, saved, rules, scale_gradient=learnable
+                )
         dq, dt, d_scale = found
         return dq, dt, d_scale if learnable else None, None, None, None
+
+
+def _graph_gradients(
+    d_total: Tensor,
+    query: Tensor,
+    target: Tensor,
+    scale: float | Tensor,
+    backend: FusedLoss,
+    rules: Rules,
+    weight: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of ``total_loss``, which a graph or a transform sees.
+
+    The operators compute the log-sum-exps once more. They refuse a second derivative.
+    """
+    scale = scale_tensor(scale, query)
+    with torch.no_grad():
+        *outputs, kept = ops.contrastive_logsumexp(query, target, scale, backend.NAME, *rules)
+        slopes = losses.total_and_slopes(LogSumExps(*outputs), rules.labels, weight)[1]
+    upstream = [slope * d_total for slope in slopes]
+    found: tuple[Tensor, Tensor, Tensor] = ops.contrastive_logsumexp_backward(
+        *upstream, *outputs, kept, True, query, target, scale, backend.NAME, *rules
+    )
+    return found
 
 
 class _OneDirectionLoss(Function):

@@ -7,8 +7,7 @@ runs the call or raises an error that says why not.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import cast
 
 import torch
@@ -98,14 +97,16 @@ def one_direction(name: str, query: Tensor) -> OneDirection | None:
     return cast(OneDirection, backend) if merges is not None and merges(query) else None
 
 
-@contextmanager
-def running_on(query: Tensor) -> Iterator[None]:
+def running_on(query: Tensor) -> AbstractContextManager[object]:
     """Run on the device of ``query`` with autocast off. The public functions have applied it."""
     kind, device = query.device.type, query.device.index
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    casts = torch.is_autocast_enabled(kind) if torch.amp.is_autocast_available(kind) else False
     elsewhere = kind == "cuda" and device != torch.cuda.current_device()
-    with (
-        torch.autocast(kind, enabled=False) if casts else nullcontext(),
-        torch.cuda.device(device) if elsewhere else nullcontext(),
-    ):
-        yield
+    if not casts and not elsewhere:
+        return nullcontext()
+    stack = ExitStack()
+    if casts:
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    if elsewhere:
+        stack.enter_context(torch.cuda.device(device))
+    return stack

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import sysconfig
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ import torch
 from torch import Tensor
 
 from llave_kernels.backends import positives, products, strip_gemm
-from llave_kernels.backends.protocol import Gradients, LogSumExps, TotalLoss
+from llave_kernels.backends.protocol import Gradients, LogSumExps
 from llave_kernels.backends.rows import aligned
 from llave_kernels.precision import float32_matmul
 from llave_kernels.rules import Rules
 
 NAME = "cuda"
 ARCHITECTURE = "LLAVE_CUDA_ARCH"
+OUTPUTS = LogSumExps._fields
+UPSTREAM = tuple("d_" + name for name in OUTPUTS)
 BUILD_NOTE = Path(__file__).parents[1] / "cuda_build.txt"  # written by setup.py
 
 
@@ -113,31 +116,31 @@ def forward(
     """The log-sum-exps, in float32."""
     call = _Call(query, target, logit_scale, rules)
     outputs = LogSumExps(*(query.new_empty(k, dtype=torch.float32) for k in call.lengths))
-    call.forward(outputs)
+    call.forward(*(x.data_ptr() for x in outputs))
     return outputs
 
 
 def total_loss(
     query: Tensor, target: Tensor, scale: float | Tensor, rules: Rules, weight: float
-) -> TotalLoss:
-    """As ``FusedLoss.total_loss``. It keeps the gain for float16."""
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """As ``FusedLoss.total_loss``. It saves the results: six vectors, the gain and the total."""
     call = _Call(query, target, scale, rules)
-    lengths = call.lengths
-    memory = query.new_empty(2 * sum(lengths) + 2, dtype=torch.float32)
-    *vectors, total, gain = memory.split_with_sizes([*lengths, *lengths, 1, 1])
-    outputs, slopes = LogSumExps(*vectors[:3]), LogSumExps(*vectors[3:])
-    call.forward(outputs)
+    results = query.new_empty(2 * sum(call.lengths) + 2, dtype=torch.float32)
+    *vectors, gain, total = call.places(results)
+    outputs, slopes = vectors[:3], vectors[3:]
+    call.forward(*outputs)
     _cuda.loss(
         device=call.launch["device"],
         problem=call.problem,
         stream=call.launch["stream"],
         weight=weight,
-        total=total.data_ptr(),
-        gain=gain.data_ptr(),
-        **_addresses(outputs),
-        **_addresses(slopes, "d_"),
+        total=total,
+        gain=gain,
+        **dict(zip(OUTPUTS, outputs, strict=True)),
+        **dict(zip(UPSTREAM, slopes, strict=True)),
     )
-    return TotalLoss(total.view(()), outputs, slopes, gain.view(()))
+    # Without .data, a loss that is changed in place would count as a change of what is saved.
+    return results.data[-1], (results,)
 
 
 def backward(
@@ -154,7 +157,8 @@ def backward(
     """The gradients. That of logit_scale is uninitialised unless ``scale_gradient``."""
     gain = products.gain(logit_scale, *upstream) if query.dtype == torch.float16 else None
     call = _Call(query, target, logit_scale, rules)
-    return call.gradients(outputs, upstream, gain, gain, scale_gradient=scale_gradient)
+    vectors = [x.data_ptr() for x in (*outputs, *upstream)]
+    return call.gradients(vectors, gain, gain, scale_gradient=scale_gradient)
 
 
 def total_gradients(
@@ -162,17 +166,17 @@ def total_gradients(
     query: Tensor,
     target: Tensor,
     scale: float | Tensor,
-    saved: TotalLoss,
+    saved: tuple[Tensor, ...],
     rules: Rules,
     *,
     scale_gradient: bool,
 ) -> Gradients:
     """As ``FusedLoss.total_gradients``."""
     call = _Call(query, target, scale, rules)
-    factor, divisor = products.factors(query.dtype, saved.kept, d_total)
-    return call.gradients(
-        saved.outputs, saved.slopes, factor, divisor, scale_gradient=scale_gradient
-    )
+    (results,) = saved
+    factor, divisor = products.factors(query.dtype, results[-2], d_total)
+    vectors = call.places(results)[:6]
+    return call.gradients(vectors, factor, divisor, scale_gradient=scale_gradient)
 
 
 class _Call:
@@ -182,7 +186,7 @@ class _Call:
         if query.device.type != _cuda.device:
             raise ValueError(f"query is on {query.device}, not on a {_cuda.device} device")
         self.query, self.target, self.scale = query, target, scale
-        n, m = len(query), len(target)
+        n, m = query.shape[0], target.shape[0]
         self.lengths = n, n, m if rules.symmetric else 0  # of LogSumExps
         query, target = aligned(query), aligned(target)
         row_limit = column_limit = None
@@ -223,9 +227,15 @@ class _Call:
             "stream": stream,
         }
 
-    def forward(self, outputs: LogSumExps) -> None:
-        """Fill the log-sum-exps."""
-        n, m, itemsize = len(self.query), len(self.target), self.query.dtype.itemsize
+    def places(self, results: Tensor) -> list[int]:
+        """The addresses of the vectors and numbers in the results of ``total_loss``."""
+        sizes = accumulate((0, *self.lengths, *self.lengths, 1))
+        start = results.data_ptr()
+        return [start + 4 * size for size in sizes]
+
+    def forward(self, positive: int, query_lse: int, target_lse: int) -> None:
+        """Fill the log-sum-exps at these addresses."""
+        n, m, itemsize = self.query.shape[0], self.target.shape[0], self.query.dtype.itemsize
         rows = strip_gemm.strip_rows(n, m, itemsize)
         workspace_bytes = _cuda.forward_workspace(self.problem, rows)
         workspace = self.query.new_empty(workspace_bytes, dtype=torch.uint8)
@@ -236,28 +246,34 @@ class _Call:
                 stop=min(start + rows, n),
                 workspace=workspace.data_ptr(),
                 workspace_bytes=workspace_bytes,
-                **_addresses(outputs),
+                positive=positive,
+                query_lse=query_lse,
+                target_lse=target_lse,
             )
 
     def gradients(
         self,
-        outputs: LogSumExps,
-        upstream: LogSumExps,
+        vectors: list[int],
         factor: Tensor | None,
         divisor: Tensor | None,
         *,
         scale_gradient: bool,
     ) -> Gradients:
-        """The gradients, from dS times ``factor``, over ``divisor``. None is 1."""
+        """The gradients, from dS times ``factor``, over ``divisor``. None is 1.
+
+        ``vectors``: the addresses of the log-sum-exps and of their upstream gradients.
+        """
+        _, query_lse, target_lse, *upstream = vectors
+        given = dict(zip(UPSTREAM, upstream, strict=True))
 
         def fill(ds: Tensor, start: int, stop: int) -> None:
             _cuda.backward(
                 **self.launch,
                 start=start,
                 stop=stop,
-                query_lse=outputs.query_lse.data_ptr(),
-                target_lse=outputs.target_lse.data_ptr(),
-                **_addresses(upstream, "d_"),
+                query_lse=query_lse,
+                target_lse=target_lse,
+                **given,
                 gain=_address(factor),
                 ds=ds.data_ptr(),
                 pitch=ds.stride(0),
@@ -266,10 +282,6 @@ class _Call:
         return strip_gemm.gradients(
             self.query, self.target, self.scale, fill, divisor, scale_gradient=scale_gradient
         )
-
-
-def _addresses(values: LogSumExps, prefix: str = "") -> dict[str, int]:
-    return {prefix + name: x.data_ptr() for name, x in zip(values._fields, values, strict=True)}
 
 
 def _address(x: Tensor | None) -> int:

@@ -36,22 +36,6 @@ class Gradients(NamedTuple):
     logit_scale: Tensor
 
 
-class TotalLoss(NamedTuple):
-    """A weighted sum of the rows' losses, and what its gradients are made from.
-
-    Attributes:
-        total: () the sum.
-        outputs: the log-sum-exps.
-        slopes: the gradients of ``total`` with respect to ``outputs``.
-        kept: what the forward keeps for the backward.
-    """
-
-    total: Tensor
-    outputs: LogSumExps
-    slopes: LogSumExps
-    kept: Tensor
-
-
 class Backend(Protocol):
     """Computes the log-sum-exps of a batch, and their gradients.
 
@@ -132,12 +116,14 @@ class FusedLoss(Protocol):
     Eager calls use it. It saves the launches that would compose the loss from the log-sum-exps.
     """
 
+    NAME: str
+
     def total_loss(
         self, query: Tensor, target: Tensor, scale: float | Tensor, rules: Rules, weight: float
-    ) -> TotalLoss:
-        """``weight`` times the sum of the rows' losses.
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """``weight`` times the sum of the rows' losses (), and what the gradients are made from.
 
-        ``scale`` is a number, or a tensor () as in ``Backend``.
+        ``scale`` is a number, or a tensor () as in ``Backend``. The loss may be changed in place.
         """
 
     def total_gradients(
@@ -146,7 +132,7 @@ class FusedLoss(Protocol):
         query: Tensor,
         target: Tensor,
         scale: float | Tensor,
-        saved: TotalLoss,
+        saved: tuple[Tensor, ...],
         rules: Rules,
         *,
         scale_gradient: bool,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llave_kernels.backends import positives, tiles
 from llave_kernels.backends.products import factors, gain
-from llave_kernels.backends.protocol import Gradients, LogSumExps, TotalLoss
+from llave_kernels.backends.protocol import Gradients, LogSumExps
 from llave_kernels.backends.rows import ROW_BYTES, aligned
 from llave_kernels.backends.strip_gemm import ALIGNMENT, gradients, strip_workspace
 from llave_kernels.precision import float32_matmul
@@ -96,22 +96,25 @@ def forward(
 
 def total_loss(
     query: Tensor, target: Tensor, scale: float | Tensor, rules: Rules, weight: float
-) -> TotalLoss:
-    """As ``FusedLoss.total_loss``. It keeps the gain for float16."""
-    n, m = len(query), len(target)
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """As ``FusedLoss.total_loss``. It saves the results, as ``loss_kernel`` lays them out."""
+    n, m = query.shape[0], target.shape[0]
     length = -(-max(n, m) // ALIGNMENT) * ALIGNMENT  # so that every row is aligned
     results = query.new_empty((7, length), dtype=torch.float32)
-    rows, columns, positive, d_positive, d_rows, d_columns, totals = results.unbind()
-    columns, d_columns = (x[: m if rules.symmetric else 0] for x in (columns, d_columns))
-    outputs = LogSumExps(positive[:n], rows[:n], columns)
-    slopes = LogSumExps(d_positive[:n], d_rows[:n], d_columns)
     call = _Forward(query, target, scale, rules)
-    call.run(call.tile(), outputs)
+    call.run(call.tile(), _outputs(results, n, m, rules))
     loss.loss_kernel[(1,)](
         call.positive_similarity(), scale, call.pairs.label, results, length, weight, n, m,
         SYMMETRIC=rules.symmetric, BLOCK=LOSS_BLOCK, num_warps=8, **COMPILE,
     )  # fmt: skip
-    return TotalLoss(totals[0], outputs, slopes, totals[1])
+    # Without .data, a loss that is changed in place would count as a change of what is saved.
+    return results.data[6, 0], (results,)
+
+
+def _outputs(results: Tensor, n: int, m: int, rules: Rules) -> LogSumExps:
+    """The log-sum-exps, or their slopes, in three rows of the results."""
+    positive, rows, columns = results[:3].unbind()
+    return LogSumExps(positive[:n], rows[:n], columns[: m if rules.symmetric else 0])
 
 
 def backward(
@@ -137,14 +140,17 @@ def total_gradients(
     query: Tensor,
     target: Tensor,
     scale: float | Tensor,
-    saved: TotalLoss,
+    saved: tuple[Tensor, ...],
     rules: Rules,
     *,
     scale_gradient: bool,
 ) -> Gradients:
     """As ``FusedLoss.total_gradients``."""
-    factor, divisor = factors(query.dtype, saved.kept, d_total)
-    call = _Backward(query, target, scale, rules, saved.outputs, saved.slopes, factor)
+    (results,) = saved
+    n, m = query.shape[0], target.shape[0]
+    outputs, slopes = (_outputs(x, n, m, rules) for x in (results, results[3:]))
+    factor, divisor = factors(query.dtype, results[6, 1], d_total)
+    call = _Backward(query, target, scale, rules, outputs, slopes, factor)
     fill = partial(call.fill, call.tile())
     return gradients(query, target, scale, fill, divisor, scale_gradient=scale_gradient)
 

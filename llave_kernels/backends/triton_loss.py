@@ -55,12 +55,14 @@ def loss_kernel(
 ):  # fmt: skip
     """The loss of all rows and its slopes, by one program, which sums in a fixed order.
 
-    ``p_lse`` (7, LENGTH) holds the log-sum-exps of the rows and of the columns. Further rows take
-    the positives' logits and the slopes of positives, rows and columns. The last takes the weighted
-    sum of the losses and the gain that brings dS into the range of float16 (``products.gain``).
+    ``p_lse`` (7, LENGTH): the first row takes the positives' logits. The next two hold the
+    log-sum-exps of rows and columns. Three rows take the slopes of these three. The last takes the
+    weighted sum of the losses, and the gain that brings dS into the range of float16
+    (``products.gain``).
     """
-    p_column = p_lse + LENGTH
-    p_positive = p_lse + 2 * LENGTH
+    p_positive = p_lse
+    p_row = p_lse + LENGTH
+    p_column = p_lse + 2 * LENGTH
     p_d_positive = p_lse + 3 * LENGTH
     p_d_row = p_lse + 4 * LENGTH
     p_d_column = p_lse + 5 * LENGTH
@@ -77,7 +79,7 @@ def loss_kernel(
         o_m = start + o
         m_m = o_m < N
         b_positive = tl.load(p_similarity + o_m, mask=m_m, other=0.0) * scale
-        b_row = tl.load(p_lse + o_m, mask=m_m, other=-INF) - b_positive
+        b_row = tl.load(p_row + o_m, mask=m_m, other=-INF) - b_positive
         b_term, b_slope = _softplus_and_slope(b_row)
         if SYMMETRIC:
             b_label = _labels(p_label, o_m, N, M)

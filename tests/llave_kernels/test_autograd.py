@@ -89,6 +89,15 @@ def test_a_backward_may_run_twice(backend: str) -> None:
         assert torch.equal(a, b)
 
 
+def test_a_loss_may_be_changed_in_place(backend: str) -> None:
+    query, target = (x.requires_grad_() for x in embeddings(6, 6, 4))
+    loss = hardness_weighted_contrastive_loss(query, target, backend=backend)
+    expected = torch.autograd.grad(loss / 4, (query, target), retain_graph=True)
+    loss /= 4  # as loops do that accumulate gradients
+    for a, b in zip(torch.autograd.grad(loss, (query, target)), expected, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_inputs_changed_in_place_are_noticed(backend: str, reduction: str) -> None:
     query, target = embeddings(6, 6, 4)
