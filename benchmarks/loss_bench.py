@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import llave_kernels
 from benchmarks import data, report, workers
-from benchmarks.peers import FLOPS, PEERS, SCALE, refusals
+from benchmarks.peers import FLOPS, PEERS, RULES, SCALE, refusals
 
 # Beyond so many rows the float64 values take longer than the measurements. They are left out there.
 TRUTH_LIMIT = {"cpu": 8192, "cuda": 32768}
@@ -60,6 +60,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--impl", nargs="+", choices=list(PEERS), help="default: all that can run")
     parser.add_argument(
         "--negatives", type=int, default=0, help="mined negatives per query, with --data random"
+    )
+    parser.add_argument(
+        "--rule", choices=list(RULES), help="a rule about which pairs count; only ours take it"
     )
     parser.add_argument("--alpha", type=float, default=9.0)
     parser.add_argument("--one-direction", action="store_true", help="query -> target only")
@@ -148,7 +151,7 @@ def measure(
         return answer
 
     shared = {"device": options.device, "dtype": options.dtype, "alpha": options.alpha}
-    shared["symmetric"] = not options.one_direction
+    shared |= {"symmetric": not options.one_direction, "rule": options.rule}
     for name in group:
         if name not in running:
             running[name] = workers.Worker("measure", shared | {"impl": name}, folder)
@@ -234,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     options.out.mkdir(parents=True, exist_ok=True)
     symmetric = not options.one_direction
-    reasons = refusals(options.device, symmetric, options.negatives > 0)
+    reasons = refusals(options.device, symmetric, options.negatives > 0, options.rule)
     asked = options.impl or list(PEERS)
     for name in asked:
         if reasons[name] is not None:
@@ -254,11 +257,12 @@ def main(argv: list[str] | None = None) -> None:
         try:
             for label, query, target in sets:
                 (n, d), m = query.shape, len(target)
+                label = f"{label} {options.rule}" if options.rule else label
                 progress.set_description(f"{label} N={n} D={d} float64")
                 inputs = folder / "inputs.pt"
                 torch.save((query, target), inputs)
-                small = n <= TRUTH_LIMIT[options.device]
-                truth = truths(names, inputs, options) if small else {}
+                known = n <= TRUTH_LIMIT[options.device] and options.rule is None
+                truth = truths(names, inputs, options) if known else {}
                 group, files = {}, {}
                 for name in names:
                     kind = alphas(name, options)
@@ -306,6 +310,8 @@ def _notes(rows: list[dict[str, Any]], options: argparse.Namespace, machine: str
         )
     yield "Extra MiB: peak beyond the inputs in one forward + backward, the two gradients included."
     yield "Errors: by norm, against float64 values of the loss with the alphas shown."
+    if options.rule:
+        yield "No errors with a rule: the float64 values are of the loss without."
     limit = TRUTH_LIMIT[options.device]
     if any(row["n"] > limit for row in rows):
         yield f"No errors beyond N = {limit}: the float64 values would take too long."

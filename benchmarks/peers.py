@@ -6,6 +6,8 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +21,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Job:
-    """What one measurement computes. ``alpha`` is the command line's."""
+    """What one measurement computes. ``alpha`` and ``rule`` are the command line's."""
 
     alpha: float
     symmetric: bool
+    rule: str | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Peer:
         directions: which numbers of directions it can compute.
         query_alpha, target_alpha: whether it applies the hardness weight in that direction.
         negatives: whether it takes mined negatives, that is, more targets than queries.
+        rules: whether it takes ``RULES``.
         unavailable: says why it cannot run on this machine, or None.
     """
 
@@ -48,9 +52,12 @@ class Peer:
     query_alpha: bool = True
     target_alpha: bool = True
     negatives: bool = False
+    rules: bool = False
     unavailable: Callable[[], str | None] = lambda: None
 
-    def refusal(self, device: str, symmetric: bool, negatives: bool) -> str | None:
+    def refusal(
+        self, device: str, symmetric: bool, negatives: bool, rule: str | None
+    ) -> str | None:
         """Why it cannot take part, or None."""
         if self.gpu_only and device != "cuda":
             return "needs a GPU"
@@ -62,11 +69,38 @@ class Peer:
             return "computes both directions; leave out --one-direction"
         if negatives and not self.negatives:
             return "takes no mined negatives; leave out --negatives"
+        if rule and not self.rules:
+            return "takes no rules; leave out --rule"
         return self.unavailable()
+
+
+def _owners(n: int, m: int, device: torch.device) -> dict[str, Any]:
+    """Those of a gathered batch: each target is its own."""
+    return {"owners": torch.arange(m, device=device)}
+
+
+def _ids(n: int, m: int, device: torch.device) -> dict[str, Any]:
+    """Two neighbours have the same content."""
+    sizes = {"query_ids": n, "target_ids": m}
+    return {name: torch.arange(k, device=device) // 2 for name, k in sizes.items()}
+
+
+def _margin(n: int, m: int, device: torch.device) -> dict[str, Any]:
+    return {"false_negative_margin": 0.1}
+
+
+def _all(n: int, m: int, device: torch.device) -> dict[str, Any]:
+    every = (_owners, _ids, _margin)
+    return {name: value for rule in every for name, value in rule(n, m, device).items()}
+
+
+RULES = {"owners": _owners, "ids": _ids, "margin": _margin, "all": _all}
 
 
 def ours(backend: str) -> Callable[[Job], Loss]:
     def build(job: Job) -> Loss:
+        # Made once, as a trainer would do, and not timed.
+        rules = lru_cache(RULES[job.rule] if job.rule else lambda n, m, device: {})
         return lambda query, target: hardness_weighted_contrastive_loss(
             query,
             target,
@@ -74,6 +108,7 @@ def ours(backend: str) -> Callable[[Job], Loss]:
             alpha=job.alpha,
             symmetric=job.symmetric,
             backend=backend,
+            **rules(len(query), len(target), query.device),
         )
 
     return build
@@ -171,6 +206,16 @@ def liger(job: Job) -> Loss:
     return loss
 
 
+def quack(job: Job) -> Loss:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def loss(query: Tensor, target: Tensor) -> Tensor:
+        labels = torch.arange(len(query), device=query.device)
+        return chunked_linear_cross_entropy(SCALE * query, target, labels)
+
+    return loss
+
+
 def inf_cl(job: Job) -> Loss:
     """Inf-CL's single-GPU kernel. It returns a loss per row and takes D in heads up to 256."""
     from inf_cl import cal_flash_loss
@@ -197,6 +242,7 @@ def _backend(name: str) -> Peer:
         ours(name),
         gpu_only=name != "torch",
         negatives=True,
+        rules=True,
         unavailable=lambda: available_backends()[name],
     )
 
@@ -219,6 +265,7 @@ PEERS: dict[str, Peer] = {f"llave-{name}": _backend(name) for name in available_
     "memeff": Peer(memeff, package="memeff", gpu_only=True, directions=(2,), **UNWEIGHTED),
     "cce-exact": Peer(cut_cross_entropy, package="cut_cross_entropy", **ONE_WAY),
     "liger": Peer(liger, package="liger_kernel", **ONE_WAY),
+    "quack": Peer(quack, package="quack", **ONE_WAY),
 }
 # FLOPs in units of NMD, by whether both directions are computed. The convention is the same for all
 # implementations. One direction takes the logits and two gradient products. Both take 2NMD more,
@@ -226,6 +273,8 @@ PEERS: dict[str, Peer] = {f"llave-{name}": _backend(name) for name in available_
 FLOPS = {True: 8, False: 6}
 
 
-def refusals(device: str, symmetric: bool, negatives: bool) -> dict[str, str | None]:
+def refusals(
+    device: str, symmetric: bool, negatives: bool, rule: str | None = None
+) -> dict[str, str | None]:
     """Why each implementation does not take part in this run, or None where it does."""
-    return {name: peer.refusal(device, symmetric, negatives) for name, peer in PEERS.items()}
+    return {name: peer.refusal(device, symmetric, negatives, rule) for name, peer in PEERS.items()}

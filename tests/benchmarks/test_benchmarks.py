@@ -19,7 +19,7 @@ from llave_kernels.reference import reference_loss
 from tests.helpers import relative_error
 
 ROOT = Path(__file__).parents[2]
-COMMITTED = sorted(ROOT.glob("benchmarks/results/**/*.csv"))
+COMMITTED = sorted(ROOT.glob("benchmarks/results/**/loss_bench.csv"))
 
 
 @pytest.mark.parametrize("name", ["llave-torch", "authors", "dense"])
@@ -73,7 +73,7 @@ def test_installed_peers_compute_what_they_are_held_against(
     name: str, symmetric: bool, negatives: int
 ) -> None:
     peer = peers.PEERS[name]
-    if (reason := peer.refusal("cpu", symmetric, negatives > 0)) is not None:
+    if (reason := peer.refusal("cpu", symmetric, negatives > 0, None)) is not None:
         pytest.skip(reason)
     query, target = data.random(40, 12, negatives)
     value = peer.build(peers.Job(9.0, symmetric))(query, target)
@@ -103,6 +103,25 @@ def test_a_run_leaves_csv_and_plots(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert float(row["floor_ms"]) == pytest.approx(max(work, moved))
     assert (tmp_path / "loss_bench_D8.png").stat().st_size > 1000
     assert "llave-torch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rule", list(peers.RULES))
+def test_a_run_with_a_rule_is_named_by_it(rule: str, tmp_path: Path) -> None:
+    arguments = ["--data", "random", "--sizes", "24", "--dims", "8", "--device", "cpu"]
+    arguments += ["--seconds", "0.01", "--rule", rule, "--out", str(tmp_path)]
+    loss_bench.main(arguments)
+    (row,) = report.read_csv(tmp_path / "loss_bench.csv")
+    assert (row["impl"], row["data"], row["status"]) == ("llave-torch", f"random {rule}", "ok")
+    assert row["loss_error"] == ""
+    assert f"random {rule} N=24" in report.digest([row])[0]
+
+
+@pytest.mark.parametrize("rule", list(peers.RULES))
+def test_rules_are_those_of_the_loss(rule: str) -> None:
+    query, target = data.random(40, 12)
+    value = peers.PEERS["llave-torch"].build(peers.Job(9.0, True, rule))(query, target)
+    given = peers.RULES[rule](40, 40, query.device)
+    assert relative_error(value, reference_loss(query.double(), target.double(), **given)) < 2e-5
 
 
 def test_out_of_memory_is_shown_as_such(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 import llave_kernels
+from benchmarks import machine_code
 from llave_kernels.backends import cuda, strip_gemm
 from llave_kernels.backends.cuda import _cuda as simulated
 from llave_kernels.backends.protocol import LogSumExps
@@ -265,22 +265,12 @@ def test_a_device_is_asked_once_whatever_the_threads(tmp_path: Path) -> None:
     assert found == "1 1 1"
 
 
-def machine_code(path: Path, kind: str = "-sass") -> Iterator[tuple[str, str]]:
-    """The mangled name and code of each kernel in ``path``: SASS, or PTX with ``-ptx``."""
-    triton = pytest.importorskip("triton")
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    run = subprocess.run([tool, kind, path], capture_output=True, text=True, check=True)
-    for block in run.stdout.split("Function : " if kind == "-sass" else ".entry ")[1:]:
-        name, _, code = block.partition("\n")
-        yield name, code
-
-
 @needs_build
 def test_machine_code_uses_tensor_cores_and_spills_nothing() -> None:
     assert BUILT is not None
     _, architectures, _ = call_built([])
     seen = []
-    for name, code in machine_code(BUILT):
+    for name, code in machine_code.functions(BUILT):
         found = re.search(r"(Forward|Backward)Epilogue.*?4TileILi(\d+)E", name)
         if found is None:
             assert "combine_kernel" in name
@@ -305,7 +295,7 @@ def test_no_kernel_holds_a_trap(kind: str) -> None:
     GPUs of a later architecture take the PTX, so it is checked too.
     """
     assert BUILT is not None
-    kernels = list(machine_code(BUILT, kind))
+    kernels = list(machine_code.functions(BUILT, kind))
     _, architectures, _ = call_built([])
     assert kernels or (kind == "-ptx" and architectures == [90])
     for name, code in kernels:

@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import normalize
 
 from llave_kernels import hardness_weighted_contrastive_loss
+from llave_kernels.backends import strip_gemm
 from tests.helpers import assert_contract, embeddings, fused
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -29,6 +30,14 @@ def on_gpu(n: int, m: int, d: int, dtype: torch.dtype = torch.bfloat16) -> list[
 @pytest.mark.parametrize("shape", [(129, 257, 65), (1500, 3000, 384), (4000, 4000, 200)])
 def test_large_shapes(backend: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     assert_contract(*on_gpu(*shape, dtype), 50.0, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_gradients_over_several_strips(
+    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strip_gemm, "WORKSPACE", 1 << 20)
+    assert_contract(*on_gpu(1500, 1500, 200, dtype), 50.0, backend=backend)
 
 
 def test_bit_determinism(backend: str) -> None:

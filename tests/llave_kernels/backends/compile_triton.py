@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Collection
@@ -18,8 +17,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import machine_code
 from llave_kernels.backends import tiles, triton_kernels
 
+# These arguments are None unless a call has such rules.
+RULES = (
+    "p_label", "p_owner", "p_query_id", "p_target_id", "p_row_limit", "p_column_limit",
+    "target_alpha",
+)  # fmt: skip
 INTEGERS = {"p_label", "p_owner", "p_query_id", "p_target_id"}
 
 
@@ -71,10 +76,7 @@ def main(name: str, arch: str, dtype: str, tile: str, settings: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
-        bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        listing = subprocess.run(
-            [str(bundled), "-sass", str(cubin)], capture_output=True, text=True, check=True
-        ).stdout
+        ((_, listing),) = machine_code.functions(cubin)
     report = {
         "tensor_core": len(re.findall(r"\bHGMMA|\bHMMA", listing)),
         "wgmma": len(re.findall(r"\bHGMMA", listing)),

@@ -16,20 +16,14 @@ from pathlib import Path
 import pytest
 
 from llave_kernels.backends import tiles
+from tests.llave_kernels.backends.compile_triton import RULES
 
 ROOT = Path(__file__).parents[3]
 FUSION = "TRITON_DEFAULT_FP_FUSION"
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may use
 
 # It compiles one kernel in a process without the interpreter and prints what it found.
-SCRIPT = Path(__file__).with_name("compile_triton.py")
-
-
-# These arguments are None unless a call has such rules.
-RULES = (
-    "p_label", "p_owner", "p_query_id", "p_target_id", "p_row_limit", "p_column_limit",
-    "target_alpha",
-)  # fmt: skip
+MODULE = "tests.llave_kernels.backends.compile_triton"
 
 
 def machine_code(
@@ -40,8 +34,10 @@ def machine_code(
         absent = [*absent, "p_gain"]
     settings = {"absent": absent} | more
     arguments = [kernel, str(arch), dtype, json.dumps(tile), json.dumps(settings)]
-    command = [sys.executable, str(SCRIPT), *arguments]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", MODULE, *arguments]
+    run = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT
+    )
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     assert found["traps"] == 0
