@@ -123,10 +123,11 @@ def forward(
 def total_loss(
     query: Tensor, target: Tensor, scale: float | Tensor, rules: Rules, weight: float
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """As ``FusedLoss.total_loss``. It saves the results: six vectors, the gain and the total."""
+    """As ``FusedLoss.total_loss``. It saves the results: six vectors and the gain."""
     call = _Call(query, target, scale, rules)
-    results = query.new_empty(2 * sum(call.lengths) + 2, dtype=torch.float32)
-    *vectors, gain, total = call.places(results)
+    results = query.new_empty(2 * sum(call.lengths) + 1, dtype=torch.float32)
+    total = query.new_empty((), dtype=torch.float32)
+    *vectors, gain = call.places(results)
     outputs, slopes = vectors[:3], vectors[3:]
     call.forward(*outputs)
     _cuda.loss(
@@ -134,13 +135,12 @@ def total_loss(
         problem=call.problem,
         stream=call.launch["stream"],
         weight=weight,
-        total=total,
+        total=total.data_ptr(),
         gain=gain,
         **dict(zip(OUTPUTS, outputs, strict=True)),
         **dict(zip(UPSTREAM, slopes, strict=True)),
     )
-    # Without .data, a loss that is changed in place would count as a change of what is saved.
-    return results.data[-1], (results,)
+    return total, (results,)
 
 
 def backward(
@@ -174,7 +174,7 @@ def total_gradients(
     """As ``FusedLoss.total_gradients``."""
     call = _Call(query, target, scale, rules)
     (results,) = saved
-    factor, divisor = products.factors(query.dtype, results[-2], d_total)
+    factor, divisor = products.factors(query.dtype, results[-1], d_total)
     vectors = call.places(results)[:6]
     return call.gradients(vectors, factor, divisor, scale_gradient=scale_gradient)
 
@@ -228,8 +228,8 @@ class _Call:
         }
 
     def places(self, results: Tensor) -> list[int]:
-        """The addresses of the vectors and numbers in the results of ``total_loss``."""
-        sizes = accumulate((0, *self.lengths, *self.lengths, 1))
+        """The addresses of the vectors and of the gain in the results of ``total_loss``."""
+        sizes = accumulate((0, *self.lengths, *self.lengths))
         start = results.data_ptr()
         return [start + 4 * size for size in sizes]
 

@@ -101,14 +101,14 @@ def total_loss(
     n, m = query.shape[0], target.shape[0]
     length = -(-max(n, m) // ALIGNMENT) * ALIGNMENT  # so that every row is aligned
     results = query.new_empty((7, length), dtype=torch.float32)
+    total = query.new_empty((), dtype=torch.float32)
     call = _Forward(query, target, scale, rules)
     call.run(call.tile(), _outputs(results, n, m, rules))
     loss.loss_kernel[(1,)](
-        call.positive_similarity(), scale, call.pairs.label, results, length, weight, n, m,
+        call.positive_similarity(), scale, call.pairs.label, results, total, length, weight, n, m,
         SYMMETRIC=rules.symmetric, BLOCK=LOSS_BLOCK, num_warps=8, **COMPILE,
     )  # fmt: skip
-    # Without .data, a loss that is changed in place would count as a change of what is saved.
-    return results.data[6, 0], (results,)
+    return total, (results,)
 
 
 def _outputs(results: Tensor, n: int, m: int, rules: Rules) -> LogSumExps:
@@ -149,7 +149,7 @@ def total_gradients(
     (results,) = saved
     n, m = query.shape[0], target.shape[0]
     outputs, slopes = (_outputs(x, n, m, rules) for x in (results, results[3:]))
-    factor, divisor = factors(query.dtype, results[6, 1], d_total)
+    factor, divisor = factors(query.dtype, results[6, 0], d_total)
     call = _Backward(query, target, scale, rules, outputs, slopes, factor)
     fill = partial(call.fill, call.tile())
     return gradients(query, target, scale, fill, divisor, scale_gradient=scale_gradient)

@@ -50,15 +50,15 @@ def _largest(x):
 
 @triton.jit(do_not_specialize=["N", "M"])
 def loss_kernel(
-    p_similarity, p_scale, p_label, p_lse, LENGTH, weight, N, M,
+    p_similarity, p_scale, p_label, p_lse, p_row_sum, LENGTH, weight, N, M,
     SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The loss of all rows and its slopes, by one program, which sums in a fixed order.
 
     ``p_lse`` (7, LENGTH): the first row takes the positives' logits. The next two hold the
     log-sum-exps of rows and columns. Three rows take the slopes of these three. The last takes the
-    weighted sum of the losses, and the gain that brings dS into the range of float16
-    (``products.gain``).
+    gain that brings dS into the range of float16 (``products.gain``). ``p_row_sum`` () takes the
+    weighted sum of the rows' losses.
     """
     p_positive = p_lse
     p_row = p_lse + LENGTH
@@ -66,7 +66,7 @@ def loss_kernel(
     p_d_positive = p_lse + 3 * LENGTH
     p_d_row = p_lse + 4 * LENGTH
     p_d_column = p_lse + 5 * LENGTH
-    p_total = p_lse + 6 * LENGTH
+    p_gain = p_lse + 6 * LENGTH
     scale = _scale(p_scale)
     o = tl.arange(0, BLOCK)
     if SYMMETRIC:
@@ -103,5 +103,5 @@ def loss_kernel(
         tl.store(p_d_row + o_m, b_slope, mask=m_m)
     bound = scale * (top_positive + top_row + top_column)
     bound = tl.minimum(tl.maximum(bound, SMALLEST), 1 / SMALLEST)
-    tl.store(p_total, weight * tl.sum(b_loss, 0))
-    tl.store(p_total + 1, tl.exp2(tl.floor(-tl.log2(bound) + LARGEST)))
+    tl.store(p_row_sum, weight * tl.sum(b_loss, 0))
+    tl.store(p_gain, tl.exp2(tl.floor(-tl.log2(bound) + LARGEST)))
