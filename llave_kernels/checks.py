@@ -255,6 +255,14 @@ def columns(
     return value.to(torch.int64)
 
 
+def every_column(name: str, value: range, m: int) -> None:
+    if value != range(m):
+        raise ValueError(
+            f"{name} as a range must be range({m}), which makes every column its own owner, got "
+            f"{value}; pass a tensor for other owners"
+        )
+
+
 def rule_tensors(
     query: Tensor,
     target: Tensor,

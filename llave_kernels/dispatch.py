@@ -18,8 +18,7 @@ from llave_kernels.backends import cuda, torch_backend, triton_backend
 from llave_kernels.backends.protocol import Backend, OneDirection
 from llave_kernels.rules import Rules
 
-# In order of preference. The last one supports every call. triton comes before cuda until
-# benchmarks/results say which is faster.
+# In order of preference, but for what ``_first`` says. The last one supports every call.
 BACKENDS: list[Backend] = [triton_backend, cuda, torch_backend]
 OVERRIDE = "LLAVE_BACKEND"
 
@@ -84,10 +83,24 @@ def choose(name: str, query: Tensor, target: Tensor, rules: Rules) -> str:
         return supporting(asked, query, target, rules, source).NAME
     *preferred, everywhere = BACKENDS
     if query.device.type != "cpu":
+        first = _first(query)
+        preferred.sort(key=lambda backend: backend is not first)
         for backend in preferred:  # torch 2.8 can trace a loop
             if backend.unavailable() is None and backend.supports(query, target, rules) is None:
                 return backend.NAME
     return everywhere.NAME
+
+
+def _first(query: Tensor) -> Backend | None:
+    """The backend that comes first for such inputs, whatever the order of ``BACKENDS``.
+
+    ``cuda`` leads at every D on sm_90 in half precision. That is counted from its machine code
+    (benchmarks/results/static), not measured.
+    """
+    half_on_gpu = query.device.type == "cuda" and query.dtype.itemsize == 2
+    if half_on_gpu and torch.cuda.get_device_capability(query.device)[0] == 9:
+        return cuda
+    return None
 
 
 def one_direction(name: str, query: Tensor) -> OneDirection | None:

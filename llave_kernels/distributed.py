@@ -138,7 +138,7 @@ def checked(
         "backend": backend,
     }
     held = RuleSettings.__annotations__
-    told |= {name: value for name, value in rules.arguments().items() if name in held}
+    told |= {name: value for name, value in rules.arguments(len(target)).items() if name in held}
     # A number is compared without a look at the device.
     known = (
         scale

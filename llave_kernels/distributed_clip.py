@@ -124,7 +124,7 @@ def _against_constants(call: Call, rows: list[int]) -> Tensor:
         directions.append(
             hardness_weighted_contrastive_loss(
                 own, everything, logit_scale=call.scale, alpha=call.rules.alpha, symmetric=False,
-                labels=labels, owners=torch.arange(len(everything), device=device),
+                labels=labels, owners=range(len(everything)),
                 backend=call.backend,
             )
         )  # fmt: skip

@@ -42,7 +42,7 @@ def resolve(
     symmetric: bool = True,
     target_alpha: float | None = None,
     labels: Tensor | None = None,
-    owners: Tensor | None = None,
+    owners: Tensor | range | None = None,
     query_ids: Tensor | None = None,
     target_ids: Tensor | None = None,
     false_negative_margin: float | None = None,
@@ -63,15 +63,20 @@ def resolve(
     symmetric = checks.flag("symmetric", symmetric)
     margin = checks.margin(false_negative_margin, dtype)
     scale = checks.logit_scale(logit_scale, max(alpha, target_alpha), dtype, device)
-    labels, owners = checks.rule_tensors(
-        query, target, labels=labels, owners=owners, query_ids=query_ids, target_ids=target_ids,
+    found: Tensor | None = None
+    if isinstance(owners, range):
+        checks.every_column("owners", owners, m)
+    else:
+        found = owners
+    labels, found = checks.rule_tensors(
+        query, target, labels=labels, owners=found, query_ids=query_ids, target_ids=target_ids,
         symmetric=symmetric,
     )  # fmt: skip
     if owners is None:
-        owners = default_owners(n, m, device)
+        found = default_owners(n, m, device)
     # In one go: torch 2.8 cannot trace _replace.
     rules = Rules(
-        labels, owners, query_ids, target_ids, None, alpha, target_alpha, hardness, margin,
+        labels, found, query_ids, target_ids, None, alpha, target_alpha, hardness, margin,
         symmetric,
     )  # fmt: skip
     return scale, rules

@@ -50,7 +50,7 @@ def similarity_logsumexp(
     symmetric: bool = True,
     target_alpha: float | None = None,
     labels: Tensor | None = None,
-    owners: Tensor | None = None,
+    owners: Tensor | range | None = None,
     query_ids: Tensor | None = None,
     target_ids: Tensor | None = None,
     false_negative_margin: float | None = None,
@@ -59,7 +59,8 @@ def similarity_logsumexp(
     """``reference_logsumexp`` of similarities (N, M). ``allowance`` (N,): see ``tie_allowance``."""
     n, m = s.shape
     labels = torch.arange(n, device=s.device) if labels is None else labels
-    owners = torch.arange(m, device=s.device) % n if owners is None else owners
+    if owners is None or isinstance(owners, range):
+        owners = torch.arange(m, device=s.device) % (n if owners is None else m)
     positive = s.gather(1, labels[:, None]).squeeze(1)
 
     is_positive = labels[:, None] == torch.arange(m, device=s.device)

@@ -6,7 +6,7 @@ A new pair rule starts here, as an argument in ``RuleArguments`` and a field of 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, TypedDict, cast, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple, TypedDict, cast, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -45,14 +45,16 @@ class RuleTensors(TypedDict, total=False):
     Attributes:
         labels: (N,) integer, column of each row's positive. Default: ``arange(N)``.
         owners: (M,) integer, the column of the positive that each column belongs to. A positive
-            belongs to itself. Default: ``arange(M) % N``.
+            belongs to itself. ``range(M)`` says that every column is its own owner, as in a
+            gathered batch without mined negatives. It costs less than the same tensor. Default:
+            ``arange(M) % N``.
         query_ids: (N,) int64 content ids. A negative with its row's id duplicates the positive and
             is left out. Needs ``target_ids``. Default: none.
         target_ids: (M,) int64 content ids. Needs ``query_ids``.
     """
 
     labels: Tensor | None
-    owners: Tensor | None
+    owners: Tensor | range | None
     query_ids: Tensor | None
     target_ids: Tensor | None
 
@@ -100,10 +102,13 @@ class Rules(NamedTuple):
         """Whether a pair has the same logit in both directions. They then share an exponential."""
         return self.margin is None and self.alpha == self.target_alpha
 
-    def arguments(self) -> RuleArguments:
-        """The rules as ``functional.resolve`` takes them."""
-        given = dict(zip(self._fields, self, strict=True))  # torch 2.8 cannot trace _asdict
+    def arguments(self, m: int) -> RuleArguments:
+        """The rules as ``functional.resolve`` takes them for ``m`` columns."""
+        given: dict[str, Any] = dict(
+            zip(self._fields, self, strict=True)
+        )  # torch 2.8 cannot trace _asdict
         del given["column_limit"]
+        given["owners"] = range(m) if self.owners is None else self.owners
         given["false_negative_margin"] = given.pop("margin")
         return cast(RuleArguments, given)
 

@@ -53,7 +53,7 @@ def scores_loss(
     scale, resolved = functional.resolve(scores, shape_of_targets, logit_scale, **rules)
     at_least_float32 = scores.to(torch.promote_types(scores.dtype, torch.float32))
     return similarity_loss(
-        at_least_float32, logit_scale=scale, reduction=reduction, **resolved.arguments()
+        at_least_float32, logit_scale=scale, reduction=reduction, **resolved.arguments(m)
     )
 
 

@@ -19,8 +19,8 @@ BLOCK = 512  # bytes to which torch's allocator rounds
 # They launch nothing: allocations and views.
 IDLE = {
     "empty", "empty_like", "empty_strided", "new_empty", "alias", "as_strided", "detach", "expand",
-    "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
-    "_unsafe_view",
+    "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose",
+    "unbind", "unsqueeze", "view", "_unsafe_view",
 }  # fmt: skip
 
 

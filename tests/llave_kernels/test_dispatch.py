@@ -68,6 +68,18 @@ def test_auto_takes_the_first_gpu_backend_that_fits(monkeypatch: pytest.MonkeyPa
     assert chosen() == "cuda"
     refusals["cuda"] = "no"
     assert chosen() == "torch"
+    refusals |= {"triton": None, "cuda": None}
+    for dtype, capability, name in (
+        (torch.bfloat16, (9, 0), "cuda"),
+        (torch.float16, (9, 0), "cuda"),
+        (torch.float32, (9, 0), "triton"),
+        (torch.bfloat16, (8, 0), "triton"),
+        (torch.bfloat16, (10, 0), "triton"),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        with FakeTensorMode():
+            query = torch.empty(4, 8, device="cuda", dtype=dtype)
+            assert dispatch.choose("auto", query, query, RULES) == name
     monkeypatch.setattr(dispatch, "BACKENDS", [cuda, triton_backend, torch_backend])
     refusals |= {"triton": None, "cuda": None}
     assert chosen() == "cuda"

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import llave_kernels.ops  # noqa: F401  (registers torch.ops.llave)
-from llave_kernels import dispatch
+from llave_kernels import dispatch, hardness_weighted_contrastive_loss
 from llave_kernels.backends.protocol import LogSumExps
 from llave_kernels.backends.torch_backend import kept_shape, one_direction
-from llave_kernels.reference import reference_logsumexp
+from llave_kernels.reference import reference_logsumexp, reference_loss
 from llave_kernels.rules import Rules, at_labels
 from tests.helpers import clear_margin, embeddings, relative_error
 
@@ -93,6 +93,34 @@ def test_one_direction_of_a_label_outside() -> None:
     assert bool(dq[BAD].isnan().all())
     assert torch.equal(loss[GOOD], whole[0][GOOD])
     assert relative_error(dq[GOOD], whole[1].query[GOOD]) < 1e-6
+
+
+def test_a_range_of_owners_is_the_identity(backend: str) -> None:
+    query, target = (x.requires_grad_() for x in embeddings(5, 13, 8))
+    labels = torch.randperm(13)[:5]
+    results = []
+    for owners in (range(13), torch.arange(13)):
+        loss = hardness_weighted_contrastive_loss(
+            query, target, labels=labels, owners=owners, hardness="all", backend=backend
+        )
+        results.append([loss, *torch.autograd.grad(loss, (query, target))])
+        expected = reference_loss(
+            query.double(),
+            target.double(),
+            labels=labels,
+            owners=owners,
+            hardness="all",
+            logit_scale=50.0,
+            alpha=9.0,
+        )
+        assert relative_error(loss, expected) < 1e-5
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) < 1e-5
+    for wrong in (range(12), range(1, 13), range(0, 26, 2)):
+        with pytest.raises(ValueError, match=r"owners as a range must be range\(13\)"):
+            hardness_weighted_contrastive_loss(
+                query, target, labels=labels, owners=wrong, backend=backend
+            )
 
 
 def test_an_owner_outside_owns_nothing(backend: str) -> None:

@@ -79,9 +79,7 @@ def test_launches(
 ) -> None:
     """The largest operands have one pass each: no zeros, no sums beside the products."""
     accounts = accounting.pretend(monkeypatch, "cuda")
-    monkeypatch.setattr(
-        strip_gemm, "strip_rows", lambda n, m, itemsize: n if strips == 1 else ROWS
-    )
+    monkeypatch.setattr(strip_gemm, "strip_rows", lambda n, m, itemsize: n if strips == 1 else ROWS)
     query, target = (torch.empty(k, 40, dtype=dtype, device="meta") for k in (ROWS * strips, 500))
     scale = torch.empty((), device="meta")
     gain = scale if dtype == torch.float16 else None
