@@ -201,7 +201,15 @@ def ceilings(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def environment(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """The columns that say where a row of the CSV comes from."""
-    gpu = options.device == "cuda"
+    return where(options.device, ["benchmarks/loss_bench.py", *argv]) | {
+        "dtype": options.dtype,
+        "directions": 1 if options.one_direction else 2,
+    }
+
+
+def where(device: str, command: list[str]) -> dict[str, Any]:
+    """The machine, the versions, the date and the command."""
+    gpu = device == "cuda"
     return {
         "machine": torch.cuda.get_device_name() if gpu else _cpu(),
         "cores": os.cpu_count(),
@@ -209,10 +217,8 @@ def environment(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "llave": llave_kernels.__version__,
-        "dtype": options.dtype,
-        "directions": 1 if options.one_direction else 2,
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "command": shlex.join(["python", "benchmarks/loss_bench.py", *argv]),
+        "command": shlex.join(["python", *command]),
     }
 
 

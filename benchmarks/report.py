@@ -66,12 +66,12 @@ def _alphas(row: Row) -> str:
     return ", ".join(f"{alpha:g}" for alpha in both if alpha is not None)
 
 
-def write_csv(rows: list[Row], path: Path) -> None:
+def write_csv(rows: list[Row], path: Path, columns: list[str] = COLUMNS) -> None:
     """One row for each measurement."""
 
     def write(beside: Path) -> None:
         with beside.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
 
