@@ -88,10 +88,10 @@ class _Composed:
 
     def total_loss(
         self, query: Tensor, target: Tensor, scale: float | Tensor, rules: Rules, weight: float
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, tuple[Tensor, ...], None]:
         outputs, kept = _forward(query, target, scale_tensor(scale, query), self.backend, rules)
         total, slopes = losses.total_and_slopes(outputs, rules.labels, weight)
-        return total, (*outputs, *slopes, kept)
+        return total, (*outputs, *slopes, kept), None
 
     def total_gradients(
         self,
@@ -101,6 +101,7 @@ class _Composed:
         scale: float | Tensor,
         saved: tuple[Tensor, ...],
         rules: Rules,
+        prepared: object,
         *,
         scale_gradient: bool,
     ) -> Gradients:
@@ -170,16 +171,26 @@ class _TotalLoss(Function):
         weight: float,
     ) -> Tensor:
         with dispatch.running_on(query):
-            total, saved = backend.total_loss(query, target, scale, rules, weight)
+            total, saved, prepared = backend.total_loss(query, target, scale, rules, weight)
         ctx.number, tensor = (None, scale) if isinstance(scale, Tensor) else (scale, None)
         ctx.save_for_backward(query, target, tensor, *rules[:TENSORS], *saved)
         ctx.backend, ctx.settings, ctx.weight = backend, rules[TENSORS:], weight
+        ctx.prepared = (
+            None if prepared is None else (prepared, query, target, tensor, *rules[:TENSORS])
+        )
         return total
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        query, target, scale, *rest = ctx.saved_tensors
+        saved_tensors = ctx.saved_tensors
+        query, target, scale, *rest = saved_tensors
         rules, saved = Rules(*rest[:TENSORS], *ctx.settings), rest[TENSORS:]
+        # It is not kept beyond the first backward, which frees what is saved too.
+        prepared, ctx.prepared = ctx.prepared, None
+        if prepared is not None:
+            prepared, *before = prepared
+            same = zip(before, saved_tensors, strict=False)
+            prepared = prepared if all(a is b for a, b in same) else None
         learnable = ctx.needs_input_grad[2]
         scale = ctx.number if scale is None else scale
         if transforms.of_backward(d_total):
@@ -187,7 +198,7 @@ class _TotalLoss(Function):
         else:
             with dispatch.running_on(query):
                 found = ctx.backend.total_gradients(
-                    d_total, query, target, scale, saved, rules, scale_gradient=learnable
+                    d_total, query, target, scale, saved, rules, prepared, scale_gradient=learnable
                 )
         dq, dt, d_scale = found
         return dq, dt, d_scale if learnable else None, None, None, None

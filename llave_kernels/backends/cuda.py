@@ -122,7 +122,7 @@ def forward(
 
 def total_loss(
     query: Tensor, target: Tensor, scale: float | Tensor, rules: Rules, weight: float
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> tuple[Tensor, tuple[Tensor, ...], object]:
     """As ``FusedLoss.total_loss``. It saves the results: six vectors and the gain."""
     call = _Call(query, target, scale, rules)
     results = query.new_empty(2 * sum(call.lengths) + 1, dtype=torch.float32)
@@ -140,7 +140,7 @@ def total_loss(
         **dict(zip(OUTPUTS, outputs, strict=True)),
         **dict(zip(UPSTREAM, slopes, strict=True)),
     )
-    return total, (results,)
+    return total, (results,), None if call.copies else call
 
 
 def backward(
@@ -168,11 +168,12 @@ def total_gradients(
     scale: float | Tensor,
     saved: tuple[Tensor, ...],
     rules: Rules,
+    prepared: object,
     *,
     scale_gradient: bool,
 ) -> Gradients:
     """As ``FusedLoss.total_gradients``."""
-    call = _Call(query, target, scale, rules)
+    call = prepared if isinstance(prepared, _Call) else _Call(query, target, scale, rules)
     (results,) = saved
     factor, divisor = products.factors(query.dtype, results[-1], d_total)
     vectors = call.places(results)[:6]
@@ -203,6 +204,7 @@ class _Call:
         }
         held = {name: None if x is None else x.contiguous() for name, x in tensors.items()}
         self.held = query, target, held
+        self.copies = query is not self.query or target is not self.target  # as large as inputs
         self.problem = _cuda.Problem(
             type=str(query.dtype).removeprefix("torch."),
             query=query.data_ptr(),
@@ -213,7 +215,7 @@ class _Call:
             m=m,
             d=query.shape[1],
             scale=scale if isinstance(scale, float) else scale.data_ptr(),
-            **{name: _address(x) for name, x in held.items()},
+            **{name: 0 if x is None else x.data_ptr() for name, x in held.items()},
             alpha=rules.alpha,
             target_alpha=rules.target_alpha,
             hardness=rules.hardness,

@@ -120,10 +120,12 @@ class FusedLoss(Protocol):
 
     def total_loss(
         self, query: Tensor, target: Tensor, scale: float | Tensor, rules: Rules, weight: float
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, tuple[Tensor, ...], object]:
         """``weight`` times the sum of the rows' losses (), and what the gradients are made from.
 
         ``scale`` is a number, or a tensor () as in ``Backend``. The loss may be changed in place.
+        The second result is saved for the backward. The third is whatever spares
+        ``total_gradients`` some work if the inputs are still the same objects.
         """
 
     def total_gradients(
@@ -134,7 +136,11 @@ class FusedLoss(Protocol):
         scale: float | Tensor,
         saved: tuple[Tensor, ...],
         rules: Rules,
+        prepared: object,
         *,
         scale_gradient: bool,
     ) -> Gradients:
-        """The gradients, from the total's upstream gradient (). The rest is as in ``Backend``."""
+        """The gradients, from the total's upstream gradient (). The rest is as in ``Backend``.
+
+        ``prepared`` is the third result of ``total_loss``, or None.
+        """

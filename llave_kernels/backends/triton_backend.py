@@ -96,7 +96,7 @@ def forward(
 
 def total_loss(
     query: Tensor, target: Tensor, scale: float | Tensor, rules: Rules, weight: float
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> tuple[Tensor, tuple[Tensor, ...], None]:
     """As ``FusedLoss.total_loss``. It saves the results, as ``loss_kernel`` lays them out."""
     n, m = query.shape[0], target.shape[0]
     length = -(-max(n, m) // ALIGNMENT) * ALIGNMENT  # so that every row is aligned
@@ -108,7 +108,7 @@ def total_loss(
         call.positive_similarity(), scale, call.pairs.label, results, total, length, weight, n, m,
         SYMMETRIC=rules.symmetric, BLOCK=LOSS_BLOCK, num_warps=8, **COMPILE,
     )  # fmt: skip
-    return total, (results,)
+    return total, (results,), None
 
 
 def _outputs(results: Tensor, n: int, m: int, rules: Rules) -> LogSumExps:
@@ -142,6 +142,7 @@ def total_gradients(
     scale: float | Tensor,
     saved: tuple[Tensor, ...],
     rules: Rules,
+    prepared: object,
     *,
     scale_gradient: bool,
 ) -> Gradients:
