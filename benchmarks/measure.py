@@ -135,8 +135,8 @@ def serve(options: dict[str, Any], lines: TextIO) -> None:
         name, _, argument = line.partition(" ")
         if name == "prepare":
             files, measured = json.loads(argument), None  # frees the last inputs' memory
-            job = Job(*(options[name] for name in ("alpha", "symmetric", "rule")))
-            loss = PEERS[options["impl"]].build(job)
+            build = PEERS[options["impl"]].build
+            loss = build(Job(*(options[name] for name in ("alpha", "symmetric", "rule"))))
             inputs = torch.load(files["inputs"], weights_only=True)
             pair = [x.to(options["device"], precision(options["dtype"])) for x in inputs]
             measured = Measured(loss, *pair)

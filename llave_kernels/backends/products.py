@@ -11,7 +11,6 @@ AMD. For 512 x 8,192 from D = 1,024 on two cores, oneDNN reaches 481 GFLOP/s and
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from threading import Lock
 
@@ -28,7 +27,12 @@ WIDENED = 1 << 21  # numbers widened at a time: 8 MiB of float32
 # The largest float16 is 65504, almost twice this.
 LARGEST = 15.0  # log2 of the largest |dS| after the gain
 SMALLEST = -100.0  # log2 of the smallest |dS| that the gain brings up to the largest
-_SETTING = Lock()  # of torch's own setting, which all threads share
+# torch's settings that let cuBLAS round the parts of a split sum to half precision
+ROUNDED_PARTS = {
+    torch.bfloat16: "allow_bf16_reduced_precision_reduction",
+    torch.float16: "allow_fp16_reduced_precision_reduction",
+}
+_SETTINGS = Lock()  # all threads share them
 
 
 @lru_cache
@@ -56,12 +60,25 @@ def store_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     if _halves(a, b) and out.dtype == torch.float32:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
     elif _halves(a, b):
-        with _parts_in_float32(out):
-            torch.mm(a, b, out=out)
+        _store_halves(out, a, b)
     elif a.dtype == b.dtype == out.dtype and a.dtype.itemsize > 2 and not _takes_onednn(a, b):
         torch.mm(a, b, out=out)
     else:
         out.copy_(product(a, b))
+
+
+def _store_halves(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out = a @ b`` with the parts of a split sum in float32."""
+    settings, name = torch.backends.cuda.matmul, ROUNDED_PARTS[out.dtype]
+    with _SETTINGS:
+        allowed = getattr(settings, name)
+        try:
+            if allowed:
+                setattr(settings, name, False)
+            torch.mm(a, b, out=out)
+        finally:
+            if allowed:
+                setattr(settings, name, True)
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -79,25 +96,6 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
             out[part] += product(a[part], b)
     else:
         out.addmm_(a, b)
-
-
-@contextmanager
-def _parts_in_float32(out: Tensor) -> Iterator[None]:
-    """Keep the parts of a split sum in float32.
-
-    By default torch lets cuBLAS round each part to half precision.
-    """
-    name = f"allow_{'bf' if out.dtype == torch.bfloat16 else 'fp'}16_reduced_precision_reduction"
-    settings = torch.backends.cuda.matmul
-    with _SETTING:
-        if not getattr(settings, name):
-            yield
-            return
-        setattr(settings, name, False)
-        try:
-            yield
-        finally:
-            setattr(settings, name, True)
 
 
 def rounding(x: Tensor) -> float:
