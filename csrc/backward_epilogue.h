@@ -5,113 +5,197 @@
 
 #include "epilogue.h"
 #include "fragment.h"
-#include "pairs.h"
+#include "tile_pairs.h"
 #include "tiles.h"
 
 namespace llave {
 
+// A tile whose log-sum-exps all lie within a window takes one exponential per pair where both
+// directions share the logit z. With c the window's upper end,
+//   dS = exp(z - c) (d_query exp(c - lse_query) + d_target exp(c - lse_target)).
+// Each pair that counts has z <= both lse <= c, so exp(z - c) is at most 1. It vanishes below
+// exp(-87). A pair that vanishes has a share below exp(-87 + kWindow), or 4e-21, of either sum. The
+// other exponentials lie between 1 and exp(kWindow), so a small upstream gradient loses no digits.
+// Whatever is not finite, or overflows, lies outside the window.
 template <class Warp, class Element, class Tile>
 class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
   using Place_ = Place<Tile>;
-  static constexpr int kRows = Tile::kRows;
+  static constexpr int kRows = Tile::kRows, kColumns = Tile::kColumns;
+  static constexpr int kWarps = Place_::kThreads / 32;
+  static constexpr float kWindow = 40.0f, kLargest = 1e30f;
+
+  // Of a tile's rows or columns: the log-sum-exp, the upstream gradient, and what the gradient
+  // weighs in the window.
+  template <int kLength>
+  struct Side {
+    float lse[kLength], gradient[kLength], weight[kLength];
+
+    // Returns whether it lies in the window. Beyond the edge, everything is 0.
+    CUTE_DEVICE bool load(int k, float lse_k, float gradient_k, float c) {
+      lse[k] = finite(lse_k);
+      gradient[k] = gradient_k;
+      weight[k] = gradient_k * exponential(c - lse[k]);
+      return lse_k <= c && lse_k >= c - kWindow && fabsf(weight[k]) <= kLargest;
+    }
+    CUTE_DEVICE void load_nothing(int k) { lse[k] = gradient[k] = weight[k] = 0.0f; }
+  };
 
  public:
-  struct SharedStorage {};
+  struct SharedStorage {
+    TilePairs<Warp, Tile> pairs;
+    Side<kRows> rows;
+    Side<kColumns> columns;
+    float positive[kRows];
+    int outside[kWarps];  // whether some row or column that the warp loaded is not in the window
+  };
   using TensorStorage = SharedStorage;
   using EpilogueInterface<BackwardOutputs>::EpilogueInterface;
 
   template <class Shape, class Block, class Coordinate, class Engine, class Layout, class Mma,
             class Residue>
   CUTE_DEVICE void operator()(Shape, Block, Coordinate tile,
-                              cute::Tensor<Engine, Layout> const& accumulators, Mma, Residue,
-                              int thread, char*) {
+                              cute::Tensor<Engine, Layout> accumulators, Mma, Residue,
+                              int thread, char* storage) {
     using namespace cute;
     const Problem& p = params.problem;
+    const Rules& rules = p.rules;
     const BackwardOutputs& out = params.outputs;
     const int i0 = get<0>(tile) * kRows, j0 = get<1>(tile) * kColumns;
     if (i0 >= p.n || j0 >= p.m) return;  // a cluster may reach beyond the last tile
 
+    thread = Warp::opaque(thread);
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(storage);
+    const float scale = p.logit_scale();
+    const float upper = out.query_lse[i0] + kWindow / 2;
+    Warp::synchronize(Place_::kThreads);  // the previous tile's data have been read
+    shared.pairs.load(p, i0, j0, thread);
+    load_sides(shared, i0, j0, thread, upper, scale);
+    Warp::synchronize(Place_::kThreads);
+
     const Place_ place(thread);
     Tensor s = make_tensor(accumulators.data(), matrix_layout(accumulators.layout()));
-    constexpr int R = decltype(size<0>(s))::value;
-    const float scale = p.logit_scale();
-    const float gain = out.gain == nullptr ? scale : scale * *out.gain;
-    Row rows[R];
-    float query_lse[R], d_query[R], d_positive[R];
+    const Factors other(rules, scale, false), own(rules, scale, true);
+    bool in_window = true;
     CUTE_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const int i = i0 + place.row(r);
-      rows[r] = load_row(p, i);
-      query_lse[r] = i < p.n ? finite(out.query_lse[i]) : 0.0f;
-      d_query[r] = i < p.n ? out.d_query_lse[i] * gain : 0.0f;
-      d_positive[r] = i < p.n ? out.d_positive[i] * gain : 0.0f;
-    }
-    const bool uniform = !Tile::kEveryRule || uniform_logits(p.rules);
-    const float factor = uniform_scale(p.rules, scale);
-    const ColumnReader columns(p, j0 + place.column(0));
-    // Eight of the thread's columns at a time. They are two columns from each of four blocks of
-    // eight.
-    CUTE_UNROLL
-    for (int c = 0; c < size<1>(s); c += 8) {
-      float ds[R][8];
-      CUTE_UNROLL
-      for (int k = 0; k < 8; ++k) {
-        const int j = j0 + place.column(c + k);
-        const bool both = p.rules.symmetric && j < p.m;
-        const float target_lse = both ? finite(out.target_lse[j]) : 0.0f;
-        const float d_target = both ? out.d_target_lse[j] * gain : 0.0f;
-        const Column column =
-            uniform ? Column{j, j, kInfinity, 0} : columns(place.column_offset(c + k));
-        CUTE_UNROLL
-        for (int r = 0; r < R; ++r) {
-          const float similarity = s(r, c + k);
-          float z_row, z_column;
-          if (uniform) {
-            z_row = z_column = similarity * factor;
-          } else {
-            const Logits pair = logits(p, scale, similarity, rows[r], column);
-            z_row = pair.row.masked();
-            z_column = pair.column.masked();
+    for (int w = 0; w < kWarps; ++w) in_window = in_window && !shared.outside[w];
+    const bool plain = in_window && shared.pairs.plain(rules, s, place, j0);
+    if (plain && (other.row == other.column || !rules.symmetric)) {
+      const float factor = other.row;
+      store(s, place, i0, j0, [&](int r) {
+        const float weight = shared.rows.weight[place.row(r)];
+        return [=, &s, &shared](int c) {
+          return exponential(fmaf(s(r, c), factor, -upper)) *
+                 (weight + shared.columns.weight[place.column(c)]);
+        };
+      });
+    } else if (plain) {
+      store(s, place, i0, j0, [&](int r) {
+        const float weight = shared.rows.weight[place.row(r)];
+        return [=, &s, &shared](int c) {
+          return exponential(fmaf(s(r, c), other.row, -upper)) * weight +
+                 exponential(fmaf(s(r, c), other.column, -upper)) *
+                     shared.columns.weight[place.column(c)];
+        };
+      });
+    } else {
+      shared.pairs.exclude(p, s, place, i0, j0);
+      store(s, place, i0, j0, [&](int r) {
+        const int i = Warp::opaque(place.row(r));
+        const int label = shared.pairs.labels[i];
+        const int positive = shared.pairs.positive_offset(place, j0, i);
+        const float limit = shared.pairs.row_limits[i], gradient = shared.rows.gradient[i],
+                    lse = shared.rows.lse[i], d_positive = shared.positive[i];
+        return [=, &s, &shared](int c) {
+          const int j = place.column(c);
+          const bool mine = shared.pairs.owners[j] == label;
+          float d = gradient * exponential(logit(s(r, c), mine, limit, own.row, other.row) - lse);
+          if (rules.symmetric) {
+            const float z = logit(s(r, c), mine, shared.pairs.column_limits[j], own.column,
+                                  other.column);
+            d += shared.columns.gradient[j] * exponential(z - shared.columns.lse[j]);
           }
-          float d = d_query[r] * exponential(z_row - query_lse[r]);
-          if (p.rules.symmetric) d += d_target * exponential(z_column - target_lse);
-          ds[r][k] = j == rows[r].label ? d_positive[r] : d;
-        }
-      }
-      CUTE_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const int i = i0 + place.row(r);
-        store(ds[r], static_cast<Element*>(out.ds) + i * out.pitch + j0, i < p.n, c, place,
-              static_cast<int>(out.pitch) - j0);
-      }
+          return positive == Place_::column_offset(c) ? d_positive : d;
+        };
+      });
     }
   }
 
  private:
-  // Stores four pairs of neighbouring columns of a row. The tile's part of the row starts at `p`.
-  // The row ends `room` columns later.
-  CUTE_DEVICE static void store(const float (&ds)[8], Element* p, bool inside, int c,
-                                Place_ const& place, int room) {
+  CUTE_DEVICE void load_sides(SharedStorage& shared, int i0, int j0, int thread, float upper,
+                              float scale) const {
+    const Problem& p = params.problem;
+    const BackwardOutputs& out = params.outputs;
+    const float gain = out.gain == nullptr ? scale : scale * *out.gain;
+    bool inside = true;
+    for (int k = thread; k < kRows; k += Place_::kThreads) {
+      const int i = i0 + k;
+      if (i < p.n) {
+        inside &= shared.rows.load(k, out.query_lse[i], out.d_query_lse[i] * gain, upper);
+        shared.positive[k] = out.d_positive[i] * gain;
+      } else {
+        shared.rows.load_nothing(k);
+      }
+    }
+    for (int k = thread; k < kColumns; k += Place_::kThreads) {
+      const int j = j0 + k;
+      if (p.rules.symmetric && j < p.m) {
+        inside &= shared.columns.load(k, out.target_lse[j], out.d_target_lse[j] * gain, upper);
+      } else {
+        shared.columns.load_nothing(k);
+      }
+    }
+    const bool outside = Warp::any(!inside);
+    if (thread % 32 == 0) shared.outside[thread / 32] = outside;
+  }
+
+  // Stores dS of a thread's pairs, eight of its columns at a time. They are two columns from each of
+  // four blocks of eight. `values_of(r)(c)` gives the value of a pair.
+  template <class Matrix, class Values>
+  CUTE_DEVICE void store(Matrix const& s, Place_ const& place, int i0, int j0,
+                         Values values_of) const {
+    using namespace cute;
+    const BackwardOutputs& out = params.outputs;
+    constexpr int R = decltype(size<0>(s))::value;
+    // The first of the columns that the lane stores at a time: two of its own, or eight of 2 bytes.
+    const int first = sizeof(Element) == 4 ? 0 : place.lane % 4 * 2;
+    const int i = i0 + place.row(0), j = j0 + place.column(first) - first;
+    const int rows = params.problem.n - i, columns = static_cast<int>(out.pitch) - j;
+    Element* const ds = static_cast<Element*>(out.ds) + i * out.pitch + j;
+    CUTE_UNROLL
+    for (int c = 0; c < size<1>(s); c += 8) {
+      CUTE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const auto value_of = values_of(r);
+        float values[8];
+        CUTE_UNROLL
+        for (int k = 0; k < 8; ++k) values[k] = value_of(c + k);
+        store(values, ds + place.row_offset(r) * out.pitch, place.row_offset(r) < rows, columns, c,
+              place.lane);
+      }
+    }
+  }
+
+  CUTE_DEVICE static void store(const float (&values)[8], Element* row, bool inside, int columns,
+                                int c, int lane) {
     using namespace cute;
     if constexpr (sizeof(Element) == 4) {  // a quad's pairs are already 32 contiguous bytes
       CUTE_UNROLL
       for (int k = 0; k < 8; k += 2) {
-        const int j = place.column(c + k);
-        if (inside && j < room) *reinterpret_cast<float2*>(p + j) = {ds[k], ds[k + 1]};
+        const int j = Place_::column_offset(c + k);
+        if (inside && j < columns) *reinterpret_cast<float2*>(row + j) = {values[k], values[k + 1]};
       }
     } else {  // each lane collects eight columns (16 bytes) from its quad
       cutlass::NumericArrayConverter<Element, float, 2> convert;
       uint32_t words[4];
       CUTE_UNROLL
       for (int k = 0; k < 4; ++k) {
-        const cutlass::Array<Element, 2> pair = convert({ds[2 * k], ds[2 * k + 1]});
+        const cutlass::Array<Element, 2> pair = convert({values[2 * k], values[2 * k + 1]});
         words[k] = reinterpret_cast<uint32_t const&>(pair);
       }
-      transpose_quad<Warp>(words, place.lane);
-      const int lane = place.lane % 4;
-      const int j = place.column(c + 2 * lane) - 2 * lane;
-      if (inside && j < room) {
-        *reinterpret_cast<uint4*>(p + j) = {words[0], words[1], words[2], words[3]};
+      transpose_quad<Warp>(words, lane);
+      const int j = Place_::column_offset(c);
+      if (inside && j < columns) {
+        *reinterpret_cast<uint4*>(row + j) = {words[0], words[1], words[2], words[3]};
       }
     }
   }

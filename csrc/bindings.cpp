@@ -63,7 +63,7 @@ Hardness parse_hardness(const std::string& name) {
 
 int parse_size(const char* name, int64_t size) {
   // Leaves room for the edge of the last tile.
-  if (size < 1 || size > std::numeric_limits<int>::max() - 2 * kLargeRows) {
+  if (size < 1 || size > std::numeric_limits<int>::max() - 2 * kMostRows) {
     refuse(std::string(name) + " = " + std::to_string(size) + "; expected 1 to 2^31 - 257");
   }
   return static_cast<int>(size);
@@ -210,8 +210,8 @@ py::tuple architectures() {
 int64_t forward_workspace(const Problem& p, int rows) {
   require_strip(p, 0, rows);
   const int64_t columns = p.rules.symmetric ? p.m : 0;
-  const int64_t column_parts = (tiles_over(rows, kSmallRows) + 1) * columns;
-  const int64_t row_parts = int64_t(tiles_over(p.m, kColumns)) * rows;
+  const int64_t column_parts = (tiles_over(rows, kFewestRows) + 1) * columns;
+  const int64_t row_parts = int64_t(tiles_over(p.m, kFewestColumns)) * rows;
   return (column_parts + row_parts) * sizeof(ShiftedSum);
 }
 
@@ -231,18 +231,18 @@ void forward(int device, int architecture, const Problem& whole, int start, int 
   auto* state = pointer<ShiftedSum>(workspace);
   auto* column_parts = p.rules.symmetric ? state + p.m : state;
   auto* row_parts =
-      p.rules.symmetric ? column_parts + int64_t(tiles_over(p.n, kSmallRows)) * p.m : column_parts;
+      p.rules.symmetric ? column_parts + int64_t(tiles_over(p.n, kFewestRows)) * p.m : column_parts;
   const ForwardOutputs outputs = {row_parts, column_parts, pointer<float>(positive) + start};
   auto* cuda_stream = pointer<CUstream_st>(stream);
-  const int tile_rows = dispatch(architecture, p.type, [&](auto number, auto element) {
+  const Size size = dispatch(architecture, p.type, [&](auto number, auto element) {
     select_device(device);
     return launch_forward<decltype(number)::value, decltype(element)>(p, outputs, cuda_stream);
   });
-  const Combination rows = {row_parts, tiles_over(p.m, kColumns),        p.n,      nullptr,
+  const Combination rows = {row_parts, tiles_over(p.m, tile_columns(size)), p.n,      nullptr,
                             true,      pointer<float>(query_lse) + start, p.rules.labels, p.m,
                             outputs.positive};
   const Combination columns = {
-      column_parts, tiles_over(p.n, tile_rows), p.rules.symmetric ? p.m : 0, state,
+      column_parts, tiles_over(p.n, tile_rows(size)), p.rules.symmetric ? p.m : 0, state,
       start == 0,   pointer<float>(target_lse), nullptr, 0, nullptr};
   launch_combine(rows, columns, cuda_stream);
 }

@@ -41,28 +41,37 @@ struct Place {
   }
 
   CUTE_HOST_DEVICE explicit Place(int thread)
-      : crd(coordinates(thread)),
+      : first_row(cute::get<0>(coordinates(thread)(0, 0))),
+        first_column(cute::get<1>(coordinates(thread)(0, 0))),
         lane(thread % 32),
         warp_down(thread / 32 % kWarpsDown),
         warp_across(thread / 32 / kWarpsDown) {}
 
   template <class Index>
   CUTE_HOST_DEVICE int row(Index r) const {
-    return cute::get<0>(crd(r, 0));
+    return first_row + row_offset(r);
   }
   template <class Index>
   CUTE_HOST_DEVICE int column(Index c) const {
-    return cute::get<1>(crd(0, c));
+    return first_column + column_offset(c);
   }
 
-  // `column(c) - column(0)`. It is the same for every thread, so the compiler knows it.
+  // A thread's rows and columns.
+  static constexpr int kRowsHeld = decltype(cute::size<0>(decltype(coordinates(0)){}))::value;
+  static constexpr int kColumnsHeld = decltype(cute::size<1>(decltype(coordinates(0)){}))::value;
+
+  // Offsets from the thread's first row and column. They are the same for every thread, so the
+  // compiler knows them.
+  template <class Index>
+  CUTE_HOST_DEVICE static int row_offset(Index r) {
+    return cute::get<0>(decltype(coordinates(0)){}.layout()(r, 0));
+  }
   template <class Index>
   CUTE_HOST_DEVICE static int column_offset(Index c) {
     return cute::get<1>(decltype(coordinates(0)){}.layout()(0, c));
   }
 
-  decltype(coordinates(0)) crd;
-  int lane, warp_down, warp_across;
+  int first_row, first_column, lane, warp_down, warp_across;
 };
 
 template <class Warp>
@@ -90,26 +99,29 @@ CUTE_DEVICE float warp_max(float x) {
   return column_max<Warp>(quad_max<Warp>(x));
 }
 
-// Sums 8 columns over the 8 lanes that hold them. A lane keeps the sum of column `lane / 4`. Each
-// step halves the number of columns per lane. That takes 7 shuffles, where separate sums take 24.
+// Of two columns, lanes without the bit `mask` keep the first and the others keep the second. Adds
+// what the partner has of it.
 template <class Warp>
-CUTE_DEVICE float scattered_sum(const float (&x)[8], int lane) {
-  float four[4], two[2];
-  CUTE_UNROLL
-  for (int k = 0; k < 4; ++k) {
-    const bool upper = lane & 16;
-    const float kept = upper ? x[k + 4] : x[k];
-    four[k] = kept + Warp::shuffle_xor(upper ? x[k] : x[k + 4], 16);
-  }
-  CUTE_UNROLL
-  for (int k = 0; k < 2; ++k) {
-    const bool upper = lane & 8;
-    const float kept = upper ? four[k + 2] : four[k];
-    two[k] = kept + Warp::shuffle_xor(upper ? four[k] : four[k + 2], 8);
-  }
-  const bool upper = lane & 4;
-  const float kept = upper ? two[1] : two[0];
-  return kept + Warp::shuffle_xor(upper ? two[0] : two[1], 4);
+CUTE_DEVICE float halve(float first, float second, int lane, int mask) {
+  const bool upper = lane & mask;
+  return (upper ? second : first) + Warp::shuffle_xor(upper ? first : second, mask);
+}
+
+// Sums 8 columns over the 8 lanes that hold them. A lane keeps the sum of column `lane / 4`. That
+// takes 7 shuffles, where separate sums take 24. `column(k)` gives the lane's part of column k. Few
+// parts wait for others in registers.
+template <class Warp, class Column>
+CUTE_DEVICE float scattered_sum(int lane, Column column) {
+  const auto pair = [&](int k) {
+    const float first = column(k);
+    return halve<Warp>(first, column(k + 4), lane, 16);
+  };
+  const auto four = [&](int k) {
+    const float first = pair(k);
+    return halve<Warp>(first, pair(k + 2), lane, 8);
+  };
+  const float first = four(0);
+  return halve<Warp>(first, four(1), lane, 4);
 }
 
 // Transposes 4 x 4 words over a quad. Word j of lane q becomes word q of lane j.

@@ -66,8 +66,8 @@ void launch(const Problem& p, const Outputs& outputs, const cutlass::KernelHardw
   check(cudaLaunchKernelEx(&config, kernel, params), name);
 }
 
-template <template <class, class, class> class Epilogue, class Outputs>
-int launch_either(const Problem& p, const Outputs& outputs, cudaStream_t stream, const char* name) {
+template <Size largest, template <class, class, class> class Epilogue, class Outputs>
+Size launch_size(const Problem& p, const Outputs& outputs, cudaStream_t stream, const char* name) {
   cutlass::KernelHardwareInfo hardware;
   check(cudaGetDevice(&hardware.device_id), name);
   static PerDevice<int> sm_counts;
@@ -76,28 +76,33 @@ int launch_either(const Problem& p, const Outputs& outputs, cudaStream_t stream,
     check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, hardware.device_id), name);
     return count;
   });
-  if (choose_size(p, hardware.sm_count) == Size::large) {
+  const Size size = choose_size(p.n, p.m, hardware.sm_count, largest);
+  if (size == Size::small) {
+    launch<Gemm<Size::small, Epilogue>>(p, outputs, hardware, stream, name);
+  } else if (size == Size::large) {
     launch<Gemm<Size::large, Epilogue>>(p, outputs, hardware, stream, name);
-    return kLargeRows;
+  } else {
+    launch<Gemm<largest, Epilogue>>(p, outputs, hardware, stream, name);
   }
-  launch<Gemm<Size::small, Epilogue>>(p, outputs, hardware, stream, name);
-  return kSmallRows;
+  return size;
 }
 
 }  // namespace
 
 template <>
-int launch_forward<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>(const Problem& p,
-                                                      const ForwardOutputs& outputs,
-                                                      cudaStream_t stream) {
-  return launch_either<ForwardEpilogue>(p, outputs, stream, "forward");
+Size launch_forward<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>(const Problem& p,
+                                                       const ForwardOutputs& outputs,
+                                                       cudaStream_t stream) {
+  constexpr Size largest = kLargestForward<LLAVE_ARCHITECTURE>;
+  return launch_size<largest, ForwardEpilogue>(p, outputs, stream, "forward");
 }
 
 template <>
 void launch_backward<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>(const Problem& p,
                                                         const BackwardOutputs& outputs,
                                                         cudaStream_t stream) {
-  launch_either<BackwardEpilogue>(p, outputs, stream, "backward");
+  constexpr Size largest = kLargestBackward<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>;
+  launch_size<largest, BackwardEpilogue>(p, outputs, stream, "backward");
 }
 
 }  // namespace llave

@@ -7,15 +7,16 @@
 #include "combine.h"
 #include "loss.h"
 #include "problem.h"
+#include "sizes.h"
 
 namespace llave {
 
 // Makes `device` current in this module's CUDA runtime, which is not the one that torch uses.
 void select_device(int device);
 
-// Returns the number of rows of the tiles whose sums it writes.
+// Returns the size of the tiles whose sums it writes.
 template <int Architecture, class Element>
-int launch_forward(const Problem&, const ForwardOutputs&, cudaStream_t stream);
+Size launch_forward(const Problem&, const ForwardOutputs&, cudaStream_t stream);
 
 template <int Architecture, class Element>
 void launch_backward(const Problem&, const BackwardOutputs&, cudaStream_t stream);

@@ -1,25 +1,38 @@
 // The size of the tile of the similarity matrix that one block works on.
 #pragma once
 
-#include "pairs.h"
+#include <cstdint>
+
+#include "cute/config.hpp"
 
 namespace llave {
 
-constexpr int kColumns = 128;  // columns of every tile
-constexpr int kLargeRows = 128, kSmallRows = 64;
+// Larger tiles multiply faster, because they read less of both matrices for each product.
+enum class Size { widest, wide, large, small };
+
+CUTE_HOST_DEVICE constexpr int tile_rows(Size size) {
+  return size == Size::small ? 64 : 128;
+}
+CUTE_HOST_DEVICE constexpr int tile_columns(Size size) {
+  return size == Size::widest ? 192 : size == Size::wide ? 160 : 128;
+}
+constexpr int kMostRows = 128, kFewestRows = 64, kFewestColumns = 128;
 
 CUTE_HOST_DEVICE constexpr int tiles_over(int length, int tile) {
   return static_cast<int>((int64_t(length) + tile - 1) / tile);
 }
 
-// Large tiles multiply faster. They serve calls in which every negative has the same weight, if the
-// batch has enough of them to fill the GPU. Small tiles serve all other calls. Their threads have
-// registers left for the rules. A small batch has more of them to spread over the GPU.
-enum class Size { large, small };
-
-inline Size choose_size(const Problem& p, int multiprocessors) {
-  const int64_t tiles = int64_t(tiles_over(p.n, kLargeRows)) * tiles_over(p.m, kColumns);
-  return uniform_logits(p.rules) && tiles >= multiprocessors ? Size::large : Size::small;
+// The GPU works on `multiprocessors` tiles at a time. In the last round, some multiprocessors have
+// no tile. That costs more time if tiles are larger. So `largest` serves batches of at least six
+// rounds, and large tiles serve those of at least one. A small batch has more small tiles to spread
+// over the GPU.
+inline Size choose_size(int n, int m, int multiprocessors, Size largest) {
+  const auto rounds = [&](Size size) {
+    return int64_t(tiles_over(n, tile_rows(size))) * tiles_over(m, tile_columns(size)) /
+           multiprocessors;
+  };
+  if (rounds(largest) >= 6) return largest;
+  return rounds(Size::large) >= 1 ? Size::large : Size::small;
 }
 
 }  // namespace llave

@@ -23,13 +23,20 @@ struct Tile;
 
 template <class Element, Size size>
 struct TileBase {
-  static constexpr bool kEveryRule = size == Size::small;
-  static constexpr int kRows = size == Size::large ? kLargeRows : kSmallRows;
+  static constexpr int kRows = tile_rows(size), kColumns = tile_columns(size);
   using Shape = cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, Depth<Element>>;
 };
 
+// The largest tiles whose accumulators leave the epilogue enough registers.
+template <int Architecture>
+constexpr Size kLargestForward = Architecture == 90 ? Size::wide : Size::large;
+template <int Architecture, class Element>
+constexpr Size kLargestBackward = Architecture != 90     ? Size::large
+                                  : sizeof(Element) == 4 ? Size::wide
+                                                         : Size::widest;
+
 // Two groups of four warps take turns. While one multiplies its tile, the other reduces its own. A
-// thread holds 128 or 64 accumulators in its 232 registers.
+// thread holds 64 to 192 accumulators in its 232 registers.
 template <class Element, Size size>
 struct Tile<90, Element, size> : TileBase<Element, size> {
   using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;  // two tiles share their targets

@@ -155,6 +155,10 @@ struct SimulatedWarp {
     return found;
   }
 
+  static int opaque(int x) { return x; }
+
+  static void fence() {}
+
   static void synchronize(int threads) { Block::current().meet_all(threads); }
 };
 

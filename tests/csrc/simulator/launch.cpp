@@ -13,7 +13,7 @@ namespace llave {
 
 namespace {
 
-constexpr int kMultiprocessors = 4;  // few, so that small problems take large tiles too
+constexpr int kMultiprocessors = 4;  // few, so that small problems take larger tiles too
 
 template <class Element>
 std::vector<float> operand(const void* data, int rows, int d, int64_t stride) {
@@ -33,20 +33,20 @@ void run(const Problem& p, const Outputs& outputs) {
   using namespace cute;
   const auto query = operand<Element>(p.query, p.n, p.d, p.query_stride);
   const auto target = operand<Element>(p.target, p.m, p.d, p.target_stride);
-  std::vector<float> products(size_t(Tile::kRows) * kColumns);
+  std::vector<float> products(size_t(Tile::kRows) * Tile::kColumns);
   std::vector<char> shared(sizeof(typename Epilogue::SharedStorage) + 1);
   const typename Epilogue::Params params = {p, outputs};
   // The loop runs one extra row of tiles, because a cluster may reach beyond the last row.
   for (int down = 0; down <= tiles_over(p.n, Tile::kRows); ++down) {
-    for (int across = 0; across < tiles_over(p.m, kColumns); ++across) {
+    for (int across = 0; across < tiles_over(p.m, Tile::kColumns); ++across) {
       std::fill(products.begin(), products.end(), 0.0f);  // products beyond the edges are 0
       for (int i = 0; i < Tile::kRows && down * Tile::kRows + i < p.n; ++i) {
-        for (int j = 0; j < kColumns && across * kColumns + j < p.m; ++j) {
+        for (int j = 0; j < Tile::kColumns && across * Tile::kColumns + j < p.m; ++j) {
           const float* q = &query[size_t(down * Tile::kRows + i) * p.d];
-          const float* t = &target[size_t(across * kColumns + j) * p.d];
+          const float* t = &target[size_t(across * Tile::kColumns + j) * p.d];
           float sum = 0.0f;
           for (int k = 0; k < p.d; ++k) sum += q[k] * t[k];
-          products[size_t(i) * kColumns + j] = sum;
+          products[size_t(i) * Tile::kColumns + j] = sum;
         }
       }
       std::memset(shared.data(), 0xff, shared.size());  // NaN
@@ -57,7 +57,7 @@ void run(const Problem& p, const Outputs& outputs) {
         auto accumulators = partition_fragment_C(mma, select<0, 1>(typename Tile::Shape{}));
         for (int k = 0; k < size(accumulators); ++k) {
           const auto [i, j] = coordinates(k);
-          accumulators(k) = products[size_t(i) * kColumns + j];
+          accumulators(k) = products[size_t(i) * Tile::kColumns + j];
         }
         Epilogue epilogue(params);
         epilogue(make_shape(p.n, p.m, p.d, 1), typename Tile::Shape{},
@@ -67,29 +67,34 @@ void run(const Problem& p, const Outputs& outputs) {
   }
 }
 
-template <int Architecture, class Element, template <class, class, class> class Epilogue,
-          class Outputs>
-int run_either(const Problem& p, const Outputs& outputs) {
-  if (choose_size(p, kMultiprocessors) == Size::large) {
-    using Large = Tile<Architecture, Element, Size::large>;
-    run<Large, Epilogue<SimulatedWarp, Element, Large>, Element>(p, outputs);
-    return kLargeRows;
+template <int Architecture, class Element, Size largest,
+          template <class, class, class> class Epilogue, class Outputs>
+Size run_size(const Problem& p, const Outputs& outputs) {
+  const Size size = choose_size(p.n, p.m, kMultiprocessors, largest);
+  const auto with = [&](auto tile) {
+    using Tile = decltype(tile);
+    run<Tile, Epilogue<SimulatedWarp, Element, Tile>, Element>(p, outputs);
+  };
+  if (size == Size::small) {
+    with(Tile<Architecture, Element, Size::small>());
+  } else if (size == Size::large) {
+    with(Tile<Architecture, Element, Size::large>());
+  } else {
+    with(Tile<Architecture, Element, largest>());
   }
-  using Small = Tile<Architecture, Element, Size::small>;
-  run<Small, Epilogue<SimulatedWarp, Element, Small>, Element>(p, outputs);
-  return kSmallRows;
+  return size;
 }
 
 }  // namespace
 
 template <int Architecture, class Element>
-int launch_forward(const Problem& p, const ForwardOutputs& outputs, cudaStream_t) {
-  return run_either<Architecture, Element, ForwardEpilogue>(p, outputs);
+Size launch_forward(const Problem& p, const ForwardOutputs& outputs, cudaStream_t) {
+  return run_size<Architecture, Element, kLargestForward<Architecture>, ForwardEpilogue>(p, outputs);
 }
 
 template <int Architecture, class Element>
 void launch_backward(const Problem& p, const BackwardOutputs& outputs, cudaStream_t) {
-  run_either<Architecture, Element, BackwardEpilogue>(p, outputs);
+  run_size<Architecture, Element, kLargestBackward<Architecture, Element>, BackwardEpilogue>(p, outputs);
 }
 
 void select_device(int) {
@@ -109,7 +114,7 @@ void launch_loss(const LossCall& call, cudaStream_t) {
 }
 
 #define LLAVE_INSTANTIATE(architecture, element)                                               \
-  template int launch_forward<architecture, element>(const Problem&, const ForwardOutputs&,    \
+  template Size launch_forward<architecture, element>(const Problem&, const ForwardOutputs&,    \
                                                      cudaStream_t);                            \
   template void launch_backward<architecture, element>(const Problem&, const BackwardOutputs&, \
                                                        cudaStream_t);
