@@ -7,7 +7,6 @@ device, dtype, rules, D, and N and M rounded up to powers of two. The fastest ti
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import warnings
@@ -37,15 +36,6 @@ class Tile(NamedTuple):
 INTERPRETER = Tile(32, 32, 32, 4, 1)
 
 
-def _triton() -> tuple[int, ...]:
-    """Major and minor version."""
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return (0, 0)
-    return tuple(int(part) for part in version.split(".")[:2])
-
-
 class Kind(NamedTuple):
     """The key of a table entry.
 
@@ -72,10 +62,8 @@ class Choices(NamedTuple):
     small: Tile
 
 
-# The code that triton 3.4, 3.6 and 3.9 compile for these spills no registers, but for the small
-# tile's exact float32 in 3.6, which spills up to 5 times. They are not timed on a GPU. In 3.4,
-# exact float32 spills twice with a third stage.
-STAGES_9_4 = 3 if _triton() >= (3, 6) else 2
+# The code that triton 3.4, 3.6 and 3.9 compile for these spills no registers. They are not timed on
+# a GPU.
 TABLE = {
     Kind(9, 2): Choices(
         plain=Tile(128, 128, 64, 8, 3), masked=Tile(128, 64, 64, 8, 4), small=Tile(64, 64, 64, 4, 4)
@@ -84,19 +72,13 @@ TABLE = {
         plain=Tile(128, 128, 32, 8, 4), masked=Tile(128, 64, 64, 8, 3), small=Tile(64, 64, 32, 4, 3)
     ),
     Kind(9, 4): Choices(
-        plain=Tile(128, 64, 32, 8, STAGES_9_4),
-        masked=Tile(64, 64, 32, 8, 3),
-        small=Tile(64, 64, 32, 8, 3),
+        plain=Tile(64, 128, 32, 8, 3), masked=Tile(64, 64, 32, 8, 3), small=Tile(64, 64, 32, 8, 3)
     ),
     Kind(8, 4): Choices(
-        plain=Tile(128, 64, 32, 8, 3), masked=Tile(64, 64, 32, 8, 3), small=Tile(64, 64, 32, 8, 3)
+        plain=Tile(128, 64, 32, 8, 4), masked=Tile(64, 64, 32, 8, 3), small=Tile(64, 64, 32, 8, 3)
     ),
 }
-# Timed in addition to the table's tiles. Before triton 3.7 this tile spills 42 to 138 times.
-TIMED = {Kind(9, 2): (Tile(128, 256, 64, 8, 3),)} if _triton() >= (3, 7) else {}
-CANDIDATES = {
-    kind: tuple(dict.fromkeys((*choices, *TIMED.get(kind, ())))) for kind, choices in TABLE.items()
-}
+CANDIDATES = {kind: tuple(dict.fromkeys(choices)) for kind, choices in TABLE.items()}
 SMALL_BATCH = 1024
 
 

@@ -32,6 +32,7 @@ if INSTALLED:
 
     from llave_kernels.backends import triton_kernels as kernels
     from llave_kernels.backends import triton_loss as loss
+    from llave_kernels.backends.triton_tile import Pairs
 
 SUPER_TILE = 16  # most tiles per program along each side; fewer if the GPU would not be full
 PROGRAMS_PER_SM = 4
@@ -156,7 +157,7 @@ def total_gradients(
     return gradients(query, target, scale, fill, divisor, scale_gradient=scale_gradient)
 
 
-def pairs(query: Tensor, target: Tensor, rules: Rules) -> kernels.Pairs:
+def pairs(query: Tensor, target: Tensor, rules: Rules) -> Pairs:
     """The rules as the kernels take them. Rules that this call does not use are None."""
     row_limit = column_limit = None
     if rules.margin is not None:
@@ -164,7 +165,7 @@ def pairs(query: Tensor, target: Tensor, rules: Rules) -> kernels.Pairs:
         if rules.symmetric:
             column_limit = rules.column_limits(row_limit, len(target))
     one_alpha = not rules.symmetric or rules.alpha == rules.target_alpha
-    return kernels.Pairs(
+    return Pairs(
         label=_contiguous(rules.labels),
         owner=_contiguous(rules.owners),
         query_id=_contiguous(rules.query_ids),
@@ -313,10 +314,11 @@ class _Backward(_Call):
         )  # fmt: skip
 
     def fill(self, tile: tiles.Tile, ds: Tensor, start: int, stop: int) -> None:
-        grid = (triton.cdiv(stop - start, tile.bm) * triton.cdiv(len(self.target), tile.bn),)
-        kernels.strip_kernel[grid](
+        n_m, n_n = triton.cdiv(stop - start, tile.bm), triton.cdiv(len(self.target), tile.bn)
+        tiles_each = math.prod(_super_tile(n_m, n_n, self.query.device))
+        kernels.strip_kernel[(triton.cdiv(n_m * n_n, tiles_each),)](
             *self.inputs, *self.gradients, ds, start, stop, *self.sizes[1:], ds.stride(0),
-            **self.options(tile),
+            tiles_each, **self.options(tile),
         )  # fmt: skip
 
     def trial(self, tile: tiles.Tile) -> None:
@@ -330,7 +332,7 @@ def _super_tile(n_m: int, n_n: int, device: torch.device) -> tuple[int, int]:
     sms = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 1
     rows, columns = min(SUPER_TILE, n_m), min(SUPER_TILE, n_n)
     while rows * columns > 1 and -(-n_m // rows) * -(-n_n // columns) < PROGRAMS_PER_SM * sms:
-        rows, columns = (-(-rows // 2), columns) if rows >= columns else (rows, -(-columns // 2))
+        rows, columns = (rows, -(-columns // 2)) if columns >= rows else (-(-rows // 2), columns)
     return rows, columns
 
 

@@ -24,145 +24,109 @@ is or is not a multiple of 16.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-INF = tl.constexpr(float("inf"))
-GROUP = tl.constexpr(8)  # row blocks that run together and share target blocks in the L2 cache
-# These replace a label and an owner that are no column. They equal no column and not each other.
-NOWHERE = tl.constexpr(-1)
-NOBODY = tl.constexpr(-2)
+from llave_kernels.backends.triton_tile import (
+    INF,
+    LOG2E,
+    NOWHERE,
+    Pairs,
+    exp,
+    finite,
+    labels,
+    load_scale,
+    logits,
+    negatives,
+    similarity,
+)
 
-
-class Pairs(NamedTuple):
-    """Which pairs count and how they are weighted, as pointers and numbers made from ``Rules``.
-
-    A kernel takes them as flat arguments in this order. Its helpers take this tuple.
-    """
-
-    label: Any  # (N,), or None: row i's positive is column i
-    owner: Any  # (M,), or None: every column is its own owner
-    query_id: Any  # (N,)
-    target_id: Any  # (M,)
-    row_limit: Any  # (N,) the similarity above which a negative of the row is left out
-    column_limit: Any  # (M,) the same in the target -> query direction
-    alpha: Any
-    target_alpha: Any  # None: the same as alpha
-
-
-@triton.jit
-def _exp(x):
-    return tl.exp2(x * LOG2E)
-
-
-@triton.jit
-def _scale(p_scale):
-    """The logit scale, from a pointer or as the number that it is."""
-    scale = tl.to_tensor(p_scale)
-    if scale.dtype.is_ptr():
-        scale = tl.load(scale)
-    return scale
-
-
-@triton.jit
-def _finite(x):
-    """0 in place of -inf, so that (-inf) - x stays -inf where nothing is summed."""
-    return tl.where(x == -INF, 0.0, x)
-
-
-@triton.jit
-def _columns(p, o, m, M, OUTSIDE: tl.constexpr):
-    """The int64 columns at ``p + o``, as int32. ``OUTSIDE`` replaces those that do not exist."""
-    b = tl.load(p + o, mask=m, other=-1)
-    return tl.where((b >= 0) & (b < M), b, OUTSIDE).to(tl.int32)
-
-
-@triton.jit
-def _similarity(
-    p_q, p_t, o_m, o_n, N, M, D, s_q, s_t,
-    TILE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(BM, BN) float32 similarities. Those beyond the edges of the matrix are arbitrary."""
-    BM: tl.constexpr = TILE.bm  # triton before 3.7 takes no field as a part of a shape
-    BN: tl.constexpr = TILE.bn
-    UNIT: tl.constexpr = 128 // p_q.dtype.element_ty.primitive_bitwidth
-    b_s = tl.zeros((BM, BN), tl.float32)
-    # Rows and columns beyond the edges read the last one again. Masks on these loads would take
-    # registers through the whole epilogue.
-    p_rows = p_q + tl.minimum(o_m, N - 1).to(tl.int64)[:, None] * (tl.cast(s_q, tl.int64) * UNIT)
-    p_columns = p_t + tl.minimum(o_n, M - 1).to(tl.int64)[None, :] * (tl.cast(s_t, tl.int64) * UNIT)
-    for k in range(0, D * UNIT, TILE.bk):
-        o_k = k + tl.arange(0, TILE.bk)
-        m_k = o_k < D * UNIT
-        b_q = tl.load(p_rows + o_k[None, :], mask=m_k[None, :], other=0.0)
-        b_t = tl.load(p_columns + o_k[:, None], mask=m_k[:, None], other=0.0)
-        b_s = tl.dot(b_q, b_t, b_s, input_precision=PRECISION)
-    return b_s
-
-
-@triton.jit
-def _labels(p_label, o_m, N, M):
-    """The columns of the rows' positives. ``NOWHERE`` for a label outside.
-
-    A row beyond the edge has any column.
-    """
-    b_label = o_m
-    if p_label is not None:
-        b_label = _columns(p_label, o_m, o_m < N, M, NOWHERE)
-    return b_label
-
-
-@triton.jit
-def _factor(own, pairs, scale, alpha, HARDNESS: tl.constexpr):
-    """The factor from similarities to logits. Where no row owns a negative, it is a number."""
-    if HARDNESS == "all":
-        factor = scale + alpha
-    elif pairs.owner is None:
-        factor = scale + alpha if HARDNESS == "in_batch" else scale
-    elif HARDNESS == "in_batch":
-        factor = tl.where(own, scale, scale + alpha)
-    else:
-        factor = tl.where(own, scale + alpha, scale)
-    return factor
-
-
-@triton.jit
-def _logits(b_s, b_label, pairs, scale, o_m, o_n, N, M, HARDNESS: tl.constexpr):
-    """(BM, BN) logits of rows and of columns, -inf where a pair does not count as a negative."""
-    m_m, m_n = o_m < N, o_n < M
-    positive = b_label[:, None] == o_n[None, :]
-    if pairs.owner is None:
-        own = positive
-    else:
-        own = b_label[:, None] == _columns(pairs.owner, o_n, m_n, M, NOBODY)[None, :]
-    counts = m_m[:, None] & m_n[None, :] & ~positive
-    if pairs.query_id is not None:
-        b_query_id = tl.load(pairs.query_id + o_m, mask=m_m, other=0)
-        b_target_id = tl.load(pairs.target_id + o_n, mask=m_n, other=0)
-        counts = counts & (b_query_id[:, None] != b_target_id[None, :])
-    in_row, in_column = counts, counts
-    if pairs.row_limit is not None:
-        b_limit = tl.load(pairs.row_limit + o_m, mask=m_m, other=INF)
-        in_row = counts & (own | ~(b_s > b_limit[:, None]))
-    if pairs.column_limit is not None:
-        b_limit = tl.load(pairs.column_limit + o_n, mask=m_n, other=INF)
-        in_column = counts & (own | ~(b_s > b_limit[None, :]))
-    b_z = b_s * _factor(own, pairs, scale, pairs.alpha, HARDNESS)
-    b_row = tl.where(in_row, b_z, -INF)
-    if pairs.target_alpha is not None:
-        b_z = b_s * _factor(own, pairs, scale, pairs.target_alpha, HARDNESS)
-    return b_row, tl.where(in_column, b_z, -INF)
+# Where both directions have the same logits, a tile takes one exponential per pair if all of its
+# logits or log-sum-exps lie within this distance of a shift. Each sum then keeps float32's relative
+# precision. Merging sums of different tiles loses at most exp(60 - 87) of one.
+WINDOW = tl.constexpr(60.0)
+# Whether the forward does so for calls with rules. In triton 3.4 that spills 254 times.
+RULES_TOO = tl.constexpr(tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 6))
 
 
 @triton.jit
 def _running(b_max, b_sum, b_tile_max, b_tile_sum):
     """Merge two (max, sum) pairs."""
     b_new = tl.maximum(b_max, b_tile_max)
-    b_shift = _finite(b_new)
-    return b_new, b_sum * _exp(b_max - b_shift) + b_tile_sum * _exp(b_tile_max - b_shift)
+    b_shift = finite(b_new)
+    return b_new, b_sum * exp(b_max - b_shift) + b_tile_sum * exp(b_tile_max - b_shift)
+
+
+@triton.jit
+def _sums(b_z, counts, AXIS: tl.constexpr):
+    """(max, sum) of the logits that count, along an axis."""
+    b_z = tl.where(counts, b_z, -INF)
+    b_max = tl.max(b_z, AXIS)
+    return b_max, tl.sum(exp(b_z - tl.expand_dims(finite(b_max), AXIS)), AXIS)
+
+
+@triton.jit
+def _power_of_two(x):
+    """The nearest power of two with the sign of ``x``. Its product with LOG2E is exact."""
+    bits = tl.cast(x, tl.int32, bitcast=True)
+    return tl.cast((bits + (1 << 22)) & (-1 << 23), tl.float32, bitcast=True)
+
+
+@triton.jit
+def _shifted(b_sum, shift):
+    """Sums of exponentials less ``shift``, as (max, sum). Nothing counted in a sum of 0."""
+    return tl.where(b_sum == 0, -INF, shift), b_sum
+
+
+@triton.jit
+def _merged(p_max, p_sum, o, m, b_max, b_sum):
+    """(max, sum) pairs together with those in memory, which has them where ``m``."""
+    b_before = tl.load(p_max + o, mask=m, other=-INF)
+    b_total = tl.load(p_sum + o, mask=m, other=0.0)
+    return _running(b_before, b_total, b_max, b_sum)
+
+
+@triton.jit
+def _write(p_max, p_sum, o, m, b_max, b_sum):
+    tl.debug_barrier()  # every thread has read before any writes
+    tl.store(p_max + o, b_max, mask=m)
+    tl.store(p_sum + o, b_sum, mask=m)
+    tl.debug_barrier()  # written before any thread reads again
+
+
+@triton.jit
+def _sum_each(
+    b_s, b_z, b_label, pairs, scale, o_m, o_n, N, M, HARDNESS: tl.constexpr,
+    p_column_max, p_column_sum, o_column, n_known,
+):  # fmt: skip
+    """(max, sum) of a tile's rows. Those of its columns are merged into memory.
+
+    Memory has (max, sum) pairs of columns below ``n_known``. Each direction takes its own
+    exponentials, shifted by the maximum of the row or the column.
+    """
+    in_row, in_column = negatives(b_s, b_label, pairs, o_m, o_n, N, M)
+    b_max, b_sum = _sums(b_z, in_row, 1)
+    if p_column_max is not None:
+        if pairs.target_alpha is not None:
+            b_z = logits(b_s, b_label, pairs, scale, pairs.target_alpha, o_n, M, HARDNESS)
+        b_column_max, b_column_sum = _sums(b_z, in_column, 0)
+        b_column_max, b_column_sum = _merged(
+            p_column_max, p_column_sum, o_column, o_n < n_known, b_column_max, b_column_sum
+        )
+        _write(p_column_max, p_column_sum, o_column, o_n < M, b_column_max, b_column_sum)
+    return b_max, b_sum
+
+
+@triton.jit
+def _fits(b_spread, b_label, i_first, BN: tl.constexpr, PLAIN: tl.constexpr):
+    """Whether a tile takes one exponential for both directions. ``b_spread``: see ``WINDOW``.
+
+    A plain call takes it without masks. A tile with a positive needs one.
+    """
+    if PLAIN:
+        positive = (b_label >= i_first) & (b_label < i_first + BN)
+        b_spread = tl.where(positive, INF, b_spread)
+    return tl.max(b_spread, 0) <= WINDOW
 
 
 @triton.jit(do_not_specialize=["N", "M", "D", "s_q", "s_t"])
@@ -171,7 +135,7 @@ def positive_kernel(
     BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
-    b_label = _labels(p_label, o_m, N, M)
+    b_label = labels(p_label, o_m, N, M)
     m_label = (o_m < N) & (b_label >= 0) & (b_label < M)
     b_sum = tl.zeros((BM,), tl.float32)
     UNIT: tl.constexpr = 128 // p_q.dtype.element_ty.primitive_bitwidth
@@ -194,48 +158,86 @@ def forward_kernel(
     N, M, D, s_q, s_t, ROWS, COLUMNS,
     HARDNESS: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One program owns ROWS x COLUMNS tiles.
+    """One program owns ROWS x COLUMNS tiles. It goes down the rows, then to the next column.
 
-    The (max, sum) of a row stays in registers along a line of tiles. The (max, sum) of a column
-    goes to the program's own line of the partial buffer. The program reads it again for its next
-    line of tiles.
+    A column's (max, sum) stays in registers along its tiles, as sums over pairs of rows. Threads
+    are added up once, at the end. The (max, sum) of a row goes to the program's own line of the
+    partial buffer. The program reads it again for its next column of tiles.
+
+    The column is derived from ``i``. In a loop of its own its offsets would stay in registers.
     """
     pairs = Pairs(
         p_label, p_owner, p_query_id, p_target_id, p_row_limit, p_column_limit, alpha, target_alpha
     )
     BM: tl.constexpr = TILE.bm
     BN: tl.constexpr = TILE.bn
+    PLAIN: tl.constexpr = (
+        p_query_id is None and p_row_limit is None and (p_owner is None or HARDNESS == "all")
+    )
+    SHARED: tl.constexpr = (
+        p_column_max is not None and target_alpha is None and (PLAIN or RULES_TOO)
+    )
     i_rows, i_columns = tl.program_id(0), tl.program_id(1)
-    scale = _scale(p_scale)
-    for r in range(0, ROWS):
+    scale = load_scale(p_scale)
+    shift = 0.0
+    n_known = 0
+    b_parts = tl.zeros((BM // 16, 8, BN), tl.float32)
+    for i in range(0, ROWS * COLUMNS):
+        r, c = i % ROWS, i // ROWS
         o_m = (i_rows * ROWS + r) * BM + tl.arange(0, BM)
-        m_m = o_m < N
-        b_label = _labels(pairs.label, o_m, N, M)
-        b_row_max = tl.full((BM,), -INF, tl.float32)
-        b_row_sum = tl.where(b_label == NOWHERE, float("nan"), 0.0)
-        for c in range(0, COLUMNS):
-            o_n = (i_columns * COLUMNS + c) * BN + tl.arange(0, BN)
-            m_n = o_n < M
-            b_s = _similarity(p_q, p_t, o_m, o_n, N, M, D, s_q, s_t, TILE, PRECISION)
-            b_z, b_z_column = _logits(b_s, b_label, pairs, scale, o_m, o_n, N, M, HARDNESS)
-            b_max = tl.max(b_z, 1)
-            b_sum = tl.sum(_exp(b_z - _finite(b_max)[:, None]), 1)
-            b_row_max, b_row_sum = _running(b_row_max, b_row_sum, b_max, b_sum)
-            if p_column_max is not None:
-                b_max = tl.max(b_z_column, 0)
-                b_sum = tl.sum(_exp(b_z_column - _finite(b_max)[None, :]), 0)
-                o_partial = i_rows.to(tl.int64) * M + o_n
-                seen = m_n & (r > 0)
-                b_before = tl.load(p_column_max + o_partial, mask=seen, other=-INF)
-                b_total = tl.load(p_column_sum + o_partial, mask=seen, other=0.0)
-                b_max, b_sum = _running(b_before, b_total, b_max, b_sum)
-                tl.debug_barrier()  # every thread has read before any writes
-                tl.store(p_column_max + o_partial, b_max, mask=m_n)
-                tl.store(p_column_sum + o_partial, b_sum, mask=m_n)
-                tl.debug_barrier()  # written before the next line of tiles reads
-        o_partial = i_columns.to(tl.int64) * N + o_m
-        tl.store(p_row_max + o_partial, b_row_max, mask=m_m)
-        tl.store(p_row_sum + o_partial, b_row_sum, mask=m_m)
+        i_first = (i_columns * COLUMNS + c) * BN
+        o_n = i_first + tl.arange(0, BN)
+        m_m, m_n = o_m < N, o_n < M
+        o_column = i_rows.to(tl.int64) * M + o_n
+        b_label = labels(pairs.label, o_m, N, M)
+        b_s = similarity(p_q, p_t, o_m, o_n, N, M, D, s_q, s_t, TILE, PRECISION)
+        b_z = logits(b_s, b_label, pairs, scale, alpha, o_n, M, HARDNESS)
+        if SHARED:
+            if i == 0:  # one shift per program, near its first logits
+                shift = _power_of_two(tl.sum(b_z) / (BM * BN))
+            b_spread = tl.max(tl.abs(b_z - shift), 1)  # also of pairs that do not count
+            inner = True
+            if PLAIN:  # edges need masks
+                b_spread = tl.where(m_m, b_spread, INF)
+                inner = i_first + BN <= M
+            if _fits(b_spread, b_label, i_first, BN, PLAIN) & inner:
+                b_e = tl.exp2(b_z * LOG2E - shift * LOG2E)
+                b_e_column = b_e
+                if not PLAIN:
+                    in_row, in_column = negatives(b_s, b_label, pairs, o_m, o_n, N, M)
+                    b_e_column = tl.where(in_column, b_e, 0.0)
+                    b_e = tl.where(in_row, b_e, 0.0)
+                b_max, b_sum = _shifted(tl.sum(b_e, 1), shift)
+                # Rows i and i + 8 of an accumulator are in one thread.
+                b_parts += tl.sum(tl.reshape(b_e_column, (BM // 16, 2, 8, BN)), 1)
+            else:
+                b_max, b_sum = _sum_each(
+                    b_s, b_z, b_label, pairs, scale, o_m, o_n, N, M, HARDNESS,
+                    p_column_max, p_column_sum, o_column, n_known,
+                )  # fmt: skip
+                n_known = M
+        else:
+            b_max, b_sum = _sum_each(
+                b_s, b_z, b_label, pairs, scale, o_m, o_n, N, M, HARDNESS,
+                p_column_max, p_column_sum, o_column, tl.where(r > 0, M, 0),
+            )  # fmt: skip
+        b_sum = tl.where(b_label == NOWHERE, float("nan"), b_sum)
+        o_row = i_columns.to(tl.int64) * N + o_m
+        m_known = o_m < tl.where(c > 0, N, 0)
+        b_max, b_sum = _merged(p_row_max, p_row_sum, o_row, m_known, b_max, b_sum)
+        _write(p_row_max, p_row_sum, o_row, m_m, b_max, b_sum)
+        if SHARED:  # noqa: SIM102 - a constant decides what is compiled
+            if r == ROWS - 1:
+                b_column_max, b_column_sum = _shifted(
+                    tl.sum(tl.reshape(b_parts, (BM // 2, BN)), 0), shift
+                )
+                if n_known > 0:
+                    b_column_max, b_column_sum = _merged(
+                        p_column_max, p_column_sum, o_column, m_n, b_column_max, b_column_sum
+                    )
+                _write(p_column_max, p_column_sum, o_column, m_n, b_column_max, b_column_sum)
+                b_parts = tl.zeros((BM // 16, 8, BN), tl.float32)
+                n_known = 0
 
 
 @triton.jit(do_not_specialize=["PARTS", "LENGTH"])
@@ -253,51 +255,118 @@ def combine_kernel(p_max, p_sum, p_lse, PARTS, LENGTH, BLOCK: tl.constexpr):
             tl.load(p_max + o_part, mask=m, other=-INF),
             tl.load(p_sum + o_part, mask=m, other=0.0),
         )
-    tl.store(p_lse + o, _finite(b_max) + tl.log(b_sum), mask=m)
+    tl.store(p_lse + o, finite(b_max) + tl.log(b_sum), mask=m)
 
 
-@triton.jit(do_not_specialize=["START", "STOP", "M", "D", "s_q", "s_t"])
+@triton.jit
+def _above(b_lse, shift):
+    """Log-sum-exps less ``shift``. 0 where nothing is summed."""
+    return tl.where(b_lse == -INF, 0.0, b_lse - shift)
+
+
+@triton.jit
+def _softmax(b_z, counts, b_lse, AXIS: tl.constexpr):
+    """Shares of the logits that count, of the sums along an axis."""
+    return exp(tl.where(counts, b_z, -INF) - tl.expand_dims(finite(b_lse), AXIS))
+
+
+@triton.jit
+def _each_direction(
+    b_s, b_z, b_label, pairs, scale, gain, o_m, o_n, N, M, HARDNESS: tl.constexpr,
+    b_lse, b_d, b_d_positive, p_target_lse, p_d_target_lse,
+):  # fmt: skip
+    """A tile's dS. Each direction takes its own exponentials."""
+    in_row, in_column = negatives(b_s, b_label, pairs, o_m, o_n, N, M)
+    b_ds = b_d[:, None] * _softmax(b_z, in_row, b_lse, 1)
+    if p_target_lse is not None:
+        if pairs.target_alpha is not None:
+            b_z = logits(b_s, b_label, pairs, scale, pairs.target_alpha, o_n, M, HARDNESS)
+        m_n = o_n < M
+        b_lse_column = tl.load(p_target_lse + o_n, mask=m_n, other=0.0)
+        b_d_column = tl.load(p_d_target_lse + o_n, mask=m_n, other=0.0) * gain
+        b_ds += b_d_column[None, :] * _softmax(b_z, in_column, b_lse_column, 0)
+    return tl.where(b_label[:, None] == o_n[None, :], b_d_positive[:, None], b_ds)
+
+
+@triton.jit(do_not_specialize=["START", "STOP", "M", "D", "s_q", "s_t", "TILES"])
 def strip_kernel(
     p_q, p_t, p_scale,
     p_label, p_owner, p_query_id, p_target_id, p_row_limit, p_column_limit, alpha, target_alpha,
     p_d_positive, p_query_lse, p_d_query_lse, p_target_lse, p_d_target_lse, p_gain, p_ds,
-    START, STOP, M, D, s_q, s_t, s_ds,
+    START, STOP, M, D, s_q, s_t, s_ds, TILES,
     HARDNESS: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """dS of rows START to STOP, times a gain (a power of two that keeps float16 in range).
 
+    One program owns TILES tiles, down a column of tiles and on to the next. With one exponential,
+    ``exp(z - n_i) dn_i + exp(z - n_j) dn_j`` is ``exp(z - shift)`` times the sum of a weight of the
+    row and one of the column. The columns' weights stay in registers along a column of tiles.
+
     Stores go to the end of the workspace's rows. Their width ``s_ds`` is a multiple of 16, so the
-    stores are wide for every M.
+    stores are wide for every M. What lies beyond the M-th column is arbitrary.
     """
     pairs = Pairs(
         p_label, p_owner, p_query_id, p_target_id, p_row_limit, p_column_limit, alpha, target_alpha
     )
     BM: tl.constexpr = TILE.bm
     BN: tl.constexpr = TILE.bn
-    n_m, n_n = tl.cdiv(STOP - START, BM), tl.cdiv(M, BN)
-    per_group = GROUP * n_n
-    i_first = tl.program_id(0) // per_group * GROUP
-    n_rows = tl.minimum(n_m - i_first, GROUP)
-    i_m = i_first + tl.program_id(0) % per_group % n_rows
-    i_n = tl.program_id(0) % per_group // n_rows
-    o_m = START + i_m * BM + tl.arange(0, BM)
-    o_n = i_n * BN + tl.arange(0, BN)
-    m_m, m_n = o_m < STOP, o_n < M
-    scale = _scale(p_scale)
+    SHARED: tl.constexpr = p_target_lse is not None and target_alpha is None
+    PLAIN: tl.constexpr = (
+        p_query_id is None and p_row_limit is None and (p_owner is None or HARDNESS == "all")
+    )
+    n_m = tl.cdiv(STOP - START, BM)
+    first = tl.program_id(0) * TILES
+    last = tl.minimum(first + TILES, n_m * tl.cdiv(M, BN))
+    scale = load_scale(p_scale)
     gain = scale
     if p_gain is not None:
         gain = tl.load(p_gain) * scale
-    b_label = _labels(pairs.label, o_m, STOP, M)
-    b_s = _similarity(p_q, p_t, o_m, o_n, STOP, M, D, s_q, s_t, TILE, PRECISION)
-    b_z, b_z_column = _logits(b_s, b_label, pairs, scale, o_m, o_n, STOP, M, HARDNESS)
-    b_lse = _finite(tl.load(p_query_lse + o_m, mask=m_m, other=0.0))
-    b_d = tl.load(p_d_query_lse + o_m, mask=m_m, other=0.0)
-    b_ds = b_d[:, None] * _exp(b_z - b_lse[:, None])
-    if p_target_lse is not None:
-        b_lse = _finite(tl.load(p_target_lse + o_n, mask=m_n, other=0.0))
-        b_d = tl.load(p_d_target_lse + o_n, mask=m_n, other=0.0)
-        b_ds += b_d[None, :] * _exp(b_z_column - b_lse[None, :])
-    b_d = tl.load(p_d_positive + o_m, mask=m_m, other=0.0)
-    b_ds = tl.where(b_label[:, None] == o_n[None, :], b_d[:, None], b_ds) * gain
-    p = p_ds + (o_m - START).to(tl.int64)[:, None] * s_ds + o_n[None, :]
-    tl.store(p, b_ds.to(p_ds.dtype.element_ty), mask=m_m[:, None] & (o_n < s_ds)[None, :])
+    shift = 0.0
+    column_spread = 0.0
+    b_weight_column = tl.zeros((BN,), tl.float32)
+    for i in range(first, last):
+        i_first = i // n_m * BN
+        o_n = i_first + tl.arange(0, BN)
+        o_m = START + i % n_m * BM + tl.arange(0, BM)
+        m_m = o_m < STOP
+        if SHARED:  # noqa: SIM102 - a constant decides what is compiled
+            if (i == first) | (i % n_m == 0):
+                m_n = o_n < M
+                b_lse_column = tl.load(p_target_lse + o_n, mask=m_n, other=-INF)
+                b_d_column = tl.load(p_d_target_lse + o_n, mask=m_n, other=0.0) * gain
+                shift = _power_of_two(finite(tl.max(b_lse_column, 0)))
+                b_above = _above(b_lse_column, shift)
+                column_spread = tl.max(tl.abs(b_above), 0)
+                b_weight_column = b_d_column * exp(-b_above)
+        b_label = labels(pairs.label, o_m, STOP, M)
+        b_s = similarity(p_q, p_t, o_m, o_n, STOP, M, D, s_q, s_t, TILE, PRECISION)
+        b_z = logits(b_s, b_label, pairs, scale, alpha, o_n, M, HARDNESS)
+        b_lse = tl.load(p_query_lse + o_m, mask=m_m, other=-INF)
+        b_d = tl.load(p_d_query_lse + o_m, mask=m_m, other=0.0) * gain
+        b_d_positive = tl.load(p_d_positive + o_m, mask=m_m, other=0.0) * gain
+        if SHARED:
+            b_above = _above(b_lse, shift)
+            b_spread = tl.maximum(tl.abs(b_above), column_spread)
+            b_weight = b_d * exp(-b_above)
+            if _fits(b_spread, b_label, i_first, BN, PLAIN):
+                b_weights = b_weight[:, None] + b_weight_column[None, :]
+                if not PLAIN:
+                    in_row, in_column = negatives(b_s, b_label, pairs, o_m, o_n, STOP, M)
+                    b_weights = tl.where(in_row, b_weight[:, None], 0.0)
+                    b_weights += tl.where(in_column, b_weight_column[None, :], 0.0)
+                b_ds = tl.exp2(b_z * LOG2E - shift * LOG2E) * b_weights
+                if not PLAIN:  # the exponential of a pair that does not count may be infinite
+                    b_ds = tl.where(in_row | in_column, b_ds, 0.0)
+                    b_ds = tl.where(b_label[:, None] == o_n[None, :], b_d_positive[:, None], b_ds)
+            else:
+                b_ds = _each_direction(
+                    b_s, b_z, b_label, pairs, scale, gain, o_m, o_n, STOP, M, HARDNESS,
+                    b_lse, b_d, b_d_positive, p_target_lse, p_d_target_lse,
+                )  # fmt: skip
+        else:
+            b_ds = _each_direction(
+                b_s, b_z, b_label, pairs, scale, gain, o_m, o_n, STOP, M, HARDNESS,
+                b_lse, b_d, b_d_positive, p_target_lse, p_d_target_lse,
+            )  # fmt: skip
+        p = p_ds + (o_m - START).to(tl.int64)[:, None] * s_ds + o_n[None, :]
+        tl.store(p, b_ds.to(p_ds.dtype.element_ty), mask=m_m[:, None] & (o_n < s_ds)[None, :])

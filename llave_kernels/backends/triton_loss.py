@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from llave_kernels.backends import products
-from llave_kernels.backends.triton_kernels import INF, LOG2E, _exp, _labels, _scale
+from llave_kernels.backends.triton_tile import INF, LOG2E, exp, labels, load_scale
 
 LN2_HIGH = tl.constexpr(0.693145751953125)  # log(2) = LN2_HIGH + LN2_LOW, the first with few bits
 LN2_LOW = tl.constexpr(1.42860677e-06)
@@ -36,7 +36,7 @@ def _softplus_and_slope(x):
     # exp(-size) = 2^-whole exp(-rest). Rounding size * LOG2E would cost its last digits.
     b_whole = tl.floor(b_size * LOG2E)
     b_rest = (b_size - b_whole * LN2_HIGH) - b_whole * LN2_LOW
-    b = tl.exp2(-b_whole) * _exp(-b_rest)
+    b = tl.exp2(-b_whole) * exp(-b_rest)
     b_slope = tl.where(x < 0, b, 1.0) / (1.0 + b)
     return tl.where(x > 0, x, 0.0) + _log1p(b), b_slope
 
@@ -67,7 +67,7 @@ def loss_kernel(
     p_d_row = p_lse + 4 * LENGTH
     p_d_column = p_lse + 5 * LENGTH
     p_gain = p_lse + 6 * LENGTH
-    scale = _scale(p_scale)
+    scale = load_scale(p_scale)
     o = tl.arange(0, BLOCK)
     if SYMMETRIC:
         for start in range(0, M, BLOCK):
@@ -82,7 +82,7 @@ def loss_kernel(
         b_row = tl.load(p_row + o_m, mask=m_m, other=-INF) - b_positive
         b_term, b_slope = _softplus_and_slope(b_row)
         if SYMMETRIC:
-            b_label = _labels(p_label, o_m, N, M)
+            b_label = labels(p_label, o_m, N, M)
             m_label = m_m & (b_label >= 0) & (b_label < M)
             b_column = tl.load(p_column + b_label, mask=m_label, other=-INF) - b_positive
             b_term_column, b_slope_column = _softplus_and_slope(b_column)
