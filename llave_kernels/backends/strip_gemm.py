@@ -44,33 +44,39 @@ def gradients(
     workspace = strip_workspace(query, target)
     rows = len(workspace)
     d_query, d_scale = query.new_empty(query.shape), logit_scale.new_empty(())
-    # dT is rounded after everything that is computed from it.
-    final = rows >= n and gain is None and not scale_gradient
+    final = rows >= n and gain is None  # the first product is dT itself
     d_target = target.new_empty(target.shape, dtype=target.dtype if final else torch.float32)
+    sums = []
     for start in range(0, n, rows):
         stop = min(start + rows, n)
         fill(workspace[: stop - start], start, stop)
-        ds = workspace[: stop - start, :m]
-        if gain is None:
+        ds, queries = workspace[: stop - start, :m], query[start:stop]
+        if gain is None and not scale_gradient:
             store_product(d_query[start:stop], ds, target)
-        else:  # before the division the numbers may not fit half precision
-            torch.div(product(ds, target), gain, out=d_query[start:stop])
+        else:
+            strip = product(ds, target)
+            _round(d_query[start:stop], strip, gain)
+            if scale_gradient:  # from dQ before it is rounded, because the terms cancel
+                sums.append(strip.mul_(queries).sum())
+            del strip
         put = add_product if start else store_product
-        put(d_target, ds.T, query[start:stop])
-    del workspace, ds
-    total, d_target = d_target, _rounded(d_target, target.dtype, gain)
+        put(d_target, ds.T, queries)
+    del workspace, ds  # before the last allocation
+    if d_target.dtype != target.dtype or gain is not None:
+        total, d_target = d_target, target.new_empty(target.shape)
+        _round(d_target, total, gain)
     if scale_gradient:
-        # kappa d kappa = sum_j t_j . dt_j, with dT before it is rounded, because the terms cancel
-        terms = target * total if total is d_target else total.mul_(target)
-        torch.div(terms.sum(), logit_scale if gain is None else logit_scale * gain, out=d_scale)
+        whole = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+        torch.div(whole, logit_scale if gain is None else logit_scale * gain, out=d_scale)
     return Gradients(d_query, d_target, d_scale)
 
 
-def _rounded(d_target: Tensor, dtype: torch.dtype, gain: Tensor | None) -> Tensor:
-    """``d_target / gain`` in that dtype."""
+def _round(out: Tensor, x: Tensor, gain: Tensor | None) -> None:
+    """``out = x / gain``. Before the division ``x`` may not fit the type of ``out``."""
     if gain is None:
-        return d_target.to(dtype)
-    return torch.div(d_target, gain, out=d_target.new_empty(d_target.shape, dtype=dtype))
+        out.copy_(x)
+    else:
+        torch.div(x, gain, out=out)
 
 
 def strip_workspace(query: Tensor, target: Tensor) -> Tensor:
