@@ -37,17 +37,16 @@ def gradients(
     """The gradients. That of logit_scale is uninitialised unless ``scale_gradient``.
 
     ``fill(ds, start, stop)`` writes ``gain * dS`` of those rows into the first M columns of ``ds``.
-    ``ds`` is contiguous, and its width is a multiple of 16. ``gain`` is a 0-d power of two, or None
-    for 1.
+    ``ds`` is contiguous, and its width is a multiple of 16. ``gain`` is 0-d, or None for 1.
     """
     n, m = query.shape[0], target.shape[0]  # len(x) takes three times as long on the host
     workspace = strip_workspace(query, target)
     rows = workspace.shape[0]
     d_query = query.new_empty(query.shape)
     d_scale = query.new_empty((), dtype=torch.float32)
-    # dT is rounded after everything that is computed from it.
-    final = rows >= n and gain is None and not scale_gradient
+    final = rows >= n and gain is None  # the first product is dT itself
     d_target = target.new_empty(target.shape, dtype=target.dtype if final else torch.float32)
+    sums = []
     for start in range(0, n, rows):
         stop = min(start + rows, n)
         ds, queries, out = workspace, query, d_query
@@ -55,26 +54,32 @@ def gradients(
             ds, queries, out = workspace[: stop - start], query[start:stop], d_query[start:stop]
         fill(ds, start, stop)
         ds = ds[:, :m]
-        if gain is None:
+        if gain is None and not scale_gradient:
             store_product(out, ds, target)
-        else:  # before the division the numbers may not fit half precision
-            torch.div(product(ds, target), gain, out=out)
+        else:
+            strip = product(ds, target)
+            _round(out, strip, gain)
+            if scale_gradient:  # from dQ before it is rounded, because the terms cancel
+                sums.append(strip.mul_(queries).sum())
+            del strip
         put = add_product if start else store_product
         put(d_target, ds.T, queries)
-    del workspace, ds
-    total, d_target = d_target, _rounded(d_target, target.dtype, gain)
+    del workspace, ds  # before the last allocation
+    if d_target.dtype != target.dtype or gain is not None:
+        total, d_target = d_target, target.new_empty(target.shape)
+        _round(d_target, total, gain)
     if scale_gradient:
-        # kappa d kappa = sum_j t_j . dt_j, with dT before it is rounded, because the terms cancel
-        terms = target * total if total is d_target else total.mul_(target)
-        torch.div(terms.sum(), logit_scale if gain is None else logit_scale * gain, out=d_scale)
+        whole = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+        torch.div(whole, logit_scale if gain is None else logit_scale * gain, out=d_scale)
     return Gradients(d_query, d_target, d_scale)
 
 
-def _rounded(d_target: Tensor, dtype: torch.dtype, gain: Tensor | None) -> Tensor:
-    """``d_target / gain`` in that dtype."""
+def _round(out: Tensor, x: Tensor, gain: Tensor | None) -> None:
+    """``out = x / gain``. Before the division ``x`` may not fit the type of ``out``."""
     if gain is None:
-        return d_target.to(dtype)
-    return torch.div(d_target, gain, out=d_target.new_empty(d_target.shape, dtype=dtype))
+        out.copy_(x)
+    else:
+        torch.div(x, gain, out=out)
 
 
 def strip_workspace(query: Tensor, target: Tensor) -> Tensor:
