@@ -45,18 +45,10 @@ def functions(path: Path, kind: str = "-sass") -> Iterator[tuple[str, str]]:
         yield name.strip(), code
 
 
-def registers(path: Path) -> dict[tuple[int, str], int]:
-    """Registers of a thread, by architecture and mangled name."""
-    found, architecture = {}, 0
-    name = ""
-    for line in _listing("-res-usage", path).splitlines():
-        if arch := re.match(r"arch = sm_(\d+)", line):
-            architecture = int(arch[1])
-        elif function := re.match(r" Function ([^\s:]+)", line):
-            name = function[1]
-        elif usage := re.search(r"REG:(\d+)", line):
-            found[architecture, name] = int(usage[1])
-    return found
+def registers(path: Path) -> dict[str, int]:
+    """Registers of a thread, by mangled name."""
+    found = re.findall(r"Function ([^\s:]+):?\s+REG:(\d+)", _listing("-res-usage", path))
+    return {name: int(count) for name, count in found}
 
 
 class Instruction(NamedTuple):
@@ -83,27 +75,32 @@ class Code:
         widths = [re.search(r"\.(64|128)", match[1]) for match in found if match]
         return sum(int(width[1]) // 8 if width else 4 for width in widths)
 
-    def epilogue(self, exponentials: int) -> int | None:
-        """Instructions of the cheapest road that takes so many exponentials, or None.
+    def epilogue(self, exponentials: int, shuffles: int = 0) -> int | None:
+        """Instructions of the cheapest road with so many exponentials and shuffles, or None.
 
         A road leads from one matrix product to the next, or to the end. A warp's road depends on
         the call and its data. Instructions that a predicate switches off are issued, so they count.
         """
         blocks = self._blocks
-        queue = [(0, i, 0) for block in blocks if block.matrix for i in block.followers]
-        seen: set[tuple[int, int]] = set()
+        queue = [
+            (0, i, exponentials, shuffles)
+            for block in blocks
+            if block.matrix
+            for i in block.followers
+        ]
+        seen: set[tuple[int, int, int]] = set()
         while queue:
-            cost, i, taken = heapq.heappop(queue)
+            cost, i, *missing = heapq.heappop(queue)
             block = blocks[i]
-            if block.matrix and taken >= exponentials:
+            if block.matrix and not any(missing):
                 return cost
-            if block.matrix or (i, taken) in seen:
+            if block.matrix or (i, *missing) in seen:
                 continue
-            seen.add((i, taken))
-            cost += block.size
-            taken = min(exponentials, taken + block.exponentials)
+            seen.add((i, *missing))
+            taken = block.exponentials, block.shuffles
+            left = [max(0, wanted - found) for wanted, found in zip(missing, taken, strict=True)]
             for follower in block.followers:
-                heapq.heappush(queue, (cost, follower, taken))
+                heapq.heappush(queue, (cost + block.size, follower, *left))
         return None
 
     @cached_property
@@ -132,9 +129,10 @@ class Code:
             if passes and b < len(code):
                 followers.append(number + 1)
             taken = sum(x.name == EXPONENTIAL for x in code[a:b])
+            shuffles = sum(_family(x) == "SHFL" for x in code[a:b])
             matrix = MATRIX.match(code[a].name) is not None
-            blocks.append(_Block(b - a, taken, matrix, followers))
-        return [*blocks, _Block(0, 0, True, [])]
+            blocks.append(_Block(b - a, taken, shuffles, matrix, followers))
+        return [*blocks, _Block(0, 0, 0, True, [])]
 
 
 class _Block(NamedTuple):
@@ -142,6 +140,7 @@ class _Block(NamedTuple):
 
     size: int
     exponentials: int
+    shuffles: int
     matrix: bool
     followers: list[int]
 

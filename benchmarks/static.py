@@ -5,12 +5,15 @@
 It reads the compiled extension, and compiles the Triton kernels for sm_90. It writes two files.
 Nothing in them is measured.
 
-``kernels.csv`` has a line for each kernel, element type and tile, for a call without rules:
+``kernels.csv`` has a line for each kernel, element type and tile, for a call in both directions
+without rules:
 
     spill_bytes       bytes that a thread's loads and stores of local memory move
     instructions      all of a thread's instructions in the kernel, each road through it included
     epilogue          instructions of the cheapest road from a tile's last product to the next
-                      tile's first that takes an exponential for each of the thread's elements
+                      tile's first that takes an exponential for each of the thread's elements. In
+                      the extension's forward also the shuffles of both directions: seven for eight
+                      of the thread's columns
     per_element       ``epilogue`` for each element of the tile that the thread holds
     shared_bytes      of a block. Of the extension's kernels, their tiles of operands alone
 
@@ -100,12 +103,15 @@ def extension(path: Path) -> Iterator[Row]:
             "element": ELEMENTS[found["element"]],
             "tile": f"{bm}x{bn}",
             "threads": 128 if ping_pong else 256,
-            "registers": registers[architecture, name],
+            "registers": registers[name],
             "shared_bytes": int(found["stages"]) * (bm + bn) * 128,
             "cluster": cluster,
         }
         row["resident"] = 2 if ping_pong else _resident(row)
-        yield row | _counts(text, bm * bn // row["threads"])
+        elements = bm * bn // row["threads"]
+        # A thread holds elements of one row in 32.
+        columns = elements // (bm // 32) if row["kernel"] == "forward" else 0
+        yield row | _counts(text, elements, columns * 7 // 8)
 
 
 def triton_kernel(kernel: str, element: str, tile: tiles.Tile) -> Row:
@@ -185,9 +191,9 @@ def _triton() -> Iterator[Row]:
             yield triton_kernel(kernel, element, tile)
 
 
-def _counts(text: str, elements: int) -> Row:
+def _counts(text: str, elements: int, shuffles: int = 0) -> Row:
     code = machine_code.Code(text)
-    epilogue = code.epilogue(elements)
+    epilogue = code.epilogue(elements, shuffles)
     return {
         "label": "counted",
         "spill_bytes": code.spill_bytes,

@@ -48,6 +48,18 @@ def test_the_epilogue_is_the_cheapest_road_with_its_exponentials() -> None:
     assert [found.epilogue(k) for k in (0, 1, 2, 3)] == [4, 4, 6, None]
 
 
+def test_a_road_may_need_shuffles() -> None:
+    found = code(
+        "HGMMA.64x128x16.F32 R24, gdesc[UR4], R24",
+        "MUFU.EX2 R1, R1",
+        "@P0 BRA 0x50",
+        "SHFL.BFLY PT, R2, R1, 0x1, 0x1f",
+        "FADD R1, R1, R2",
+        "EXIT",
+    )
+    assert [found.epilogue(1, shuffles) for shuffles in (0, 1, 2)] == [3, 5, None]
+
+
 def test_a_loop_takes_an_exponential_in_each_round() -> None:
     found = code("HMMA.16816.F32.BF16 R4, R8, R10, R4", "MUFU.EX2 R1, R1", "@P0 BRA 0x10", "EXIT")
     assert [found.epilogue(k) for k in (1, 2, 5)] == [3, 5, 11]
