@@ -134,6 +134,7 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
         shared.positive[k] = out.d_positive[i] * gain;
       } else {
         shared.rows.load_nothing(k);
+        shared.positive[k] = 0.0f;
       }
     }
     for (int k = thread; k < kColumns; k += Place_::kThreads) {
@@ -148,8 +149,8 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
     if (thread % 32 == 0) shared.outside[thread / 32] = outside;
   }
 
-  // Stores dS of a thread's pairs, eight of its columns at a time. They are two columns from each of
-  // four blocks of eight. `values_of(r)(c)` gives the value of a pair.
+  // Stores dS of a thread's pairs, eight of its columns at a time. They are two columns from each
+  // of four blocks of eight. `values_of(r)(c)` gives the value of a pair.
   template <class Matrix, class Values>
   CUTE_DEVICE void store(Matrix const& s, Place_ const& place, int i0, int j0,
                          Values values_of) const {

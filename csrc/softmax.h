@@ -28,8 +28,8 @@ CUTE_HOST_DEVICE float finite(float shift) {
   return shift == -kInfinity ? 0.0f : shift;
 }
 
-// The sum of exp(z - shift) over some logits z. The shift is at most 60 above the largest logit. No
-// logit is far above the shift. Without logits, shift and sum are (-infinity, 0).
+// The sum of exp(z - shift) over some logits z. The shift is at most 46 above the largest logit. No
+// logit is more than 20 above the shift. Without logits, shift and sum are (-infinity, 0).
 struct ShiftedSum {
   float shift, sum;
 

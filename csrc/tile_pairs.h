@@ -1,5 +1,6 @@
 // The rules of a tile's pairs. The threads of a tile load once, into shared memory, what the rules
-// read of its rows and columns. A thread that held that of its columns would have no registers left.
+// read of its rows and columns. A thread that held this for its columns would have no registers
+// left.
 #pragma once
 
 #include "fragment.h"
@@ -37,8 +38,8 @@ struct TilePairs {
     if (thread % 32 == 0) mined[thread / 32] = found;
   }
 
-  // Whether every pair of the warp is plain: it counts in both directions, and is not the row's own.
-  // The similarities are `s`. Plain tiles next to the edge count as plain. False may be too careful.
+  // Whether every pair of the warp is plain: it counts in both directions and is not the row's own.
+  // The edges of the matrix are not looked at. False may be too careful. The similarities are `s`.
   template <class Matrix>
   CUTE_DEVICE bool plain(const Rules& rules, Matrix const& s, Place<Tile> const& place,
                          int j0) const {

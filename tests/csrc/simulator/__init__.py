@@ -31,7 +31,7 @@ def load() -> str | None:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         return f"no C++ compiler {compiler}"
-    includes = [ROOT / "csrc", HERE, *_headers()]
+    includes = [ROOT / "csrc", HERE, *headers()]
     missing = [name for name in ("cutlass_library", "pybind11") if not _spec(name)]
     if missing:
         return f"{missing[0]} is not installed"
@@ -46,7 +46,7 @@ def _spec(name: str) -> Path | None:
     return Path(next(iter(spec.submodule_search_locations or []))) if spec else None
 
 
-def _headers() -> list[Path]:
+def headers() -> list[Path]:
     """The include folders of Python, CUTLASS, pybind11 and a CUDA toolkit, as far as found."""
     found = [Path(sysconfig.get_paths()["include"])]
     if cutlass := _spec("cutlass_library"):

@@ -89,12 +89,14 @@ Size run_size(const Problem& p, const Outputs& outputs) {
 
 template <int Architecture, class Element>
 Size launch_forward(const Problem& p, const ForwardOutputs& outputs, cudaStream_t) {
-  return run_size<Architecture, Element, kLargestForward<Architecture>, ForwardEpilogue>(p, outputs);
+  constexpr Size largest = kLargestForward<Architecture>;
+  return run_size<Architecture, Element, largest, ForwardEpilogue>(p, outputs);
 }
 
 template <int Architecture, class Element>
 void launch_backward(const Problem& p, const BackwardOutputs& outputs, cudaStream_t) {
-  run_size<Architecture, Element, kLargestBackward<Architecture, Element>, BackwardEpilogue>(p, outputs);
+  constexpr Size largest = kLargestBackward<Architecture, Element>;
+  run_size<Architecture, Element, largest, BackwardEpilogue>(p, outputs);
 }
 
 void select_device(int) {
