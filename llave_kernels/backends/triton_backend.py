@@ -165,9 +165,8 @@ class _Call:
         if query.device.type != "cuda":
             return tiles.INTERPRETER
         major = torch.cuda.get_device_capability(query.device)[0]
-        masked = tiles.masked(
-            ids=self.rules.query_ids is not None, margin=self.rules.margin is not None
-        )
+        ids, margin = self.rules.query_ids is not None, self.rules.margin is not None
+        masked = tiles.masked(query.dtype, ids=ids, margin=margin)
         untimed = tiles.table(major, query.dtype, d, len(query), masked=masked)
         if not tiles.autotuning():
             return untimed

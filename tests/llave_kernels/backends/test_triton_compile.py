@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 
 from llave_kernels.backends import tiles
@@ -116,7 +117,7 @@ def test_many_rules_at_once(kernel: str, arch: int, absent: Sequence[str]) -> No
 
 
 LARGEST = [("p_owner",), ("p_label",)]
-if not tiles.masked(ids=True, margin=False):
+if not tiles.masked(torch.bfloat16, ids=True, margin=False):
     LARGEST.append(("p_label", "p_owner", "p_query_id", "p_target_id"))
 
 
