@@ -19,7 +19,8 @@ SETS = {
 }
 HOSTS = "tests/llave_kernels/integrations"  # they come with `hosts` below
 KERNELS = ["tests/llave_kernels", f"--ignore={HOSTS}"]
-RUNNER = ["pytest", "hypothesis"]
+RUNNER = ["pytest", "pytest-xdist", "hypothesis"]
+ON_ALL_CORES = ["--numprocesses", "auto", "--maxprocesses", "8", "--dist", "loadfile"]
 SIMULATOR = ["pybind11>=2.13", "nvidia-cutlass>=4.2,<4.3"]
 LOWEST = [
     "sentence-transformers==6.2.0",
@@ -37,7 +38,7 @@ def install(session: nox.Session, package: str, *versions: str) -> None:
 def kernels(session: nox.Session, versions: list[str]) -> None:
     """Tests of the loss: simulated backends, compiled kernels and several processes."""
     install(session, ".", *SIMULATOR, *versions)
-    session.run("python", "-m", "pytest", *KERNELS, *session.posargs)
+    session.run("python", "-m", "pytest", *ON_ALL_CORES, *KERNELS, *session.posargs)
 
 
 @nox.session(python=SETS["oldest"][0])
@@ -45,4 +46,4 @@ def hosts(session: nox.Session) -> None:
     """Trainers and the model package with the lowest versions of their dependencies."""
     install(session, ".[test]", *SETS["oldest"][1], *LOWEST)
     paths = [HOSTS, "tests/llave", "tests/test_docs.py"]
-    session.run("python", "-m", "pytest", *paths, *session.posargs)
+    session.run("python", "-m", "pytest", *ON_ALL_CORES, *paths, *session.posargs)

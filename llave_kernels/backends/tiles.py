@@ -7,6 +7,7 @@ device, dtype, rules, D, and N and M rounded up to powers of two. The fastest ti
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import warnings
@@ -36,6 +37,15 @@ class Tile(NamedTuple):
 INTERPRETER = Tile(32, 32, 32, 4, 1)
 
 
+def _triton() -> tuple[int, ...]:
+    """Major and minor version."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return (0, 0)
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
 class Kind(NamedTuple):
     """The key of a table entry.
 
@@ -52,8 +62,8 @@ class Choices(NamedTuple):
     """Tiles by kind of call.
 
     Attributes:
-        plain: without ids and margin.
-        masked: with ids or a margin.
+        plain: without masks that do not fit in its registers.
+        masked: with those (``masked``).
         small: for a small batch. It needs small tiles to fill the GPU.
     """
 
@@ -62,8 +72,8 @@ class Choices(NamedTuple):
     small: Tile
 
 
-# The code that triton 3.4, 3.6 and 3.9 compile for these spills no registers. They are not timed on
-# a GPU.
+# The code that triton 3.4, 3.6 and 3.9 compile for these spills no registers, but for two in 3.6 in
+# the backward with mined negatives. They are not timed on a GPU.
 TABLE = {
     Kind(9, 2): Choices(
         plain=Tile(128, 128, 64, 8, 3), masked=Tile(128, 64, 64, 8, 4), small=Tile(64, 64, 64, 4, 4)
@@ -86,11 +96,15 @@ def kind(major: int, dtype: torch.dtype) -> Kind:
     return Kind(9 if major >= 9 else 8, dtype.itemsize)
 
 
+def masked(dtype: torch.dtype, *, ids: bool, margin: bool) -> bool:
+    """Whether the rules keep so many masks alive that the largest tile would spill registers."""
+    return margin or (ids and (dtype.itemsize == 4 or _triton() < (3, 9)))
+
+
 def table(major: int, dtype: torch.dtype, d: int, n: int, *, masked: bool = False) -> Tile:
     """The tile for a compute capability, input dtype, width and number of rows, without timing.
 
-    ``masked``: the call has ids or a margin. They keep more masks alive, and the largest tile would
-    spill registers.
+    ``masked``: see the function of that name.
     """
     choices = TABLE[kind(major, dtype)]
     tile = choices.small if n <= SMALL_BATCH else choices.masked if masked else choices.plain

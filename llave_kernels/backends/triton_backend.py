@@ -211,7 +211,8 @@ class _Call:
         if query.device.type != "cuda":
             return tiles.INTERPRETER
         major = torch.cuda.get_device_capability(query.device)[0]
-        masked = self.rules.query_ids is not None or self.rules.margin is not None
+        ids, margin = self.rules.query_ids is not None, self.rules.margin is not None
+        masked = tiles.masked(query.dtype, ids=ids, margin=margin)
         untimed = tiles.table(major, query.dtype, d, len(query), masked=masked)
         if not tiles.autotuning():
             return untimed
@@ -266,9 +267,9 @@ class _Forward(_Call):
         rows, columns = _super_tile(
             triton.cdiv(n, tile.bm), triton.cdiv(m, tile.bn), self.query.device
         )
-        grid = (triton.cdiv(n, tile.bm * rows), triton.cdiv(m, tile.bn * columns))
-        by_row = self._partial(grid[1], n)
-        by_column = self._partial(grid[0], m) if self.rules.symmetric else None
+        grid = (triton.cdiv(m, tile.bn * columns), triton.cdiv(n, tile.bm * rows))
+        by_row = self._partial(grid[0], n)
+        by_column = self._partial(grid[1], m) if self.rules.symmetric else None
         kernels.forward_kernel[grid](
             *self.inputs, *by_row, *(by_column or (None, None)), *self.sizes, rows, columns,
             **self.options(tile),

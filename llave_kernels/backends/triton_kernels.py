@@ -13,6 +13,7 @@ An argument is None if the call does not use its rule, direction or factor. The 
 compiled without it.
 
 Logits keep base e until the maximum is subtracted. Changing the base first would round large ones.
+Logits near a shift that is a power of two change the base in one fused multiply-add.
 
 Rows of inputs start at multiples of 16 bytes and are as long. The width ``D`` and the strides
 ``s_q`` and ``s_t`` count units of 16 bytes. From the factor the compiler knows that a load may take
@@ -165,6 +166,10 @@ def forward_kernel(
     partial buffer. The program reads it again for its next column of tiles.
 
     The column is derived from ``i``. In a loop of its own its offsets would stay in registers.
+
+    Neighbouring programs have the same rows and share them in the L2 cache. For N = M = 16,384 and
+    132 programs at a time, 37 of the 264 blocks of a step are different, as counted. The 32 blocks
+    of columns among them stay for the next step.
     """
     pairs = Pairs(
         p_label, p_owner, p_query_id, p_target_id, p_row_limit, p_column_limit, alpha, target_alpha
@@ -177,7 +182,7 @@ def forward_kernel(
     SHARED: tl.constexpr = (
         p_column_max is not None and target_alpha is None and (PLAIN or RULES_TOO)
     )
-    i_rows, i_columns = tl.program_id(0), tl.program_id(1)
+    i_columns, i_rows = tl.program_id(0), tl.program_id(1)
     scale = load_scale(p_scale)
     shift = 0.0
     n_known = 0
@@ -301,6 +306,7 @@ def strip_kernel(
     One program owns TILES tiles, down a column of tiles and on to the next. With one exponential,
     ``exp(z - n_i) dn_i + exp(z - n_j) dn_j`` is ``exp(z - shift)`` times the sum of a weight of the
     row and one of the column. The columns' weights stay in registers along a column of tiles.
+    Programs share blocks in the L2 cache as in the forward.
 
     Stores go to the end of the workspace's rows. Their width ``s_ds`` is a multiple of 16, so the
     stores are wide for every M. What lies beyond the M-th column is arbitrary.

@@ -52,6 +52,15 @@ def test_table_depends_on_what_it_says() -> None:
     assert tiles.table(8, torch.float32, 1536, 8192) in tiles.CANDIDATES[tiles.Kind(8, 4)]
 
 
+def test_which_rules_need_smaller_tiles_depends_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, ids in (((3, 6), True), ((3, 9), False)):
+        monkeypatch.setattr(tiles, "_triton", lambda version=version: version)
+        assert tiles.masked(torch.bfloat16, ids=True, margin=False) == ids
+        assert tiles.masked(torch.float32, ids=True, margin=False)
+        assert tiles.masked(torch.bfloat16, ids=False, margin=True)
+        assert not tiles.masked(torch.float32, ids=False, margin=False)
+
+
 class OnGpu:
     """Stands for a tensor on a GPU, with its sizes, dtype and device."""
 
