@@ -115,3 +115,15 @@ def _product(rows: int, columns: int, inner: int, traffic: float) -> float:
         for (bm, bn), split in itertools.product(LIBRARY_TILES, SPLITS)
     )
     return max(best, traffic / MEMORY)
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """The README's table of predictions: TFLOP/s of each backend and width against N."""
+    sizes = sorted({int(row["n"]) for row in rows})
+    found = {(row["backend"], int(row["d"]), int(row["n"])): float(row["tflops"]) for row in rows}
+    lines = [["TFLOP/s, counted as 8NMD", *(f"N = {n:,}" for n in sizes)]]
+    for backend, d in sorted({key[:2] for key in found}):
+        cells = (f"{found[backend, d, n]:.0f}" for n in sizes)
+        lines.append([f"`{backend}`, D = {d:,}", *cells])
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

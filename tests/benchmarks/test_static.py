@@ -122,6 +122,11 @@ def test_a_triton_kernel_is_read() -> None:
     assert 3 < row["per_element"] < 60
 
 
+def test_the_readme_shows_the_committed_predictions() -> None:
+    with (RESULTS / "predictions.csv").open(newline="") as file:
+        assert prediction.markdown(list(csv.DictReader(file))) in (ROOT / "README.md").read_text()
+
+
 @pytest.mark.parametrize("name", ["kernels", "predictions"])
 def test_committed_figures_are_labelled_counted(name: str) -> None:
     with (RESULTS / f"{name}.csv").open(newline="") as file:
