@@ -55,6 +55,13 @@ BACKWARD = (
     | dict.fromkeys(("d_positive", "d_query_lse", "d_target_lse", "ds"), ADDRESS)
     | {"gain": 0, "pitch": 504}
 )
+LOSS = (
+    {"device": 0, "stream": 0, "weight": 1.0}
+    | LSES
+    | dict.fromkeys(("positive", "total", "gain", "d_positive", "d_query_lse"), ADDRESS)
+    | {"d_target_lse": ADDRESS}
+)
+ARGUMENTS = {"forward": FORWARD, "backward": BACKWARD, "loss": LOSS}
 # (what is called, the wrong arguments, the message)
 MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("problem", {"type": "float64"}, "type = 'float64'; expected float32, bfloat16 or float16"),
@@ -86,21 +93,25 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("backward", {"pitch": 496}, "pitch = 496; expected"),
     ("backward", {"d_target_lse": 0}, "d_target_lse is a null pointer"),
     ("backward", {"d_positive": 0}, "d_positive is a null pointer"),
+    *(
+        ("loss", {name: 0}, f"{name} is a null pointer")
+        for name in ("total", "gain", "d_target_lse")
+    ),
+    ("loss", {"query_lse": ADDRESS + 2}, "query_lse = 1048578 is not aligned to 4"),
 ]
 
 # This runs in its own process, where `_cuda` is the compiled extension.
 CALLS = """
 import json, sys
 from llave_kernels import _cuda, available_backends
-problem, forward, backward, mistakes = json.load(sys.stdin)
+problem, arguments, mistakes = json.load(sys.stdin)
 said = []
 for name, wrong in mistakes:
     try:
         if name == "problem":
             _cuda.Problem(**(problem | wrong))
         else:
-            arguments = forward if name == "forward" else backward
-            getattr(_cuda, name)(problem=_cuda.Problem(**problem), **(arguments | wrong))
+            getattr(_cuda, name)(problem=_cuda.Problem(**problem), **(arguments[name] | wrong))
         said.append(["nothing", ""])
     except Exception as error:
         said.append([type(error).__name__, str(error)])
@@ -111,7 +122,7 @@ print(json.dumps([available_backends()["cuda"], list(_cuda.architectures), said]
 def call_built(mistakes: list[tuple[str, dict[str, object]]]) -> list:
     run = subprocess.run(
         [sys.executable, "-c", CALLS],
-        input=json.dumps([PROBLEM, FORWARD, BACKWARD, mistakes]),
+        input=json.dumps([PROBLEM, ARGUMENTS, mistakes]),
         capture_output=True,
         text=True,
         check=False,

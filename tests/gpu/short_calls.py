@@ -20,7 +20,8 @@ def main() -> None:
         for kind in kinds:
             query, target = (x.requires_grad_() for x in embeddings(*shape, dtype))
             rules = draw_rules(*shape[:2], kind)
-            for scale in (50.0, 5000.0):  # 50: one shift a warp; 5000: one for each row and column
+            # 50: one shift a warp; 5000: one for each row and column
+            for scale in (50.0, torch.tensor(5000.0, requires_grad=True)):
                 loss = hardness_weighted_contrastive_loss(
                     query, target, logit_scale=scale, backend="cuda", **rules
                 )
