@@ -6,8 +6,11 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: test matrix bench lint clean
 
+# Files run in their order. The reorder of xdist would leave the longest ones, which have few tests,
+# for the end, where one core waits for the other.
 test: $(VENV)/test.stamp lint
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
+		--no-loadscope-reorder
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
