@@ -98,7 +98,7 @@ class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
   template <class Matrix>
   CUTE_DEVICE void sum_plain(Matrix const& s, Place_ const& place, SharedStorage& shared) const {
     const Rules& rules = params.problem.rules;
-    const Factors other(rules, *params.problem.scale, false);
+    const Factors other(rules, params.problem.logit_scale(), false);
     const float shift = other.row * common_shift(s, [&](int r, int c) { return s(r, c); });
     const auto row_logit = [&](int r, int c) { return s(r, c) * other.row; };
     if (rules.symmetric && other.row == other.column) {

@@ -5,14 +5,31 @@
 
 namespace llave {
 
-// log(1 + exp(x)). NaN stays NaN.
-CUTE_HOST_DEVICE float softplus(float x) {
-  return (x > 0.0f ? x : 0.0f) + log1pf(expf(-fabsf(x)));
-}
+// log(1 + exp(x)) and its derivative, to the last digits of a small loss too. NaN stays NaN.
+struct Softplus {
+  float value, slope;
 
-CUTE_HOST_DEVICE float sigmoid(float x) {
-  return 1.0f / (1.0f + expf(-x));
-}
+  CUTE_HOST_DEVICE explicit Softplus(float x) {
+    constexpr float kLn2High = 0.693145751953125f, kLn2Low = 1.42860677e-6f;
+    const float size = fabsf(x) > 200.0f ? 200.0f : fabsf(x);  // exp(-200) is 0 in float32
+    // exp(-size) = 2^-whole exp(-rest). Rounding size * log2(e) would cost its last digits.
+    const float whole = floorf(size * kLog2E);
+    const float rest = fmaf(-whole, kLn2Low, fmaf(-whole, kLn2High, size));
+    const float e = power_of_two(-whole) * exponential(-rest);
+    value = (x > 0.0f ? x : 0.0f) + log_of_one_plus(e);
+    slope = (x < 0.0f ? e : 1.0f) / (1.0f + e);
+  }
+
+ private:
+  // log(1 + x) for 0 <= x <= 1, from the series of 2 atanh(x / (2 + x)).
+  CUTE_HOST_DEVICE static float log_of_one_plus(float x) {
+    const float y = x / (2.0f + x);
+    float sum = 1.0f / 17;
+    CUTE_UNROLL
+    for (int k = 7; k >= 0; --k) sum = fmaf(sum, y * y, 1.0f / (2 * k + 1));
+    return 2.0f * y * sum;
+  }
+};
 
 // What a row, or a whole batch, adds to the loss. The largest slopes ignore what is not finite.
 struct LossPart {
@@ -38,24 +55,24 @@ struct LossCall {
   // The part of row i. Writes the row's slopes.
   CUTE_HOST_DEVICE LossPart row(int i) const {
     const Rules& rules = problem.rules;
-    const float row = query_lse[i] - positive[i];
+    const Softplus row(query_lse[i] - positive[i]);
     if (!rules.symmetric) {
-      const float slope = weight * sigmoid(row);
+      const float slope = weight * row.slope;
       d_query_lse[i] = slope;
       d_positive[i] = -slope;
-      return {softplus(row), size(slope), size(slope), 0.0f};
+      return {row.value, size(slope), size(slope), 0.0f};
     }
     const int label =
         rules.labels == nullptr ? i : column_or(rules.labels[i], problem.m, kNowhere);
     // Without a label, the row's log-sum-exp is NaN already.
-    const float column = label == kNowhere ? row : target_lse[label] - positive[i];
-    const float row_slope = 0.5f * weight * sigmoid(row);
-    const float column_slope = 0.5f * weight * sigmoid(column);
+    const Softplus column((label == kNowhere ? query_lse[i] : target_lse[label]) - positive[i]);
+    const float row_slope = 0.5f * weight * row.slope;
+    const float column_slope = 0.5f * weight * column.slope;
     d_query_lse[i] = row_slope;
     d_positive[i] = -(row_slope + column_slope);
     if (label != kNowhere) d_target_lse[label] = column_slope;
-    return {0.5f * (softplus(row) + softplus(column)), size(row_slope + column_slope),
-            size(row_slope), size(column_slope)};
+    return {0.5f * (row.value + column.value), size(row_slope + column_slope), size(row_slope),
+            size(column_slope)};
   }
 
   CUTE_HOST_DEVICE void finish(LossPart all) const {
@@ -67,7 +84,7 @@ struct LossCall {
   CUTE_HOST_DEVICE static float gain_for(float bound) {
     constexpr float kSmallest = 7.8886091e-31f;  // 2^-100
     const float inside = fminf(fmaxf(bound, kSmallest), 1.0f / kSmallest);
-    return exp2f(floorf(15.0f - log2f(inside)));
+    return power_of_two(floorf(15.0f - kLog2E * logf(inside)));
   }
 
  private:

@@ -12,16 +12,19 @@ namespace llave {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-CUTE_HOST_DEVICE float exponential(float x) {
-  const float y = x * 1.4426950408889634f;
+constexpr float kLog2E = 1.4426950408889634f;
+
+CUTE_HOST_DEVICE float power_of_two(float x) {
 #if defined(__CUDA_ARCH__)
   float e;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(y));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x));
   return e;
 #else
-  return std::exp2(y);
+  return std::exp2(x);
 #endif
 }
+
+CUTE_HOST_DEVICE float exponential(float x) { return power_of_two(x * kLog2E); }
 
 // 0 in place of -infinity, so that (-infinity) - shift stays -infinity where nothing is summed.
 CUTE_HOST_DEVICE float finite(float shift) {
