@@ -41,9 +41,10 @@ def exp(x):
 @triton.jit
 def load_scale(p_scale):
     """The logit scale, from a pointer or as the number that it is."""
-    scale = tl.to_tensor(p_scale)
-    if scale.dtype.is_ptr():
-        scale = tl.load(scale)
+    scale = p_scale
+    if hasattr(p_scale, "dtype"):  # noqa: SIM102 - the interpreter passes a number as it is
+        if p_scale.dtype.is_ptr():
+            scale = tl.load(p_scale)
     return scale
 
 
