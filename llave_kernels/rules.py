@@ -6,7 +6,7 @@ A new pair rule starts here, as an argument in ``RuleArguments`` and a field of 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, TypedDict, cast, get_args, get_type_hints
+from typing import Literal, NamedTuple, TypedDict, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -104,13 +104,18 @@ class Rules(NamedTuple):
 
     def arguments(self, m: int) -> RuleArguments:
         """The rules as ``functional.resolve`` takes them for ``m`` columns."""
-        given: dict[str, Any] = dict(
-            zip(self._fields, self, strict=True)
-        )  # torch 2.8 cannot trace _asdict
-        del given["column_limit"]
-        given["owners"] = range(m) if self.owners is None else self.owners
-        given["false_negative_margin"] = given.pop("margin")
-        return cast(RuleArguments, given)
+        # Written out, because torch 2.8 can trace neither _asdict nor zip.
+        return {
+            "alpha": self.alpha,
+            "hardness": self.hardness,
+            "symmetric": self.symmetric,
+            "target_alpha": self.target_alpha,
+            "false_negative_margin": self.margin,
+            "labels": self.labels,
+            "owners": range(m) if self.owners is None else self.owners,
+            "query_ids": self.query_ids,
+            "target_ids": self.target_ids,
+        }
 
     def labels_of(self, query: Tensor) -> Tensor:
         """(N,) labels. Where they are None, row i's is i."""

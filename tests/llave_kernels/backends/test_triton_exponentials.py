@@ -37,6 +37,10 @@ def lse_and_gradient(query: Tensor, target: Tensor, **rules: Any) -> tuple[Tenso
     return found.query.detach(), query.grad
 
 
+@pytest.mark.skipif(
+    not triton_backend.kernels.RULES_TOO.value,
+    reason="the interpreter of triton 3.4 shows no difference; assert_contract runs elsewhere",
+)
 @pytest.mark.parametrize("kinds", [(), ("labels",), ("owners", "ids", "margin")], ids="+".join)
 @pytest.mark.parametrize("kind", ["close", "far", "some far"])
 def test_each_tile_takes_what_its_logits_allow(
