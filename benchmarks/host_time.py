@@ -117,6 +117,7 @@ def main(given: list[str] | None = None) -> None:
     for row in rows:
         print(f"{row['way']:40} {row['us']:7.1f} us  least {row['least_us']:7.1f}  {row['ratio']}x")
     if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
         about = loss_bench.where("cpu", ["benchmarks/host_time.py", *(given or sys.argv[1:])])
         report.write_csv([row | about for row in rows], options.out / "host_time.csv", COLUMNS)
 
