@@ -36,7 +36,10 @@ COLUMNS = [
 
 def stub_launches() -> None:
     """Let the ``cuda`` backend prepare its launches on a CPU, and launch nothing."""
-    nothing = lambda **_: None  # noqa: E731
+
+    def nothing(**_: object) -> None:
+        pass
+
     cuda._missing = None
     cuda._cuda = SimpleNamespace(
         device="cpu", architectures=(80, 90), Problem=SimpleNamespace,

@@ -21,7 +21,7 @@ from llave_kernels.backends.protocol import (
     LogSumExps,
     OneDirection,
 )
-from llave_kernels.precision import accumulation_dtype, scale_tensor
+from llave_kernels.precision import scale_tensor
 from llave_kernels.rules import TENSORS, Rules
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -89,7 +89,8 @@ class _Composed:
     def total_loss(
         self, query: Tensor, target: Tensor, scale: float | Tensor, rules: Rules, weight: float
     ) -> tuple[Tensor, tuple[Tensor, ...], None]:
-        outputs, kept = _forward(query, target, scale_tensor(scale, query), self.backend, rules)
+        scale = scale_tensor(scale, query)
+        outputs, kept = ops.forward(self.backend, query, target, scale, rules)
         total, slopes = losses.total_and_slopes(outputs, rules.labels, weight)
         return total, (*outputs, *slopes, kept), None
 
@@ -112,16 +113,6 @@ class _Composed:
         )  # fmt: skip
 
 
-def _forward(
-    query: Tensor, target: Tensor, scale: Tensor, backend: Backend, rules: Rules
-) -> tuple[LogSumExps, Tensor]:
-    """The log-sum-exps, and the tensor that the backend keeps."""
-    shape = backend.kept_shape(query, target, rules)
-    kept = query.new_empty(shape, dtype=accumulation_dtype(query.dtype))
-    with dispatch.running_on(query):
-        return backend.forward(query, target, scale, rules, kept), kept
-
-
 class _LogSumExp(Function):
     jvp = staticmethod(transforms.refuse_forward_mode)
 
@@ -129,7 +120,8 @@ class _LogSumExp(Function):
     def forward(
         ctx: Any, query: Tensor, target: Tensor, scale: Tensor, backend: Backend, rules: Rules
     ) -> tuple[Tensor, ...]:
-        outputs, kept = _forward(query, target, scale, backend, rules)
+        with dispatch.running_on(query):
+            outputs, kept = ops.forward(backend, query, target, scale, rules)
         ctx.save_for_backward(query, target, scale, *outputs, kept, *rules[:TENSORS])
         ctx.backend, ctx.settings = backend, rules[TENSORS:]
         ctx.set_materialize_grads(False)

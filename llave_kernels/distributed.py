@@ -140,11 +140,7 @@ def checked(
     held = RuleSettings.__annotations__
     told |= {name: value for name, value in rules.arguments(len(target)).items() if name in held}
     # A number is compared without a look at the device.
-    known = (
-        scale
-        if isinstance(scale, Tensor)
-        else torch.tensor(scale, dtype=accumulation_dtype(query.dtype))
-    )
+    known = torch.as_tensor(scale, dtype=accumulation_dtype(query.dtype))
     part = Peer(len(query), len(target), rules.owners is not None)
     call = Call(query, target, scale, rules, reduction, name)
     return call, Terms(part, told | dict(settings), known)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llave_kernels import checks, dispatch, transforms
-from llave_kernels.backends.protocol import Gradients, LogSumExps
+from llave_kernels.backends.protocol import Backend, Gradients, LogSumExps
 from llave_kernels.precision import accumulation_dtype
 from llave_kernels.rules import HARDNESS_MODES, SCHEMA, TENSORS, Rules
 
@@ -36,11 +36,19 @@ def contrastive_logsumexp(
     """The backend's ``LogSumExps``, and the tensor that it keeps for its backward."""
     rules = _checked(query, target, logit_scale, given)
     module = dispatch.supporting(backend, query, target, rules)
-    shape = module.kept_shape(query, target, rules)
-    kept = query.new_empty(shape, dtype=accumulation_dtype(query.dtype))
     transforms.refuse_tangents(query, target, logit_scale)
     with dispatch.running_on(query):
-        return *module.forward(query, target, logit_scale, rules, kept), kept
+        outputs, kept = forward(module, query, target, logit_scale, rules)
+        return *outputs, kept
+
+
+def forward(
+    backend: Backend, query: Tensor, target: Tensor, scale: Tensor, rules: Rules
+) -> tuple[LogSumExps, Tensor]:
+    """The log-sum-exps, and the tensor that the backend keeps for its backward."""
+    shape = backend.kept_shape(query, target, rules)
+    kept = query.new_empty(shape, dtype=accumulation_dtype(query.dtype))
+    return backend.forward(query, target, scale, rules, kept), kept
 
 
 @contrastive_logsumexp.register_fake

@@ -19,9 +19,8 @@ INSTEAD = (
 )
 _library: Any = torch.library.Library("llave", "FRAGMENT")  # type: ignore[no-untyped-call]
 
-_BATCHED: Any = torch._C._parse_dispatch_key(
-    "Batched"
-)  # of torch.autograd.grad(is_grads_batched=True)
+# Of the gradients in torch.autograd.grad(is_grads_batched=True).
+_BATCHED: Any = torch._C._parse_dispatch_key("Batched")
 
 
 def active() -> bool:
