@@ -171,17 +171,21 @@ def number(name: str, value: Any, dtype: torch.dtype) -> float:
 
     Above the range of ``dtype`` it becomes infinite. Below the smallest normal number it becomes 0.
     """
-    found = _element(name, value)
-    if isinstance(found, bool) or not isinstance(found, (Real, Decimal)):
-        raise TypeError(f"{name} must be a float, got {typed(value)}")
-    try:
-        found = float(found)
-    except (OverflowError, ValueError):  # 10**400, Decimal("sNaN")
-        return math.inf
+    found = value if type(value) is float else _real(name, value)
     least, most = LIMITS[dtype]
     if abs(found) > most:
         return math.inf
     return found if abs(found) >= least or math.isnan(found) else 0.0
+
+
+def _real(name: str, value: Any) -> float:
+    found = _element(name, value)
+    if isinstance(found, bool) or not isinstance(found, (Real, Decimal)):
+        raise TypeError(f"{name} must be a float, got {typed(value)}")
+    try:
+        return float(found)
+    except (OverflowError, ValueError):  # 10**400, Decimal("sNaN")
+        return math.inf
 
 
 def count(name: str, value: Any, least: int, most: int | None = None, remedy: str = "") -> int:
@@ -274,7 +278,7 @@ def rule_tensors(
     symmetric: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Labels and owners as int64, checked along with the other tensors of the rules."""
-    n, m, device = len(query), len(target), query.device
+    n, m, device = query.shape[0], target.shape[0], query.device
     if labels is not None:
         labels = columns("labels", labels, n, m, device, unique=symmetric)
     elif m < n:

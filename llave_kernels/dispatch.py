@@ -48,8 +48,8 @@ def named(name: str, source: str = "backend") -> Backend:
         ValueError: there is no such backend.
         RuntimeError: it cannot run on this machine.
     """
-    checks.one_of(source, name, names())
-    (backend,) = [backend for backend in BACKENDS if name == backend.NAME]
+    checks.one_of(source, name, taken := names())
+    backend = BACKENDS[taken.index(name)]
     if (reason := backend.unavailable()) is not None:
         raise RuntimeError(f"{source}={name!r} cannot run on this machine: {reason}")
     return backend

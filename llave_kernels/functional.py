@@ -53,7 +53,7 @@ def resolve(
         wrong, taken = ", ".join(map(repr, unknown)), ", ".join(RuleArguments.__annotations__)
         raise TypeError(f"unexpected keyword argument {wrong}; the rules are {taken}")
     checks.embeddings(query, target)
-    n, m, device = len(query), len(target), query.device
+    n, m, device = query.shape[0], target.shape[0], query.device
     dtype = accumulation_dtype(query.dtype)
     alpha = checks.strength("alpha", alpha, dtype)
     if target_alpha is None:
@@ -168,7 +168,7 @@ def hardness_weighted_contrastive_loss(
     scale, resolved = resolve(query, target, logit_scale, **rules)
     name = dispatch.choose(backend, query, target, resolved)
     if reduction != "none":
-        weight = 1 / len(query) if reduction == "mean" else 1.0
+        weight = 1 / query.shape[0] if reduction == "mean" else 1.0
         merges = _merges_gradients(name, query, target, scale, resolved)
         if autograd.serves(query, target, scale):
             run = autograd.one_direction_loss if merges else autograd.total_loss
