@@ -82,7 +82,7 @@ def block_of(group: Group, peers: list[Peer], device: torch.device) -> Block:
         length = 1
         if subgroups.can_split(whole, device):
             rows, columns = max(p.rows for p in peers), max(p.columns for p in peers)
-            length = row_length(len(peers), rows, columns, _per_node(peers))
+            length = row_length(len(peers), rows, columns, per_node(peers))
         r, c = divmod(dist.get_rank(whole), length)
         row, column = range(r * length, (r + 1) * length), range(c, len(peers), length)
         across, down = (
@@ -123,7 +123,7 @@ def row_length(world: int, rows: int, columns: int, per_node: int) -> int:
     return min((c for c in range(1, world + 1) if world % c == 0), key=cost)
 
 
-def _per_node(peers: list[Peer]) -> int:
+def per_node(peers: list[Peer]) -> int:
     """The number of consecutive processes on each node. 1 if it differs."""
     nodes = [peer.node for peer in peers]
     size = next((i for i, node in enumerate(nodes) if node != nodes[0]), len(nodes))

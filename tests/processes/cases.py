@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 
 from llave_kernels import HardnessWeightedContrastiveLoss
 from llave_kernels.distributed import distributed_contrastive_loss
+from llave_kernels.reference import reference_loss
 from tests.processes import DIED
 
 D_IN, D = 6, 5
@@ -84,14 +85,33 @@ def combinations() -> Iterator[tuple[Any, ...]]:
             yield kinds, uneven, symmetric, hardness
 
 
-def averaged(x: Tensor) -> Tensor:
-    dist.all_reduce(x)
-    return x / dist.get_world_size()
+def of_one_process(world: int, case: tuple[Any, ...]) -> Tensor:
+    """The loss and the gradients of encoder and scale over the whole batch, in one vector."""
+    kinds, uneven, symmetric, hardness = case
+    query, target, rules = Batch(world, kinds, uneven=uneven).whole()
+    model, scale = encoder(), torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+    pair = (normalize(model(x), dim=1) for x in (query, target))
+    loss = reference_loss(*pair, logit_scale=scale, symmetric=symmetric, hardness=hardness, **rules)
+    loss.backward()
+    return vector(loss, model, scale)
 
 
-def outcome(case: tuple[Any, ...], group: Any = None) -> Tensor:
-    """The loss and this process's gradients of encoder and scale, in one vector."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+# Where the parts of the vector are.
+PARTS = {
+    "loss": slice(0, 1),
+    "weight": slice(1, 1 + D * D_IN),
+    "bias": slice(1 + D * D_IN, -1),
+    "scale": slice(-1, None),
+}
+
+
+def vector(loss: Tensor, model: nn.Linear, scale: Tensor) -> Tensor:
+    found = [loss.detach(), model.weight.grad, model.bias.grad, scale.grad]
+    return torch.cat([x.flatten() for x in found if x is not None])
+
+
+def outcome(case: tuple[Any, ...], group: Any, rank: int, world: int) -> Tensor:
+    """The same of one process. The average over the processes is that of DDP."""
     kinds, uneven, symmetric, hardness = case
     batch, model = Batch(world, kinds, uneven=uneven), encoder()
     scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
@@ -106,13 +126,13 @@ def outcome(case: tuple[Any, ...], group: Any = None) -> Tensor:
         **batch.settings,
     )
     loss.backward()
-    found = [loss.detach(), model.weight.grad, model.bias.grad, scale.grad]
-    return torch.cat([x.flatten() for x in found if x is not None])
+    return vector(loss, model, scale)
 
 
 def rules() -> dict[tuple[Any, ...], Tensor]:
-    """The outcome of every case, averaged over the processes as in DDP."""
-    return {case: averaged(outcome(case)) for case in combinations()}
+    """The outcome of every case over all processes."""
+    place = dist.get_rank(), dist.get_world_size()
+    return {case: outcome(case, None, *place) for case in combinations()}
 
 
 def wrapped() -> dict[str, list[Tensor]]:

@@ -1,4 +1,4 @@
-"""The loss over every grid of the processes, and the bytes that a process receives for it."""
+"""The loss over the grids of several groups of processes, and the bytes that a process receives."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.nn.functional import normalize
 
 from llave_kernels import grid
 from llave_kernels.distributed import distributed_contrastive_loss
-from tests.processes.cases import KINDS, averaged, outcome
+from tests.processes.cases import KINDS, outcome, said
 
 # Every rule at once, in even and uneven batches and in one and both directions.
 CASES = [
@@ -25,7 +24,39 @@ CASES = [
         (True, False, "in_batch"),
     )
 ]
+SIZES = (4, 6, 8, 16)
 N, M, D = 6, 12, 8
+
+
+def row_lengths(size: int) -> list[int]:
+    """C of every grid of so many processes."""
+    return [c for c in range(1, size + 1) if size % c == 0]
+
+
+def everything() -> dict[str, Any]:
+    """What this process, of 16, finds over groups of the first processes and over meshes."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    groups = {size: dist.new_group(range(size)) for size in SIZES}
+    whole = init_device_mesh("cpu", (2, 8))
+    deep = init_device_mesh("cpu", (2, 2, 4), mesh_dim_names=("a", "b", "c"))
+    flat, part = deep["a", "b"]._flatten(), deep["a", "b"]
+    place = dist.get_rank(flat.get_group())
+    pair = [torch.randn(4, 5) for _ in range(2)]
+    found: dict[str, Any] = {
+        "mesh": outcome(CASES[1], whole, rank, world),
+        "part": outcome(CASES[1], part, place, 4),
+        "place": place,
+        "3-D": said(lambda: distributed_contrastive_loss(*pair, group=deep)),
+        "refused": said(
+            lambda: distributed_contrastive_loss(*pair, group=part, alpha=1.0 - 2.0 * (rank == 4))
+        ),
+    }
+    for size, group in reversed(groups.items()):
+        if rank < size:
+            for c in row_lengths(size):
+                with rows_of_length(c):
+                    found[f"{size} in rows of {c}"] = over_a_grid(group, size)
+    return found
 
 
 @contextmanager
@@ -38,72 +69,43 @@ def rows_of_length(c: int) -> Iterator[None]:
         grid.row_length = original
 
 
-def every_grid() -> dict[int, dict[str, Any]]:
-    """By C: the averaged outcome of each case, whether a rerun is bit-equal, and the traffic."""
-    world = dist.get_world_size()
-    found = {}
-    for c in (c for c in range(1, world + 1) if world % c == 0):
-        with rows_of_length(c):
-            outcomes = [outcome(case) for case in CASES]
-            again = outcome(CASES[1])
-            found[c] = {
-                "outcomes": [averaged(x.clone()) for x in outcomes],
-                "rerun": torch.equal(again, outcomes[1]),
-                "received": [traffic(symmetric=symmetric) for symmetric in (True, False)],
-            }
-    return found
-
-
-def meshes() -> dict[str, Any]:
-    """The averaged outcomes over DeviceMeshes, C of the grid that is chosen, and refusals."""
-    from tests.processes.cases import said
-
-    world = dist.get_world_size()
-    pair = [normalize(torch.randn(4, 5), dim=1) for _ in range(2)]
-    whole = init_device_mesh("cpu", (2, 2, world // 4), mesh_dim_names=("a", "b", "c"))
-    part = whole["a", "b"]
-    half = dist.new_group([0, 1, 2, 3])
-    with rows_of_length(2):
-        inside = dist.get_rank() < 4
-        sub = float(distributed_contrastive_loss(*seeded(), group=half)) if inside else None
+def over_a_grid(group: Any, size: int) -> dict[str, Any]:
+    """The outcome of each case, whether a rerun is bit-equal, and the bytes received."""
+    rank = dist.get_rank(group)
+    outcomes = [outcome(case, group, rank, size) for case in CASES]
     return {
-        "outcomes": [
-            averaged(outcome(case, init_device_mesh("cpu", shape)))
-            for case, shape in zip(
-                CASES, [(2, world // 2), (world // 2, 2), (1, world)], strict=True
-            )
-        ],
-        "part": float(distributed_contrastive_loss(*seeded(), group=part)),
-        "sub-group": sub,
-        "3-D": said(lambda: distributed_contrastive_loss(*pair, group=whole)),
-        "refused": said(
-            lambda: distributed_contrastive_loss(
-                *pair, group=part, alpha=-1.0 if dist.get_rank() == 1 else 1.0
-            )
-        ),
+        "outcomes": outcomes,
+        "bit-equal": torch.equal(outcome(CASES[1], group, rank, size), outcomes[1]),
+        "received": [received(group, symmetric=symmetric) for symmetric in (True, False)],
     }
 
 
-def seeded() -> list[Tensor]:
-    torch.manual_seed(5)
-    return [normalize(torch.randn(4, 5), dim=1) for _ in range(2)]
+def received(group: Any, *, symmetric: bool) -> int:
+    """The bytes received for a step of N queries and M targets a process, in float32."""
+    query, target = (torch.randn(rows, D, requires_grad=True) for rows in (N, M))
+    with counted() as found:
+        loss = distributed_contrastive_loss(
+            query, target, group=group, symmetric=symmetric, owners=range(M)
+        )
+        loss.backward()
+    return sum(found)
 
 
 @contextmanager
 def counted() -> Iterator[list[int]]:
-    """The bytes that this process receives from others in each collective."""
-    received: list[int] = []
-    own = {
-        "all_gather_into_tensor": lambda out, given, *rest: given.nbytes,
-        "reduce_scatter_tensor": lambda out, given, *rest: out.nbytes,
-        "all_to_all_single": lambda out, given, *rest: out.nbytes // rest[2].size(),
+    """The bytes that this process receives from the others in each collective."""
+    found: list[int] = []
+    # In a reduction each of the others sends its part of what this process keeps.
+    sizes = {
+        "all_gather_into_tensor": lambda out, given: out.nbytes - given.nbytes,
+        "reduce_scatter_tensor": lambda out, given: given.nbytes - out.nbytes,
+        "all_to_all_single": lambda out, given, own, *rest: out.nbytes - own[0] * out.itemsize,
     }
-    originals = {name: getattr(dist, name) for name in own}
+    originals = {name: getattr(dist, name) for name in sizes}
 
     def counting(name: str) -> Any:
         def call(out: Tensor, given: Tensor, *rest: Any) -> Any:
-            whole = given.nbytes if name == "reduce_scatter_tensor" else out.nbytes
-            received.append(whole - own[name](out, given, *rest))
+            found.append(sizes[name](out, given, *rest[: name == "all_to_all_single"]))
             return originals[name](out, given, *rest)
 
         return call
@@ -111,15 +113,7 @@ def counted() -> Iterator[list[int]]:
     for name in originals:
         setattr(dist, name, counting(name))
     try:
-        yield received
+        yield found
     finally:
         for name, function in originals.items():
             setattr(dist, name, function)
-
-
-def traffic(*, symmetric: bool) -> int:
-    """The bytes received for a step of N queries and M targets a process, in float32."""
-    query, target = (torch.randn(rows, D, requires_grad=True) for rows in (N, M))
-    with counted() as received:
-        distributed_contrastive_loss(query, target, symmetric=symmetric, owners=range(M)).backward()
-    return sum(received)
