@@ -129,7 +129,8 @@ def plot(found: list[Row], path: Path) -> None:
         for number, way in enumerate(dict.fromkeys(row["way"] for row in found)):
             mine = [row for row in found if row["way"] == way and row["processes"] > 1]
             axis.plot(
-                [row["processes"] for row in mine], [float(row[column]) for row in mine], "o-",
+                [row["processes"] for row in mine], [float(row[column]) for row in mine],
+                "o-" if way.startswith("llave") else "o--",  # two lines are nearly the same
                 label=way, color=f"C{number}", lw=2.5 if way == "llave" else 1.2,
             )  # fmt: skip
         axis.set(xscale="log", yscale="log", xlabel="processes", title=title)

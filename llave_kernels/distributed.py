@@ -112,7 +112,9 @@ def own_logsumexps(call: Call, block: Block) -> tuple[Tensor, Tensor, Tensor | N
     query, target, scale, own, _, name = call
     inputs = exchange.Inputs(query, target, block)
     rules = _block_rules(query, target, own, name, block)
-    logits = functional.logsumexp(*inputs.result(), scale, rules, name)
+    queries, targets = inputs.result()
+    del inputs  # and the padded rows of an uneven batch
+    logits = functional.logsumexp(queries, targets, scale, rules, name)
     query_lse = exchange.combined(logits.query, block.rows)
     target_lse = logits.target
     if target_lse is not None:

@@ -56,7 +56,9 @@ def test_a_mesh_of_two_dimensions_is_the_grid() -> None:
     for part in parts.values():
         assert_one_process([part[place] for place in range(4)], grids.CASES[1])
     for rank, each in enumerate(found):
-        assert each["3-D"].startswith("ValueError: group must be a DeviceMesh of 2 dimensions, got")
+        assert each["3-D"].startswith(
+            "ValueError: gather_group must be a DeviceMesh of 2 dimensions, got 3"
+        )
         refused = {4: "ValueError: alpha must be >= 0", 0: "RuntimeError: rank 1 refused its"}
         expected = refused.get(rank, refused[0] if rank % 4 == 0 else "nothing")
         assert each["refused"].startswith(expected), rank

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from llave_kernels import grid
+from llave_kernels import HardnessWeightedContrastiveLoss, grid
 from llave_kernels.distributed import distributed_contrastive_loss
 from tests.processes.cases import KINDS, outcome, said
 
@@ -36,17 +36,17 @@ def row_lengths(size: int) -> list[int]:
 def everything() -> dict[str, Any]:
     """What this process, of 16, finds over groups of the first processes and over meshes."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    groups = {size: dist.new_group(range(size)) for size in SIZES}
+    groups = {size: dist.new_group([*range(size)]) for size in SIZES}
     whole = init_device_mesh("cpu", (2, 8))
     deep = init_device_mesh("cpu", (2, 2, 4), mesh_dim_names=("a", "b", "c"))
-    flat, part = deep["a", "b"]._flatten(), deep["a", "b"]
-    place = dist.get_rank(flat.get_group())
+    part = deep["a", "b"]
+    place = 2 * part.get_local_rank(0) + part.get_local_rank(1)
     pair = [torch.randn(4, 5) for _ in range(2)]
     found: dict[str, Any] = {
         "mesh": outcome(CASES[1], whole, rank, world),
         "part": outcome(CASES[1], part, place, 4),
         "place": place,
-        "3-D": said(lambda: distributed_contrastive_loss(*pair, group=deep)),
+        "3-D": said(lambda: HardnessWeightedContrastiveLoss(gather_group=deep)),
         "refused": said(
             lambda: distributed_contrastive_loss(*pair, group=part, alpha=1.0 - 2.0 * (rank == 4))
         ),
