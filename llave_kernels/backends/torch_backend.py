@@ -44,7 +44,7 @@ STRIP_BUDGET = 8 << 20  # bytes of one strip; up to two are alive
 # It keeps as many similarities as fit.
 KEEP_BUDGET = 96 << 20
 WEIGHT_COLUMNS = 1024  # columns of dS weighted at a time, while they are in the cache
-NOBODY = -2  # replaces an owner that is no column, so that it is not equal to ELSEWHERE
+NOBODY = -3  # replaces an owner that is no column, so that it does not equal ELSEWHERE
 INF = math.inf
 LOG2E = 1 / math.log(2)
 # Up to this |z|, exponentials and sums of 2^30 of them are normal float32 numbers.

@@ -119,7 +119,8 @@ def test_blocks_of_columns_make_up_the_whole(
     for block in blocks:
         here = (labels >= block.start) & (labels < block.stop)
         rules = Rules(
-            torch.where(here, labels - block.start, ELSEWHERE), owners[block] - block.start,
+            torch.where(here, labels - block.start, ELSEWHERE),
+            torch.where(owners[block] == M, -1, owners[block] - block.start),
             ids["query_ids"], ids["target_ids"][block], row_limit,
             None if column_limit is None else column_limit[block], 9.0, 2.0, hardness, margin,
             symmetric,
