@@ -13,7 +13,8 @@ struct Combination {
   bool first;         // whether `state` is still empty
   float* lse;         // (length,)
   // Given for rows, null for columns. If a label is no column, no tile has written the row's
-  // positive. The row's outputs are then NaN.
+  // positive. The positive is then NaN. So is the log-sum-exp, unless the label says that the
+  // positive is elsewhere.
   const int64_t* labels;
   int m;
   float* positive;
@@ -24,9 +25,9 @@ struct Combination {
     for (int part = 0; part < count; ++part) total.add(parts[part * length + index]);
     if (state != nullptr) state[index] = total;
     lse[index] = total.log_sum_exp();
-    if (labels != nullptr && column_or(labels[index], m, kNowhere) == kNowhere) {
-      lse[index] = positive[index] = std::numeric_limits<float>::quiet_NaN();
-    }
+    if (labels == nullptr || column_or(labels[index], m, kNowhere) != kNowhere) return;
+    positive[index] = std::numeric_limits<float>::quiet_NaN();
+    if (labels[index] != kElsewhere) lse[index] = positive[index];
   }
 };
 

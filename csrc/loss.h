@@ -64,7 +64,7 @@ struct LossCall {
     }
     const int label =
         rules.labels == nullptr ? i : column_or(rules.labels[i], problem.m, kNowhere);
-    // Without a label, the row's log-sum-exp is NaN already.
+    // Without a label, the row's positive is NaN.
     const Softplus column((label == kNowhere ? query_lse[i] : target_lse[label]) - positive[i]);
     const float row_slope = 0.5f * weight * row.slope;
     const float column_slope = 0.5f * weight * column.slope;

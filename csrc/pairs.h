@@ -22,6 +22,7 @@ struct Column {
 };
 
 constexpr int kOutside = -1, kNowhere = -2, kNobody = -3;
+constexpr int64_t kElsewhere = -1;  // `ELSEWHERE` of rules.py, a label in memory
 constexpr int64_t kNoRowId = INT64_MIN, kNoColumnId = INT64_MIN + 1;
 
 // A 64-bit column number as an int, or `otherwise` if there is no such column.

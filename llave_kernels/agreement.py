@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -16,11 +17,13 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import device_mesh
 
-from llave_kernels import checks, transforms
+from llave_kernels import checks, subgroups, transforms
 from llave_kernels.precision import float32_matmul
 
-Group: TypeAlias = "dist.ProcessGroup | None"  # a string: some builds of torch lack the class
+# A string, because some builds of torch lack the classes.
+Group: TypeAlias = "dist.ProcessGroup | device_mesh.DeviceMesh | None"
 T = TypeVar("T")
 
 
@@ -30,11 +33,13 @@ class Peer(NamedTuple):
     Attributes:
         rows, columns: numbers of queries and targets.
         owners: whether the process has owners. Without them, every column is its own owner.
+        node: a number for the process's machine. ``agree`` fills it in.
     """
 
     rows: int
     columns: int
     owners: bool = False
+    node: int = 0
 
 
 class Terms(NamedTuple):
@@ -53,13 +58,30 @@ class Terms(NamedTuple):
 
 
 def group_of(name: str, value: Any) -> Group:
-    """A process group, or None for all processes. TypeError for anything else."""
-    if value is not None and not isinstance(value, dist.ProcessGroup):
+    """A process group, a 2-D DeviceMesh, or None for all processes.
+
+    Raises:
+        TypeError: anything else.
+        ValueError: a mesh of another number of dimensions, or without this process.
+    """
+    if is_mesh(value):
+        if value.ndim != 2:
+            raise ValueError(
+                f"{name} must be a DeviceMesh of 2 dimensions, got {value.ndim}: {value}; pass two "
+                "of its dimensions, or get_group() of one"
+            )
+        if value.get_coordinate() is None:
+            raise ValueError(f"{name} must be a DeviceMesh with this process, got {value}")
+    elif value is not None and not isinstance(value, dist.ProcessGroup):
         raise TypeError(
-            f"{name} must be a process group or None, got {checks.typed(value)}; of a DeviceMesh "
-            "pass get_group(), and new_group gives a process outside the group no group"
+            f"{name} must be a process group, a 2-D DeviceMesh or None, got {checks.typed(value)}; "
+            "new_group gives a process outside the group no group"
         )
     return value
+
+
+def is_mesh(value: Any) -> bool:
+    return dist.is_available() and isinstance(value, device_mesh.DeviceMesh)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -84,11 +106,12 @@ def agree(prepare: Callable[[], tuple[T, Terms]], group: Group) -> tuple[T, list
     try:
         transforms.refuse_all()
         made, terms = prepare()
-        part, late = terms.part, None if _capturing() else _LATE.get(given)
+        part = terms.part._replace(node=_digest(socket.gethostname().encode()))
+        late = None if _capturing() else _LATE.get(given)
         text = _text(terms)
     except Exception as problem:
         refusal = problem
-    digest = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
+    digest = _digest(text)
     scale = late.bits() if late is not None else None
     words = [refusal is None, *part, len(text), digest, scale is not None, scale or 0]
     # Inside a transform tensors have no data, yet the other processes must learn of the refusal.
@@ -112,7 +135,9 @@ def agree(prepare: Callable[[], tuple[T, Terms]], group: Group) -> tuple[T, list
         _compare([{name: _number(bits)} for bits in scales], given)
     if given not in _LATE and _unread(terms.scale) and not _capturing():
         _LATE[given] = _Late(terms.scale)
-    return made, [Peer(rows, columns, bool(owners)) for _, rows, columns, owners, *_ in everyone]
+    return made, [
+        Peer(rows, columns, bool(owners), node) for _, rows, columns, owners, node, *_ in everyone
+    ]
 
 
 def learns(x: Tensor) -> bool:
@@ -120,8 +145,16 @@ def learns(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
-def _compare(everyone: list[dict[str, str]], group: dist.ProcessGroup) -> None:
-    mine = everyone[dist.get_rank(group)]
+def _digest(text: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
+
+
+def _compare(everyone: list[dict[str, str]], group: Any) -> None:
+    if is_mesh(group):
+        own = group.get_local_rank(0) * group.size(1) + group.get_local_rank(1)
+    else:
+        own = dist.get_rank(group)
+    mine = everyone[own]
     for rank, theirs in enumerate(everyone):
         for name in mine | theirs:
             there, here = (settings.get(name, "not told") for settings in (theirs, mine))
@@ -174,32 +207,20 @@ def _number(bits: int) -> str:
     return str(struct.unpack("<d", struct.pack("<q", bits))[0])
 
 
-def _gather(mine: Tensor, group: Group) -> list[Tensor]:
-    """Every process's tensor, on the host."""
+def _gather(mine: Tensor, group: Any) -> list[Tensor]:
+    """Every process's tensor, on the host. Those of a mesh row by row."""
+    if is_mesh(group):
+        row = torch.stack(_gather(mine, group.get_group(1)))
+        return [x for part in _gather(row, group.get_group(0)) for x in part]
     if group is None or (world := dist.get_world_size(group)) == 1:
         return [mine]
     everyone = [torch.empty_like(mine) for _ in range(world)]
     if "cpu:" in dist.get_backend_config(group):
         dist.all_gather(everyone, mine, group)
     else:
-        _on_host(group).allgather([everyone], [mine]).wait()
+        subgroups.on_host(group).allgather([everyone], [mine]).wait()
     return everyone
 
 
 # All processes add and remove entries in the same calls.
-_LATE: WeakKeyDictionary[dist.ProcessGroup, _Late] = WeakKeyDictionary()
-_hosts: WeakKeyDictionary[dist.ProcessGroup, Any] = WeakKeyDictionary()
-
-
-def _on_host(group: dist.ProcessGroup) -> Any:
-    """A gloo group of the same processes, for a group that only takes tensors on a device.
-
-    It is made once, through the group's own store. ``new_group`` would name it by a count of the
-    process's groups. Processes with different counts would wait for each other forever.
-    """
-    if group not in _hosts:
-        own = dist.distributed_c10d._get_process_group_store(group)
-        store = dist.PrefixStore("llave", own)  # type: ignore[attr-defined]
-        size = dist.get_world_size(group)
-        _hosts[group] = dist.ProcessGroupGloo(store, dist.get_rank(group), size)
-    return _hosts[group]
+_LATE: WeakKeyDictionary[Any, _Late] = WeakKeyDictionary()

@@ -241,17 +241,24 @@ def short(value: object, kind: str = "") -> str:
 
 
 def columns(
-    name: str, value: Tensor, length: int, m: int, device: torch.device, *, unique: bool = False
+    name: str,
+    value: Tensor,
+    length: int,
+    m: int,
+    device: torch.device,
+    *,
+    least: int = 0,
+    unique: bool = False,
 ) -> Tensor:
     """(length,) column numbers as int64. Range and uniqueness are checked on a CPU only."""
     _integers(name, value, length, device)
     if found := read(value, Tensor.min, Tensor.max):
         low, high = found
-        if low < 0 or high >= m:
+        if low < least or high >= m:
             raise ValueError(
-                f"{name} must be columns from 0 to {m - 1}, got values from {low} to {high}"
+                f"{name} must be columns from {least} to {m - 1}, got values from {low} to {high}"
             )
-        if unique and int(value.bincount().max()) > 1:
+        if unique and int(value[value >= 0].bincount(minlength=1).max()) > 1:
             raise ValueError(
                 f"{name} must not repeat a column when symmetric=True, where a column has one "
                 "positive row; pass symmetric=False where queries share a target"
@@ -276,11 +283,12 @@ def rule_tensors(
     query_ids: Tensor | None,
     target_ids: Tensor | None,
     symmetric: bool,
+    least_label: int = 0,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Labels and owners as int64, checked along with the other tensors of the rules."""
     n, m, device = query.shape[0], target.shape[0], query.device
     if labels is not None:
-        labels = columns("labels", labels, n, m, device, unique=symmetric)
+        labels = columns("labels", labels, n, m, device, least=least_label, unique=symmetric)
     elif m < n:
         raise ValueError(
             f"target has {m} rows for {n} queries: every query needs its positive; pass labels "

@@ -1,28 +1,29 @@
 """The loss over the batch of all processes.
 
-Each process gathers the targets of all processes, with autograd. It computes its own rows of the
-N x M similarity matrix, so its query direction is complete. In the target direction it has a part
-of every column's sum. Each process then receives the parts of its own columns, M floats in all.
+Each process computes one block of the N x M similarity matrix (``grid``). It gathers the block's
+queries and targets with autograd. The block has a part of the sum of each of its rows and columns.
+Each process receives the parts of its own rows and columns from the processes that have them.
 
-The usual way gathers both sides and computes two blocks. That takes twice the products and twice
-the traffic.
+The usual way gathers all queries and all targets and computes two blocks. That takes twice the
+products, and traffic that grows with the number of processes instead of its square root.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import Unpack
 
-from llave_kernels import checks, dispatch, functional, losses, transforms
+from llave_kernels import checks, dispatch, exchange, functional, losses
 from llave_kernels.agreement import Group, Peer, Terms, agree, learns
+from llave_kernels.grid import Block, block_of
 from llave_kernels.precision import accumulation_dtype, autocast
-from llave_kernels.rules import RuleArguments, Rules, RuleSettings, at_labels, inside
+from llave_kernels.rules import ELSEWHERE, RuleArguments, Rules, RuleSettings, at_labels, inside
+
+OUTSIDE = -2  # a label or an owner that is no column, and is not ``ELSEWHERE``
 
 
 # torch.compile breaks the graph here. The sizes to exchange are known only after the processes have
@@ -48,7 +49,10 @@ def distributed_contrastive_loss(
     Args:
         query: (N_local, D) this process's queries.
         target: (M_local, D) this process's targets: its rows' positives and their mined negatives.
-        group: process group. Default: all processes.
+        group: process group. Default: all processes. They are arranged in the grid in which a
+            process receives least (``grid.row_length``). If the group's backend is neither gloo nor
+            nccl, C is 1. A 2-D ``DeviceMesh`` is taken as the grid: its first dimension is R, its
+            second C.
         reduction: ``"mean"``: the sum over this process's rows, times the number of processes,
             divided by the global number of rows. ``"sum"``: the sum over this process's rows.
             Averaged gradients are then those of the global sum divided by the number of processes.
@@ -65,7 +69,8 @@ def distributed_contrastive_loss(
     Raises:
         RuntimeError: torch.distributed is not initialised, or another process refused its
             arguments.
-        TypeError, ValueError: as in ``hardness_weighted_contrastive_loss``. Every process raises
+        TypeError, ValueError: as in ``hardness_weighted_contrastive_loss``. ``group`` is a mesh of
+            another number of dimensions or without this process. Every process raises
             ValueError if width, dtype, settings or the inputs that require a gradient differ
             between processes. A tensor ``logit_scale`` on a GPU is compared in a later call, once
             it has been copied. Waiting for it would synchronise.
@@ -95,20 +100,27 @@ def loss_over(
         settings: what else must be the same on every process, keyed by the name used in messages.
     """
     call, peers = agree(lambda: checked(**arguments(), settings=settings), group)
-    query, target, scale, own, reduction, name = call
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
-    columns = [peer.columns for peer in peers]
-    rules = _global_rules(query, target, own, name, peers, rank, group)
-    everything: Tensor = _GatherRows.apply(target, columns, group)
-    logits = functional.logsumexp(query, everything, scale, rules, name)
+    found = own_logsumexps(call, block_of(group, peers, call.query.device))
+    loss = losses.loss_of_rows(*found)
+    if call.reduction == "mean":
+        return loss.sum() * (len(peers) / sum(peer.rows for peer in peers))
+    return losses.reduce(loss, call.reduction)
+
+
+def own_logsumexps(call: Call, block: Block) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What the losses of this process's rows are made from: ``losses.loss_of_rows``."""
+    query, target, scale, own, _, name = call
+    inputs = exchange.Inputs(query, target, block)
+    rules = _block_rules(query, target, own, name, block)
+    queries, targets = inputs.result()
+    del inputs  # and the padded rows of an uneven batch
+    logits = functional.logsumexp(queries, targets, scale, rules, name)
+    query_lse = exchange.combined(logits.query, block.rows)
     target_lse = logits.target
     if target_lse is not None:
-        target_lse = _OwnColumns.apply(target_lse, columns, group)
+        target_lse = exchange.combined(target_lse, block.columns)
         target_lse = at_labels(target_lse, own.labels, len(query))
-    loss = losses.loss_of_rows(logits.positive, logits.query, target_lse)
-    if reduction == "mean":
-        return loss.sum() * (world / sum(peer.rows for peer in peers))
-    return losses.reduce(loss, reduction)
+    return block.rows.own(logits.positive), query_lse, target_lse
 
 
 def checked(
@@ -146,107 +158,35 @@ def checked(
     return call, Terms(part, told | dict(settings), known)
 
 
-def _global_rules(
-    query: Tensor,
-    target: Tensor,
-    rules: Rules,
-    backend: str,
-    peers: list[Peer],
-    rank: int,
-    group: Group,
-) -> Rules:
-    """This process's rules, with columns numbered over the targets of all processes."""
-    columns = [peer.columns for peer in peers]
-    offset = sum(columns[:rank])
+def _block_rules(query: Tensor, target: Tensor, own: Rules, backend: str, block: Block) -> Rules:
+    """The rules of a block, from this process's own. Columns are numbered over the block's."""
+    rows, columns, any_owners = block
 
-    def counted_over_all(own: Tensor) -> Tensor:  # a number outside stays outside
-        return torch.where(inside(own, len(target))[0], own + offset, -1)
+    def in_block(column: Tensor) -> Tensor:  # a number outside stays outside
+        return torch.where(inside(column, len(target))[0], column + columns.start, OUTSIDE)
 
-    owners = column_limit = None
-    if any(peer.owners for peer in peers):
-        own = rules.owners
-        if own is None:
-            own = torch.arange(len(target), device=target.device)
-        owners = gather_rows(counted_over_all(own), columns, group)
-    if rules.margin is not None and rules.symmetric:
-        limits = dispatch.named(backend).margin_limit(query, target, rules.labels, rules.margin)
-        column_limit = gather_rows(rules.column_limits(limits, len(target)), columns, group)
-    target_ids = rules.target_ids
-    return rules._replace(
-        labels=counted_over_all(rules.labels_of(query)),
+    labels = in_block(own.labels_of(query))
+    if rows.shared:
+        whole = labels.new_full((sum(rows.sizes),), ELSEWHERE)
+        rows.own(whole).copy_(labels)
+        labels = whole
+    owners = row_limit = column_limit = None
+    if any_owners:
+        given = own.owners
+        if given is None:
+            given = torch.arange(len(target), device=target.device)
+        owners = exchange.gathered(in_block(given), columns)
+    if own.margin is not None:
+        limits = dispatch.named(backend).margin_limit(query, target, own.labels, own.margin)
+        row_limit = exchange.gathered(limits, rows)
+        if own.symmetric:
+            column_limit = exchange.gathered(own.column_limits(limits, len(target)), columns)
+    query_ids, target_ids = own.query_ids, own.target_ids
+    return own._replace(
+        labels=labels,
         owners=owners,
-        target_ids=None if target_ids is None else gather_rows(target_ids, columns, group),
+        query_ids=None if query_ids is None else exchange.gathered(query_ids, rows),
+        target_ids=None if target_ids is None else exchange.gathered(target_ids, columns),
+        row_limit=row_limit,
         column_limit=column_limit,
     )
-
-
-def gather_rows(x: Tensor, sizes: list[int], group: Group) -> Tensor:
-    """Concatenate the processes' tensors, which have ``sizes`` rows. They are padded on the way."""
-    longest = max(sizes)
-    if len(x) == longest:
-        padded = x.contiguous()
-    else:
-        padded = x.new_zeros((longest, *x.shape[1:]))
-        padded[: len(x)] = x
-    everything = x.new_empty((longest * len(sizes), *x.shape[1:]))
-    dist.all_gather_into_tensor(everything, padded, group)
-    if min(sizes) == longest:
-        return everything
-    parts = zip(torch.split(everything, longest), sizes, strict=True)
-    return torch.cat([part[:size] for part, size in parts])
-
-
-class _GatherRows(torch.autograd.Function):
-    """``gather_rows`` with a backward. Each process receives the summed gradients of its rows."""
-
-    jvp = staticmethod(transforms.refuse_forward_mode)
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        return gather_rows(x, sizes, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        sizes, longest = ctx.sizes, max(ctx.sizes)
-        if min(sizes) != longest:
-            padded = gradient.new_zeros((len(sizes), longest, *gradient.shape[1:]))
-            for block, part in zip(padded, torch.split(gradient, sizes), strict=True):
-                block[: len(part)] = part
-            gradient = padded.flatten(0, 1)
-        own = gradient.new_empty((longest, *gradient.shape[1:]))
-        dist.reduce_scatter_tensor(own, gradient.contiguous(), group=ctx.group)
-        return own[: sizes[dist.get_rank(ctx.group)]], None, None
-
-
-class _OwnColumns(torch.autograd.Function):
-    """Combine the column log-sum-exps of all processes.
-
-    The input (M,) covers all columns over this process's rows. The output (M_local,) covers this
-    process's columns over all rows.
-    """
-
-    jvp = staticmethod(transforms.refuse_forward_mode)
-
-    @staticmethod
-    def forward(ctx: Any, partial: Tensor, sizes: list[int], group: Group) -> Tensor:
-        world, own = len(sizes), sizes[dist.get_rank(group)]
-        parts = partial.new_empty(world * own)
-        dist.all_to_all_single(parts, partial.contiguous(), [own] * world, sizes, group)
-        parts = parts.view(world, own)
-        lse = torch.logsumexp(parts, 0)
-        # A column without a negative gets no gradient.
-        share = torch.exp(parts - lse.masked_fill(lse == -math.inf, 0.0))
-        ctx.save_for_backward(share)
-        ctx.sizes, ctx.group = sizes, group
-        return lse
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (share,) = ctx.saved_tensors
-        world, own = share.shape
-        out = gradient.new_empty(sum(ctx.sizes))
-        dist.all_to_all_single(
-            out, (share * gradient).flatten(), ctx.sizes, [own] * world, ctx.group
-        )
-        return out, None, None

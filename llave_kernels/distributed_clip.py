@@ -10,7 +10,8 @@ from torch import Tensor
 
 from llave_kernels import checks
 from llave_kernels.agreement import agree
-from llave_kernels.distributed import Call, checked, gather_rows, loss_over
+from llave_kernels.distributed import Call, checked, loss_over
+from llave_kernels.exchange import gather_rows
 from llave_kernels.functional import hardness_weighted_contrastive_loss
 from llave_kernels.precision import autocast
 

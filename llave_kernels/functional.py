@@ -76,7 +76,7 @@ def resolve(
         found = default_owners(n, m, device)
     # In one go: torch 2.8 cannot trace _replace.
     rules = Rules(
-        labels, found, query_ids, target_ids, None, alpha, target_alpha, hardness, margin,
+        labels, found, query_ids, target_ids, None, None, alpha, target_alpha, hardness, margin,
         symmetric,
     )  # fmt: skip
     return scale, rules

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from llave_kernels.agreement import group_of
 from llave_kernels.distributed import distributed_contrastive_loss
 from llave_kernels.functional import hardness_weighted_contrastive_loss
 from llave_kernels.rules import RuleSettings, RuleTensors
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class HardnessWeightedContrastiveLoss(nn.Module):
@@ -29,9 +32,9 @@ class HardnessWeightedContrastiveLoss(nn.Module):
             float32), as in CLIP. That keeps the scale positive.
         max_logit_scale: upper bound of a learnable scale (CLIP: 100). The next call clamps a
             parameter that a step took above the bound. Later steps can lower it again.
-        gather_group: a process group, or ``"world"`` for all processes. The loss is then
-            ``llave_kernels.distributed.distributed_contrastive_loss``. It expects gradients to be
-            averaged over the processes (DDP, FSDP). Default: this process alone.
+        gather_group: a process group, ``"world"`` for all processes, or a 2-D ``DeviceMesh``. The
+            loss is then ``llave_kernels.distributed.distributed_contrastive_loss``. It expects
+            gradients to be averaged over the processes (DDP, FSDP). Default: this process alone.
 
     Example:
         >>> loss_fn = HardnessWeightedContrastiveLoss(logit_scale=50.0, alpha=9.0)
@@ -55,7 +58,7 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         backend: str = "auto",
         learnable: bool = False,
         max_logit_scale: float = 100.0,
-        gather_group: ProcessGroup | Literal["world"] | None = None,
+        gather_group: ProcessGroup | DeviceMesh | Literal["world"] | None = None,
     ) -> None:
         super().__init__()
         logit_scale = checks.positive("logit_scale", logit_scale)

@@ -15,7 +15,7 @@ from torch import Tensor
 from llave_kernels import checks, dispatch, transforms
 from llave_kernels.backends.protocol import Backend, Gradients, LogSumExps
 from llave_kernels.precision import accumulation_dtype
-from llave_kernels.rules import HARDNESS_MODES, SCHEMA, TENSORS, Rules
+from llave_kernels.rules import ELSEWHERE, HARDNESS_MODES, SCHEMA, TENSORS, Rules
 
 # An operator's schema takes only tensors and scalars. So the rules are passed flat, field by field.
 INPUTS = "Tensor query, Tensor target, Tensor logit_scale"
@@ -144,11 +144,13 @@ def _checked(query: Tensor, target: Tensor, logit_scale: Tensor, given: tuple[An
     checks.embeddings(query, target)
     _expect("logit_scale", logit_scale, (), query)
     checks.one_of("hardness", rules.hardness, HARDNESS_MODES)
+    if rules.row_limit is not None:
+        _expect("row_limit", rules.row_limit, (len(query),), query)
     if rules.column_limit is not None:
         _expect("column_limit", rules.column_limit, (len(target),), query)
     labels, owners = checks.rule_tensors(
         query, target, labels=rules.labels, owners=rules.owners, query_ids=rules.query_ids,
-        target_ids=rules.target_ids, symmetric=rules.symmetric,
+        target_ids=rules.target_ids, symmetric=rules.symmetric, least_label=ELSEWHERE,
     )  # fmt: skip
     return rules._replace(labels=labels, owners=owners)
 

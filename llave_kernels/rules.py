@@ -6,6 +6,7 @@ A new pair rule starts here, as an argument in ``RuleArguments`` and a field of 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple, TypedDict, get_args, get_type_hints
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 Hardness = Literal["in_batch", "hard_negatives", "all"]
 HARDNESS_MODES: tuple[str, ...] = get_args(Hardness)
+ELSEWHERE = -1  # a label: the row's positive is in another process's block
 
 
 class RuleSettings(TypedDict, total=False):
@@ -71,14 +73,17 @@ class Rules(NamedTuple):
 
     Attributes:
         labels: (N,) int64, the column of each row's positive. None: row i's is column i. Backends
-            can be faster then.
+            can be faster then. ``ELSEWHERE``: none of the columns is the row's positive or its own.
+            All are negatives, and its ``positive`` is NaN.
         owners: (M,) int64, the column of the positive that each column belongs to. None: every
             column is its own owner (no mined negatives). Backends can be faster then.
         query_ids: (N,) int64 content ids, or None. Given together with ``target_ids``.
         target_ids: (M,) int64 content ids, or None.
-        column_limit: (M,) the ``margin_limit`` of each column's positive pair, infinite for a
-            column without one. It is given if rows of other processes hold some of these pairs.
-            None: it follows from this process's rows. Backends read it only with a margin.
+        row_limit: (N,) the ``margin_limit`` of each row's positive pair. It is given if other
+            processes hold some of these pairs. None: it follows from the rows and their labels.
+            Backends read it only with a margin.
+        column_limit: (M,) the same of each column's positive pair, infinite for a column without
+            one. None: it follows from the limits of the rows.
         alpha: hardness strength of the query -> target direction.
         target_alpha: hardness strength of the target -> query direction.
         hardness: one of ``HARDNESS_MODES``.
@@ -90,6 +95,7 @@ class Rules(NamedTuple):
     owners: Tensor | None
     query_ids: Tensor | None
     target_ids: Tensor | None
+    row_limit: Tensor | None
     column_limit: Tensor | None
     alpha: float
     target_alpha: float
@@ -122,6 +128,19 @@ class Rules(NamedTuple):
         if self.labels is not None:
             return self.labels
         return torch.arange(len(query), device=query.device)
+
+    def row_limits(
+        self,
+        query: Tensor,
+        target: Tensor,
+        limit: Callable[[Tensor, Tensor, Tensor | None, float], Tensor],
+    ) -> Tensor | None:
+        """(N,) limits of the rows, or None without a margin. ``limit``: see ``margin_limit``."""
+        if self.margin is None:
+            return None
+        if self.row_limit is not None:
+            return self.row_limit
+        return limit(query, target, self.labels, self.margin)
 
     def column_limits(self, rows: Tensor, m: int) -> Tensor:
         """(M,) limits of the columns, from the limits of the rows (N,).

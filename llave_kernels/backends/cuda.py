@@ -190,9 +190,9 @@ class _Call:
         n, m = query.shape[0], target.shape[0]
         self.lengths = n, n, m if rules.symmetric else 0  # of LogSumExps
         query, target = aligned(query), aligned(target)
-        row_limit = column_limit = None
-        if rules.margin is not None:
-            row_limit = margin_limit(query, target, rules.labels, rules.margin)
+        row_limit = rules.row_limits(query, target, margin_limit)
+        column_limit = None
+        if row_limit is not None:
             column_limit = rules.column_limits(row_limit, len(target))
         tensors = {
             "labels": rules.labels,

@@ -18,7 +18,7 @@ class LogSumExps(NamedTuple):
     They are in the accumulation dtype: float32, or float64 for float64 inputs.
 
     Attributes:
-        positive: (N,) logit of each row's positive.
+        positive: (N,) logit of each row's positive. NaN for a row whose label is ``ELSEWHERE``.
         query_lse: (N,) log-sum-exp of each row over its valid negatives, -inf without any.
         target_lse: (M,) the same for each column, or (0,) in one direction.
     """

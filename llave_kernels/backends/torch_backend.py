@@ -36,7 +36,7 @@ from llave_kernels.backends.products import (
 from llave_kernels.backends.protocol import Gradients, LogSumExps
 from llave_kernels.losses import direction_loss
 from llave_kernels.precision import accumulation_dtype
-from llave_kernels.rules import Rules, inside
+from llave_kernels.rules import ELSEWHERE, Rules, inside
 
 NAME = "torch"
 STRIP_BUDGET = 8 << 20  # bytes of one strip; up to two are alive
@@ -44,6 +44,7 @@ STRIP_BUDGET = 8 << 20  # bytes of one strip; up to two are alive
 # It keeps as many similarities as fit.
 KEEP_BUDGET = 96 << 20
 WEIGHT_COLUMNS = 1024  # columns of dS weighted at a time, while they are in the cache
+NOBODY = -3  # replaces an owner that is no column, so that it does not equal ELSEWHERE
 INF = math.inf
 LOG2E = 1 / math.log(2)
 # Up to this |z|, exponentials and sums of 2^30 of them are normal float32 numbers.
@@ -111,10 +112,13 @@ class _Strips:
         if rules.labels is not None:
             # A label outside names no column. The outputs of its row are NaN.
             self.inside, self.columns = inside(rules.labels, len(target))
+        self.owners = rules.owners
+        if self.owners is not None:
+            self.owners = self.owners.masked_fill(self.owners < 0, NOBODY)
         self.bounded = self._bounded()
-        self.row_limit = self.column_limit = None
-        if rules.margin is not None:
-            self.row_limit = margin_limit(query, target, rules.labels, rules.margin)
+        self.row_limit = rules.row_limits(query, target, margin_limit)
+        self.column_limit = None
+        if self.row_limit is not None:
             self.column_limit = rules.column_limits(self.row_limit, len(target))
         # One exponential then serves both directions: dS = exp(z) (row factor + column factor).
         self.together = self.bounded and rules.shared_logits
@@ -142,8 +146,11 @@ class _Strips:
         matrix.scatter_(0, columns, values)
 
     def nan_outside(self, rows: Tensor) -> Tensor:
-        """Values of the rows (N,), with NaN for a label outside."""
-        return rows if self.rules.labels is None else rows.masked_fill_(~self.inside, math.nan)
+        """Values of the rows (N,), with NaN for a label outside, other than ``ELSEWHERE``."""
+        labels = self.rules.labels
+        if labels is None:
+            return rows
+        return rows.masked_fill_(~self.inside & (labels != ELSEWHERE), math.nan)
 
     def _bounded(self) -> bool:
         """Whether all logits are small enough for exponentials without the maximum subtracted.
@@ -198,8 +205,8 @@ class _Strips:
         rules, plain = self.rules, self.scale
         weighted = plain + alpha
         own = None
-        if rules.owners is not None:
-            own = rules.owners[:, None] == rules.labels_of(self.query)[strip]
+        if self.owners is not None:
+            own = self.owners[:, None] == rules.labels_of(self.query)[strip]
         if own is None or rules.hardness == "all":
             factor = plain if rules.hardness == "hard_negatives" else weighted
         elif rules.hardness == "in_batch":

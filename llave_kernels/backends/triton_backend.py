@@ -159,18 +159,17 @@ def total_gradients(
 
 def pairs(query: Tensor, target: Tensor, rules: Rules) -> Pairs:
     """The rules as the kernels take them. Rules that this call does not use are None."""
-    row_limit = column_limit = None
-    if rules.margin is not None:
-        row_limit = margin_limit(query, target, rules.labels, rules.margin)
-        if rules.symmetric:
-            column_limit = rules.column_limits(row_limit, len(target))
+    row_limit = rules.row_limits(query, target, margin_limit)
+    column_limit = None
+    if row_limit is not None and rules.symmetric:
+        column_limit = rules.column_limits(row_limit, len(target))
     one_alpha = not rules.symmetric or rules.alpha == rules.target_alpha
     return Pairs(
         label=_contiguous(rules.labels),
         owner=_contiguous(rules.owners),
         query_id=_contiguous(rules.query_ids),
         target_id=_contiguous(rules.target_ids),
-        row_limit=row_limit,
+        row_limit=_contiguous(row_limit),
         column_limit=_contiguous(column_limit),
         alpha=rules.alpha,
         target_alpha=None if one_alpha else rules.target_alpha,

@@ -10,10 +10,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from llave_kernels import rules
+
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
-# These replace a label and an owner that are no column. They equal no column and not each other.
-NOWHERE = tl.constexpr(-1)
+ELSEWHERE = tl.constexpr(rules.ELSEWHERE)
+# These replace a label and an owner that are no column. They equal no column, not each other and
+# not the label of a positive that is elsewhere.
+NOWHERE = tl.constexpr(-3)
 NOBODY = tl.constexpr(-2)
 
 
@@ -55,10 +59,10 @@ def finite(x):
 
 
 @triton.jit
-def _columns(p, o, m, M, OUTSIDE: tl.constexpr):
-    """The int64 columns at ``p + o``, as int32. ``OUTSIDE`` replaces those that do not exist."""
+def _columns(p, o, m, M, LEAST: tl.constexpr, OUTSIDE: tl.constexpr):
+    """The int64 columns at ``p + o``, as int32. ``OUTSIDE`` replaces those not in LEAST to M."""
     b = tl.load(p + o, mask=m, other=-1)
-    return tl.where((b >= 0) & (b < M), b, OUTSIDE).to(tl.int32)
+    return tl.where((b >= LEAST) & (b < M), b, OUTSIDE).to(tl.int32)
 
 
 @triton.jit
@@ -86,13 +90,13 @@ def similarity(
 
 @triton.jit
 def labels(p_label, o_m, N, M):
-    """The columns of the rows' positives. ``NOWHERE`` for a label outside.
+    """The columns of the rows' positives. -1 for one elsewhere, ``NOWHERE`` for a label outside.
 
     A row beyond the edge has any column.
     """
     b_label = o_m
     if p_label is not None:
-        b_label = _columns(p_label, o_m, o_m < N, M, NOWHERE)
+        b_label = _columns(p_label, o_m, o_m < N, M, ELSEWHERE, NOWHERE)
     return b_label
 
 
@@ -102,7 +106,7 @@ def _own(b_label, pairs, o_n, M):
     if pairs.owner is None:
         own = b_label[:, None] == o_n[None, :]
     else:
-        own = b_label[:, None] == _columns(pairs.owner, o_n, o_n < M, M, NOBODY)[None, :]
+        own = b_label[:, None] == _columns(pairs.owner, o_n, o_n < M, M, 0, NOBODY)[None, :]
     return own
 
 

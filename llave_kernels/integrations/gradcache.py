@@ -116,7 +116,7 @@ class DistributedBlockLoss(BlockLoss):
     At ``alpha=0`` value and gradients are the host's in every process: the global loss, times the
     world size with ``scale_loss``, and the gradient of this process's rows. With ``scale_loss``
     DDP averages them to exactly the global batch's. The hosts compute the whole N x M loss in every
-    process. Here each process computes its own rows, and only targets are gathered
+    process. Here each process computes one block and gathers only what that needs
     (``llave_kernels.distributed``).
 
     Args:

@@ -18,7 +18,7 @@ class ClipLoss(open_clip.loss.ClipLoss):  # type: ignore[misc]
 
     At ``alpha=0`` value and gradients are the host's for every setting. ``distributed_clip.Gather``
     says what each setting gives. ``local_loss=True, gather_with_grad=True`` is exact and the
-    cheapest: it gathers one side only and computes one block of rows.
+    cheapest: it computes one block and gathers only what that needs.
 
     Args:
         local_loss, gather_with_grad, rank, world_size: as in the host.

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import llave_kernels
-from benchmarks import machine_code, prediction
+from benchmarks import machine_code, prediction, traffic
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "static"
@@ -134,3 +134,17 @@ def test_committed_figures_are_labelled_counted(name: str) -> None:
     assert rows
     assert {row["label"] for row in rows} == {"counted"}
     assert {row["backend"] for row in rows} == {"cuda", "triton"}
+
+
+def test_the_committed_traffic_is_what_the_formulas_give(tmp_path: Path) -> None:
+    traffic.main(["--out", str(tmp_path)])
+    committed = (RESULTS / "traffic.csv").read_text()
+    assert (tmp_path / "traffic.csv").read_text() == committed
+    assert (tmp_path / "traffic.png").stat().st_size > 10_000
+    rows = list(csv.DictReader(committed.splitlines()))
+    assert {row["label"] for row in rows} == {"counted"}
+    # In units of a process's targets: 62 against 1,023, there and back.
+    side = 2 * traffic.N * traffic.D * traffic.ITEMSIZE / traffic.MIB
+    last = {row["way"]: float(row["received_mib"]) / side for row in rows[-5:]}
+    assert last["llave"] == pytest.approx(62, rel=2e-3)
+    assert last["llave, C = 1"] == pytest.approx(1023, rel=2e-3)

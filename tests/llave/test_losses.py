@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 pytest.importorskip("sentence_transformers")
 
+import torch.distributed as dist
 from sentence_transformers import SentenceTransformer
 
 from llave.losses import CachedLLaVELoss, LLaVELoss
 from llave_kernels.reference import reference_loss
 from tests.helpers import relative_error
+from tests.processes import run
 
 
 class Embedder(nn.Module):
@@ -24,10 +26,14 @@ class Embedder(nn.Module):
         return features | {"sentence_embedding": self.table(features["input_ids"]).mean(1)}
 
 
-@pytest.fixture
-def model() -> SentenceTransformer:
+def fresh() -> SentenceTransformer:
     torch.manual_seed(0)
     return SentenceTransformer(modules=[Embedder()], device="cpu")
+
+
+@pytest.fixture
+def model() -> SentenceTransformer:
+    return fresh()
 
 
 def columns(count: int, n: int = 10) -> list[dict[str, Tensor]]:
@@ -80,3 +86,27 @@ def test_settings_reach_the_loss(model: SentenceTransformer) -> None:
 def test_ids_of_another_shape_are_refused(model: SentenceTransformer) -> None:
     with pytest.raises(ValueError, match=r"label has shape \(10, 3\), expected one content id"):
         LLaVELoss(model)(columns(2), torch.zeros(10, 3))
+
+
+def rows_of(rank: int, count: int) -> list[Tensor]:
+    """Loss and gradient of both losses over ``count`` of 12 rows. Row 3 has no mined negatives."""
+    whole = fresh()
+    features, rows = columns(3, 12), slice(rank * count, (rank + 1) * count)
+    labels = torch.randint(6, (12, 2))
+    labels[3, 1] = labels[3, 0]
+    own = [{name: x[rows] for name, x in column.items()} for column in features]
+    found = []
+    for loss_fn in (LLaVELoss(whole), CachedLLaVELoss(whole, mini_batch_size=2)):
+        loss = loss_fn(own, labels[rows])
+        found += [loss.detach(), gradients(whole, loss)]
+    return found
+
+
+def own_rows() -> list[Tensor]:
+    return rows_of(dist.get_rank(), 3)
+
+
+def test_four_processes_average_to_one() -> None:
+    by_rank = run(__name__, "own_rows", 4)
+    for parts, expected in zip(zip(*by_rank, strict=True), rows_of(0, 12), strict=True):
+        assert relative_error(torch.stack(parts).mean(0), expected) < 1e-5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -14,17 +15,17 @@ from llave_kernels import dispatch, hardness_weighted_contrastive_loss
 from llave_kernels.backends.protocol import LogSumExps
 from llave_kernels.backends.torch_backend import kept_shape, one_direction
 from llave_kernels.reference import reference_logsumexp, reference_loss
-from llave_kernels.rules import Rules, at_labels
+from llave_kernels.rules import ELSEWHERE, Rules, at_labels
 from tests.helpers import clear_margin, embeddings, relative_error
 
 N, M, D = 70, 150, 8
-OUTSIDE = {3: -1, 5: M, 20: (1 << 32) + 20, 33: -(1 << 63), 40: (1 << 63) - 1, 69: (1 << 31) + 7}
+OUTSIDE = {3: -2, 5: M, 20: (1 << 32) + 20, 33: -(1 << 63), 40: (1 << 63) - 1, 69: (1 << 31) + 7}
 BAD = torch.tensor(list(OUTSIDE))
 GOOD = torch.tensor([i for i in range(N) if i not in OUTSIDE])
 
 
 def rules_of(labels: Tensor, owners: Tensor | None, margin: float | None, symmetric: bool) -> Rules:
-    return Rules(labels, owners, None, None, None, 9.0, 2.0, "in_batch", margin, symmetric)
+    return Rules(labels, owners, None, None, None, None, 9.0, 2.0, "in_batch", margin, symmetric)
 
 
 def outside(labels: Tensor) -> Tensor:
@@ -81,6 +82,73 @@ def test_a_label_outside_makes_its_own_row_nan(
     total.backward()
     assert q.grad is not None
     assert relative_error(gradients[0][GOOD], q.grad[GOOD]) < 1e-4
+
+
+@pytest.mark.parametrize("margin", [None, 0.3])
+@pytest.mark.parametrize("hardness", ["in_batch", "hard_negatives"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_blocks_of_columns_make_up_the_whole(
+    backend: str, symmetric: bool, hardness: str, margin: float | None
+) -> None:
+    """Each block knows the positives in its own columns. The last has no positives and owners."""
+    query, target = embeddings(N, M, D)
+    starts = [0, 37, 100, M]
+    blocks = [slice(*pair) for pair in itertools.pairwise(starts)]
+    labels, owners = torch.randperm(100)[:N], torch.full((M,), M)
+    for block in blocks[:2]:
+        columns = torch.arange(M)[block]
+        present = labels[torch.isin(labels, columns)]
+        owners[block] = present[torch.randint(len(present), (len(columns),))]
+    owners[labels] = labels
+    ids = {"query_ids": torch.randint(20, (N,)), "target_ids": torch.randint(20, (M,))}
+    row_limit = column_limit = None
+    if margin is not None:
+        known = clear_margin(query, target, false_negative_margin=margin, labels=labels)
+        margin = known["false_negative_margin"]
+        row_limit = dispatch.named(backend).margin_limit(query, target, labels, margin)
+        column_limit = rules_of(labels, None, margin, True).column_limits(row_limit, M)
+    pair = [x.double().requires_grad_() for x in (query, target)]
+    truth = reference_logsumexp(
+        *pair, logit_scale=20.0, alpha=9.0, target_alpha=2.0, hardness=hardness, labels=labels,
+        owners=owners, false_negative_margin=margin, symmetric=symmetric, **ids,
+    )  # fmt: skip
+    upstream = [torch.rand(len(x)) + 0.5 for x in truth if x is not None]
+    sum((d * x).sum() for d, x in zip(upstream, truth, strict=False)).backward()
+
+    calls, outputs = [], []
+    for block in blocks:
+        here = (labels >= block.start) & (labels < block.stop)
+        rules = Rules(
+            torch.where(here, labels - block.start, ELSEWHERE),
+            torch.where(owners[block] == M, -1, owners[block] - block.start),
+            ids["query_ids"], ids["target_ids"][block], row_limit,
+            None if column_limit is None else column_limit[block], 9.0, 2.0, hardness, margin,
+            symmetric,
+        )  # fmt: skip
+        arguments = query, target[block], torch.tensor(20.0)
+        kept = torch.empty(dispatch.named(backend).kept_shape(*arguments[:2], rules))
+        found = dispatch.named(backend).forward(*arguments, rules, kept)
+        assert torch.equal(found.positive.isnan(), ~here)
+        calls.append((arguments, found, kept, rules, here))
+        outputs.append(found)
+    positive, rows, columns = zip(*outputs, strict=True)
+    whole = torch.stack(rows).logsumexp(0)
+    assert relative_error(torch.stack(positive).nansum(0), truth[0]) < 1e-5
+    assert relative_error(whole, truth[1]) < 1e-5
+    if truth[2] is not None:
+        assert relative_error(torch.cat(columns), truth[2]) < 1e-5
+    gradients = []
+    for block, (arguments, found, kept, rules, here) in zip(blocks, calls, strict=True):
+        given = LogSumExps(
+            upstream[0] * here,
+            upstream[1] * (found.query_lse - whole).exp(),
+            upstream[2][block] if symmetric else torch.empty(0),
+        )
+        back = dispatch.named(backend).backward
+        gradients.append(back(given, *arguments, found, kept, rules, scale_gradient=True))
+    dq, dt, _ = zip(*gradients, strict=True)
+    assert relative_error(sum(dq[1:], dq[0]), pair[0].grad) < 1e-4
+    assert relative_error(torch.cat(dt), pair[1].grad) < 1e-4
 
 
 def test_one_direction_of_a_label_outside() -> None:
@@ -160,6 +228,7 @@ ARGUMENTS: dict[str, Any] = {
     "owners": torch.arange(6),
     "query_ids": None,
     "target_ids": None,
+    "row_limit": None,
     "column_limit": None,
     "alpha": 9.0,
     "target_alpha": 9.0,
@@ -168,7 +237,7 @@ ARGUMENTS: dict[str, Any] = {
     "symmetric": True,
 }
 MISTAKES: list[tuple[str, dict[str, Any]]] = [
-    ("got values from -1 to 2", {"labels": torch.arange(-1, 3)}),
+    ("columns from -1 to 5, got values from -2 to 1", {"labels": torch.arange(-2, 2)}),
     ("got values from 0 to 4294967296", {"labels": torch.tensor([0, 1, 2, 1 << 32])}),
     ("labels must not repeat a column", {"labels": torch.tensor([0, 1, 1, 2])}),
     (r"labels must have shape \(4,\), got \(3,\)", {"labels": torch.arange(3)}),
@@ -184,6 +253,7 @@ MISTAKES: list[tuple[str, dict[str, Any]]] = [
         r"target_ids must have shape \(6,\)",
         {"query_ids": torch.arange(4)} | {"target_ids": torch.arange(5)},
     ),
+    (r"row_limit must be torch.float32 of shape \(4,\)", {"row_limit": torch.ones(6)}),
     (r"column_limit must be torch.float32 of shape \(6,\)", {"column_limit": torch.ones(5)}),
     ("column_limit must be torch.float32", {"column_limit": torch.ones(6, dtype=torch.float64)}),
     (r"logit_scale must be torch.float32 of shape \(\)", {"logit_scale": torch.ones(1)}),

@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 
 from llave_kernels import HardnessWeightedContrastiveLoss
 from llave_kernels.distributed import distributed_contrastive_loss
+from llave_kernels.reference import reference_loss
 from tests.processes import DIED
 
 D_IN, D = 6, 5
@@ -78,39 +79,60 @@ def encoder() -> nn.Linear:
     return nn.Linear(D_IN, D, dtype=torch.float64)
 
 
-def grid(world: int) -> Iterator[tuple[Any, ...]]:
+def combinations() -> Iterator[tuple[Any, ...]]:
     for kinds, uneven, symmetric in itertools.product(KINDS, (False, True), (True, False)):
         for hardness in HARDNESS if "mined" in kinds else HARDNESS[:1]:
             yield kinds, uneven, symmetric, hardness
 
 
-def averaged(*tensors: Tensor) -> list[Tensor]:
-    for x in tensors:
-        dist.all_reduce(x)
-    return [x / dist.get_world_size() for x in tensors]
+def of_one_process(world: int, case: tuple[Any, ...]) -> Tensor:
+    """The loss and the gradients of encoder and scale over the whole batch, in one vector."""
+    kinds, uneven, symmetric, hardness = case
+    query, target, rules = Batch(world, kinds, uneven=uneven).whole()
+    model, scale = encoder(), torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+    pair = (normalize(model(x), dim=1) for x in (query, target))
+    loss = reference_loss(*pair, logit_scale=scale, symmetric=symmetric, hardness=hardness, **rules)
+    loss.backward()
+    return vector(loss, model, scale)
 
 
-def rules() -> dict[tuple[Any, ...], list[Tensor]]:
-    """The loss and the gradients of encoder and scale, averaged over the processes as in DDP."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    results = {}
-    for case in grid(world):
-        kinds, uneven, symmetric, hardness = case
-        batch, model = Batch(world, kinds, uneven=uneven), encoder()
-        scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
-        loss = distributed_contrastive_loss(
-            normalize(model(batch.query[rank]), dim=1),
-            normalize(model(batch.target[rank]), dim=1),
-            logit_scale=scale,
-            symmetric=symmetric,
-            hardness=hardness,
-            **batch.rules[rank],
-            **batch.settings,
-        )
-        loss.backward()
-        gradients = [model.weight.grad, model.bias.grad, scale.grad]
-        results[case] = averaged(loss.detach(), *(g for g in gradients if g is not None))
-    return results
+# Where the parts of the vector are.
+PARTS = {
+    "loss": slice(0, 1),
+    "weight": slice(1, 1 + D * D_IN),
+    "bias": slice(1 + D * D_IN, -1),
+    "scale": slice(-1, None),
+}
+
+
+def vector(loss: Tensor, model: nn.Linear, scale: Tensor) -> Tensor:
+    found = [loss.detach(), model.weight.grad, model.bias.grad, scale.grad]
+    return torch.cat([x.flatten() for x in found if x is not None])
+
+
+def outcome(case: tuple[Any, ...], group: Any, rank: int, world: int) -> Tensor:
+    """The same of one process. The average over the processes is that of DDP."""
+    kinds, uneven, symmetric, hardness = case
+    batch, model = Batch(world, kinds, uneven=uneven), encoder()
+    scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+    loss = distributed_contrastive_loss(
+        normalize(model(batch.query[rank]), dim=1),
+        normalize(model(batch.target[rank]), dim=1),
+        group=group,
+        logit_scale=scale,
+        symmetric=symmetric,
+        hardness=hardness,
+        **batch.rules[rank],
+        **batch.settings,
+    )
+    loss.backward()
+    return vector(loss, model, scale)
+
+
+def rules() -> dict[tuple[Any, ...], Tensor]:
+    """The outcome of every case over all processes."""
+    place = dist.get_rank(), dist.get_world_size()
+    return {case: outcome(case, None, *place) for case in combinations()}
 
 
 def wrapped() -> dict[str, list[Tensor]]:
@@ -280,43 +302,6 @@ def death() -> str:
     if dist.get_rank() == 1:
         os._exit(DIED)
     return said(lambda: distributed_contrastive_loss(*pair))
-
-
-@contextmanager
-def counted() -> Iterator[list[int]]:
-    """The bytes that this process sends in each collective."""
-    sent: list[int] = []
-    world = dist.get_world_size()
-    originals = {
-        name: getattr(dist, name)
-        for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")
-    }
-
-    def size_of(name: str, out: Tensor, given: Tensor) -> int:
-        whole = given.nbytes if name != "all_gather_into_tensor" else given.nbytes * world
-        return whole * (world - 1) // world
-
-    def counting(name: str) -> Any:
-        def call(out: Tensor, given: Tensor, *rest: Any, **named: Any) -> Any:
-            sent.append(size_of(name, out, given))
-            return originals[name](out, given, *rest, **named)
-
-        return call
-
-    for name in originals:
-        setattr(dist, name, counting(name))
-    try:
-        yield sent
-    finally:
-        for name, function in originals.items():
-            setattr(dist, name, function)
-
-
-def traffic() -> int:
-    query, target = (normalize(torch.randn(256, 128), dim=1).requires_grad_() for _ in range(2))
-    with counted() as sent:
-        distributed_contrastive_loss(query, target).backward()
-    return sum(sent)
 
 
 def peak_memory() -> list[float]:

@@ -8,7 +8,7 @@ row, which one call of a kernel gives:
 | direction | log-sum-exp over | kernel call |
 |---|---|---|
 | query_to_doc | row i of Q C^T, hardness-weighted | (Q, C) |
-| doc_to_query | column i of Q C^T | (Q, C), target direction; gathered: (P, Q) |
+| doc_to_query | column i of Q C^T | (Q, C), target direction |
 | query_to_query | row i of Q Q^T but i | (Q, Q) |
 | doc_to_doc | row i of P C^T but i's own candidates | (P, C) |
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, TypedDict, get_args
 
 import torch
@@ -33,12 +34,15 @@ from torch.nn.functional import normalize
 
 from llave_kernels import checks, dispatch
 from llave_kernels.agreement import Peer, Terms, agree, learns
+from llave_kernels.distributed import checked, own_logsumexps
 from llave_kernels.functional import contrastive_logsumexp, hardness_weighted_contrastive_loss
+from llave_kernels.grid import block_of
 from llave_kernels.losses import direction_loss
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
 PartitionMode = Literal["joint", "per_direction"]
+LogSumExps = tuple[Tensor, Tensor, Tensor | None]
 HardnessMode = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
 
 # Our ``hardness`` by the host's ``hardness_mode``.
@@ -228,25 +232,24 @@ class MultipleNegativesRankingLoss(
 
         float32, or float64 for float64 embeddings. ``labels`` is not used, as in the host.
         """
-        if not self.fuses_everywhere(embeddings):
+        fuses, peers = self._agreed(embeddings)
+        if not fuses:
             return super().compute_loss_from_embeddings(embeddings, labels)
         # float32 at least, as the host's similarities are. Autocast may round them later.
         embeddings = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in embeddings]
         if self.fused_similarity == "cosine":
             embeddings = [normalize(x, dim=-1) for x in embeddings]
-        query, positive = embeddings[:2]
-        first = 0
-        if self.gather_across_devices:
-            first = util.get_rank() * len(query)
-            embeddings = [util.all_gather_with_grad(x) for x in embeddings]
-        labels = torch.arange(first, first + len(query), device=query.device)
-        return self._loss(query, positive, embeddings[0], torch.cat(embeddings[1:]), labels)
+        return self._loss(embeddings, peers)
 
     def fuses_everywhere(self, embeddings: list[Tensor]) -> bool:
         """``fuses``, after a check of the embeddings, here and in the processes that gather."""
+        return self._agreed(embeddings)[0]
+
+    def _agreed(self, embeddings: list[Tensor]) -> tuple[bool, list[Peer] | None]:
+        """``fuses``, and the processes that gather, None where nothing is gathered."""
         if self.gather_across_devices and dist.is_available() and dist.is_initialized():
-            return agree(lambda: (self._fuses_here(embeddings), self._terms(embeddings)), None)[0]
-        return self._fuses_here(embeddings)
+            return agree(lambda: (self._fuses_here(embeddings), self._terms(embeddings)), None)
+        return self._fuses_here(embeddings), None
 
     def _fuses_here(self, embeddings: list[Tensor]) -> bool:
         for i, x in enumerate(embeddings):
@@ -271,57 +274,63 @@ class MultipleNegativesRankingLoss(
         n = len(embeddings[0])
         return Terms(Peer(n, n), settings, torch.as_tensor(self.scale, dtype=torch.float64))
 
-    def _loss(
-        self, query: Tensor, positive: Tensor, queries: Tensor, candidates: Tensor, labels: Tensor
-    ) -> Tensor:
+    def _loss(self, columns: list[Tensor], peers: list[Peer] | None) -> Tensor:
         """Mean loss of this process's rows; 0-d.
 
         Args:
-            query, positive: (N, D) this process's rows.
-            queries, candidates: (all N, D), (all M, D) those of all processes: Q and C above.
-            labels: (N,) where this process's rows are among those of all.
+            columns: queries, positives and mined negatives of this process, each (N, D).
+            peers: the processes whose candidates count, None for this process alone.
         """
-        owners = torch.arange(len(candidates), device=labels.device) % len(queries)
+        query, positive, candidates = columns[0], columns[1], torch.cat(columns[1:])
         to_query, to_same_query, to_same_doc = (
             name in self.directions for name in ("doc_to_query", "query_to_query", "doc_to_doc")
         )
-        settings: dict[str, Any] = {
-            "logit_scale": self.scale,
-            "hardness": HARDNESS[self.hardness_mode],
-            "false_negative_margin": self.false_negative_margin,
-            "backend": self.backend,
-            "labels": labels,
-        }
-        one_way = settings | {"symmetric": False, "alpha": 0.0}
-        main = settings | {
+        main: dict[str, Any] = {
             "alpha": self.hardness_strength if self.hardness_mode is not None else 0.0,
             "target_alpha": self.target_hardness_strength,
-            # The columns of this process's documents are complete only where nothing is gathered.
-            "symmetric": to_query and len(queries) == len(query),
-            "owners": None if len(candidates) == len(query) else owners,
+            "hardness": HARDNESS[self.hardness_mode],
+            "false_negative_margin": self.false_negative_margin,
+            "symmetric": to_query,
         }
-        if not (to_query or to_same_query or to_same_doc):
-            return hardness_weighted_contrastive_loss(query, candidates, **main)
-
-        logits = contrastive_logsumexp(query, candidates, **main)
-        terms = [logits.query]
-        if logits.target is not None:
-            terms.append(logits.target[labels])
-        elif to_query:
-            back = one_way | {"alpha": self.target_hardness_strength}
-            back["owners"] = owners[: len(queries)]
-            terms.append(contrastive_logsumexp(positive, queries, **back).query)
+        one_way: dict[str, Any] = {"symmetric": False, "alpha": 0.0}
+        if peers is None and not (to_query or to_same_query or to_same_doc):
+            return hardness_weighted_contrastive_loss(
+                query, candidates, logit_scale=self.scale, backend=self.backend, **main
+            )
+        logsumexps = self._here if peers is None else partial(self._over_processes, peers)
+        positive_logit, row, column = logsumexps(query, candidates, **main)
+        terms = [row] if column is None else [row, column]
         if self.partition_mode == "per_direction":
-            return direction_loss(logits.positive, torch.stack(terms)).mean()
+            return direction_loss(positive_logit, torch.stack(terms)).mean()
         if to_same_query:
-            terms.append(contrastive_logsumexp(query, queries, **one_way).query)
+            terms.append(logsumexps(query, query, **one_way)[1])
         if to_same_doc:
-            one_way |= {"query_ids": labels, "target_ids": owners}
-            terms.append(contrastive_logsumexp(positive, candidates, **one_way).query)
+            first = 0 if peers is None else dist.get_rank() * len(query)
+            ids = torch.arange(first, first + len(query), device=query.device)
+            own = {"query_ids": ids, "target_ids": ids.repeat(len(columns) - 1)}
+            terms.append(logsumexps(positive, candidates, **own, **one_way)[1])
         # In a batch of one every term is -inf, where the gradient of logsumexp is NaN.
-        finite = torch.stack(terms).clamp(min=torch.finfo(logits.positive.dtype).min)
+        finite = torch.stack(terms).clamp(min=torch.finfo(positive_logit.dtype).min)
         log_k = math.log(1 + to_query)  # the softmax holds the positive once or twice
-        return log_k + direction_loss(logits.positive + log_k, finite.logsumexp(0)).mean()
+        return log_k + direction_loss(positive_logit + log_k, finite.logsumexp(0)).mean()
+
+    def _here(self, query: Tensor, target: Tensor, **rules: Any) -> LogSumExps:
+        """The positives' logits and log-sum-exps of the rows, and of their positives' columns."""
+        found = contrastive_logsumexp(
+            query, target, logit_scale=self.scale, backend=self.backend, **rules
+        )
+        column = None if found.target is None else found.target[: len(query)]
+        return found.positive, found.query, column
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _over_processes(
+        self, peers: list[Peer], query: Tensor, target: Tensor, **rules: Any
+    ) -> LogSumExps:
+        """The same over the rows of all processes, which all have as many."""
+        given = {"logit_scale": self.scale, "backend": self.backend, **rules}
+        call, terms = checked(query, target, settings={}, **given)
+        parts = [terms.part._replace(node=peer.node) for peer in peers]
+        return own_logsumexps(call, block_of(None, parts, query.device))
 
 
 OWN_SETTINGS: dict[str, Any] = MultipleNegativesRankingLoss.__init__.__kwdefaults__ or {}

@@ -22,6 +22,7 @@ PLAIN = Rules(
     owners=None,
     query_ids=None,
     target_ids=None,
+    row_limit=None,
     column_limit=None,
     alpha=9.0,
     target_alpha=9.0,

@@ -26,7 +26,7 @@ from tests.helpers import embeddings, relative_error
 from tests.llave_kernels.integrations import hosts
 from tests.processes import run
 
-WORLD = 2
+WORLD = 4
 REDUCTIONS = ("mean", "sum")
 OURS = {"gradcache": gradcache, "tevatron": tevatron, "vlm2vec": vlm2vec}
 # (host, positional and named arguments of its class, numbers of mined negatives that fit)
