@@ -191,7 +191,7 @@ class Encoder:
         return found
 
     def _say(self, count: int, error: str) -> None:
-        clear_device_cache(garbage_collection=True)
+        clear_device_cache()
         if not self._said:
             self._said = True
             print(

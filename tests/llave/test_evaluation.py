@@ -299,6 +299,87 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(
     assert model.encoded == 4
 
 
+def many(data: Path) -> list[tuple[str, str, list[str], list[str]]]:
+    """Write a task of 600 inputs, which make three shards."""
+    rows = [
+        (f"{name} thing {n}", "", [f"{name} {n}", "red", "blue"], [""] * 3)
+        for n in range(100)
+        for name in COLOURS
+    ]
+    write(data, "many", *rows)
+    return rows
+
+
+def test_several_processes_give_the_result_of_one(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data, images = folders
+    many(data)
+    settings: dict[str, Any] = {"data": data, "images": images, "workers": 0}
+    (expected,) = evaluate(ByColour(), ["many"], out=tmp_path / "one", **settings)
+    models = [ByColour() for _ in range(3)]
+    for rank in (2, 1):
+        out = tmp_path / "three"
+        found = evaluate(models[rank], ["many"], out=out, rank=rank, world_size=3, **settings)
+        assert found == []
+        assert not (out / "many.json").exists()
+    found = evaluate(models[0], ["many"], out=out, rank=0, world_size=3, **settings)
+    assert found == [expected]
+    assert [model.encoded for model in models] == [256, 256, 602 - 512]
+    assert [path.name for path in out.iterdir()] == ["many.json"]
+    assert (out / "many.json").read_bytes() == (tmp_path / "one" / "many.json").read_bytes()
+    # A process that comes late, after its share was dropped, leaves nothing.
+    (out / ".many.inputs").mkdir()
+    assert evaluate(ByColour(), ["many"], out=out, rank=1, world_size=3, **settings) == []
+    assert [path.name for path in out.iterdir()] == ["many.json"]
+
+
+def test_a_killed_evaluation_goes_on_within_a_task(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, images = folders
+    many(data)
+
+    class Killed(ByColour):
+        def __call__(self, features: dict[str, Any]) -> dict[str, Any]:
+            if self.encoded > 300:
+                raise KeyboardInterrupt
+            return super().__call__(features)
+
+    Killed.__name__ = "ByColour"  # the fingerprint of these models
+    out, settings = tmp_path / "out", {"data": data, "images": images}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Killed(), ["many"], out=out, **settings)
+    capsys.readouterr()
+    other = tmp_path / "other"
+    shutil.copytree(out, other)
+    model = ByColour()
+    (result,) = evaluate(model, ["many"], out=out, **settings)
+    assert result.rows == 300
+    assert model.encoded == 602 - 256
+    assert "602/602" in capsys.readouterr().err  # the bar counts what was there
+    assert [path.name for path in out.iterdir()] == ["many.json"]
+    with pytest.raises(
+        ValueError, match=r"task many: out=.*many\.inputs holds the embeddings of an"
+    ):
+        evaluate(ByColour(), ["many"], out=other, **settings)
+    shutil.rmtree(other / ".many.inputs")
+    (other / ".many.inputs").symlink_to(out)
+    with pytest.raises(ValueError, match=r"many\.inputs is a link; move it away"):
+        evaluate(ByColour(), ["many"], out=other, **settings)
+
+
+def test_groups_of_tasks() -> None:
+    assert evaluation._names(["all"]) == list(TASKS)
+    assert evaluation._names(["grounding", "mine", "RefCOCO"]) == [
+        "MSCOCO", "RefCOCO", "RefCOCO-Matching", "Visual7W-Pointing", "mine",
+    ]  # fmt: skip
+    assert len(evaluation._names(["ind"])) == 20
+    assert len(evaluation._names(["ood", "vqa"])) == 16 + 6
+    parts = ["classification", "vqa", "retrieval", "grounding"]
+    assert sorted(evaluation._names(parts)) == sorted(evaluation._names(["ind", "ood"]))
+
+
 def test_unknown_tasks_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
     data, images = folders
     write(data, "colours", ("red", "", ["red"], [""]))
