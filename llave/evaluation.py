@@ -144,29 +144,29 @@ def _evaluated(
     encoded = file.with_name(f".{task}.inputs")
     rows = load_evaluation(data, task)
     scored = identity | {"data": data_fingerprint(rows, media)}
-    inputs = distinct(rows)
-    with tqdm(
-        total=len(inputs), desc=shown(task), unit="row", leave=False, disable=share["rank"] != 0
-    ) as bar:
+    inputs, first = distinct(rows), share["rank"] == 0
+    if not file.exists():
         try:
-            if not file.exists():
+            with tqdm(
+                total=len(inputs), desc=shown(task), unit="row", leave=False, disable=not first
+            ) as bar:
                 found = encode_inputs(
                     model, inputs, media, encoded, scored, **share, advance=bar.update
                 )
-                if found is not None:
-                    result = score(task, rows, found)
-                    create(file, partial(_write, scored=scored, result=result))
         except (ValueError, OSError):
             # Another process may have scored the task, and dropped what it had encoded.
             if not file.exists():
                 raise
+        else:
+            if found is not None:
+                create(file, partial(_write, scored=scored, result=score(task, rows, found)))
     if not file.exists():  # rank 0 is not done yet
         return None
     there, result = _read(file)
     _refuse_others(file, there, scored)
     sweep(file)
     drop(encoded)
-    return None if share["rank"] else result
+    return result if first else None
 
 
 def refuse_out(
