@@ -15,10 +15,23 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel, PreTrainedModel, Trainer
 
 from llave.checkpointing import CheckpointingTrainer
+from llave.figures import Figures
+from llave.losses import CachedLLaVELoss, LLaVELoss
 
 
 class EmbeddingTrainer(CheckpointingTrainer):
     """sentence-transformers' trainer, extended for DDP, sharded weights and adapters."""
+
+    def __init__(self, *args: Any, loss: LLaVELoss | CachedLLaVELoss, **kwargs: Any) -> None:
+        super().__init__(*args, loss=loss, **kwargs)
+        self.figures = Figures(loss if isinstance(loss, LLaVELoss) else loss.loss)
+        self.add_callback(self.figures)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as the base class does, and the figures of the training beside a loss."""
+        if "loss" in logs:
+            logs = logs | self.figures.take(self.accelerator)
+        super().log(logs, *args, **kwargs)
 
     def check_sharding(self, homogeneous: bool) -> None:
         """Raise ValueError for sharding settings that would stop the training or the saving.
@@ -81,13 +94,14 @@ class EmbeddingTrainer(CheckpointingTrainer):
         finally:
             self.accelerator.prepare = prepare
 
-    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss, and tell DDP which parameters it uses.
 
         DDP itself looks only at the last forward. If that one has texts and an earlier one had
         images, DDP takes the vision tower for unused, and raises at its gradients.
         """
-        loss = super().compute_loss(model, *args, **kwargs)
+        self.figures.see(inputs)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
         if (
             isinstance(model, DistributedDataParallel)
             and model.find_unused_parameters

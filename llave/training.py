@@ -179,7 +179,7 @@ def fit(
             f"trainer.metric_for_best_model={metric!r} is none of {', '.join(_metrics(held_out))}"
         )
     size = loss.pop("mini_batch_size")
-    loss_fn: torch.nn.Module
+    loss_fn: LLaVELoss | CachedLLaVELoss
     if size is None:
         loss_fn = LLaVELoss(model, **loss)
     else:

@@ -70,7 +70,7 @@ def command(
     os.setsid()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     torch.set_num_threads(1)
-    with log.open("a" if rank else "w") as file:
+    with (log.with_suffix(f".{rank}") if rank else log).open("w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     if point is not None:
@@ -101,7 +101,7 @@ def finish(arguments: Sequence[str], log: Path, out: Path, size: int = 1) -> flo
     began = time.monotonic()
     for process in running:
         process.join(LIMIT)
-        said = log.read_text()[-3000:]
+        said = log.read_text(errors="replace")[-3000:]
         assert process.exitcode == 0, f"status {process.exitcode}:\n{said}"
     return time.monotonic() - began
 
@@ -179,7 +179,7 @@ def drill(
                 other.join()
             if process.exitcode == 0:  # it ended before the kill
                 continue
-            assert process.exitcode == -signal.SIGKILL, log.read_text()[-3000:]
+            assert process.exitcode == -signal.SIGKILL, log.read_text(errors="replace")[-3000:]
             done[name] += 1
         finish(arguments(out), log, out, size)
         found = contents(out)
