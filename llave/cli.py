@@ -108,6 +108,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print the whole recipe, with the settings of its base and the defaults, and end",
     )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the whole recipe, rows, steps, trained parameters and an estimate of memory; "
+        "write nothing",
+    )
 
     evaluate = command(
         "evaluate",
@@ -195,9 +201,14 @@ def _train(arguments: Arguments, overrides: list[str]) -> None:
     from llave.recipe import read_recipe
 
     recipe = read_recipe(arguments.recipe, overrides)
-    if arguments.print:
+    if arguments.print or arguments.dry_run:
         print("# The whole recipe. Settings of trainer that are not here have its defaults.")
         print(yaml12.dump(recipe), end="")
+    if arguments.dry_run:
+        from llave.dry_run import describe
+
+        print(*(f"# {escaped(line)}" for line in describe(recipe)), sep="\n")
+    if arguments.print or arguments.dry_run:
         return
     from llave.training import train  # the import takes seconds
 

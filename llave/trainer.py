@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from sentence_transformers.base.losses.gradcache import uses_gradient_cache
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel, PreTrainedModel, Trainer
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from llave.checkpointing import CheckpointingTrainer
 from llave.figures import Figures
@@ -50,7 +53,8 @@ class EmbeddingTrainer(CheckpointingTrainer):
             )
         zero = {}
         if self.is_deepspeed_enabled:
-            zero = self.accelerator.deepspeed_config["zero_optimization"]
+            plugin = self.accelerator.state.deepspeed_plugin
+            zero = plugin.deepspeed_config.get("zero_optimization", {})
         if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
             raise ValueError(
                 f"trainer.deepspeed={self.args.deepspeed!r}: the weights could not be saved; set "
@@ -167,13 +171,27 @@ class EmbeddingTrainer(CheckpointingTrainer):
             if self.args.should_save:
                 model.save_pretrained(str(folder))
         elif self.args.should_save and state is not None:
-            whole = _with_weights(backbone, state)
-            if merge:
-                _merge_adapters(whole)
-            model[0].model = whole
-            # The card shows embeddings. The copy lacks its buffers, so it cannot compute them.
-            model.save_pretrained(str(folder), create_model_card=False)
-            model[0].model = backbone
+            with self._unsharded():
+                whole = _with_weights(backbone, state)
+                if merge:
+                    _merge_adapters(whole)
+                model[0].model = whole
+                # The card shows embeddings. The copy lacks its buffers, so it cannot compute them.
+                model.save_pretrained(str(folder), create_model_card=False)
+                model[0].model = backbone
+
+    @contextmanager
+    def _unsharded(self) -> Iterator[None]:
+        """Let transformers build and save a model on this process alone.
+
+        With DeepSpeed's stage 3 it would shard a new model, and wait for the other processes.
+        """
+        unset_hf_deepspeed_config()
+        try:
+            yield
+        finally:
+            if self.is_deepspeed_enabled:
+                set_hf_deepspeed_config(self.args.hf_deepspeed_config)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled:
