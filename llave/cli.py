@@ -85,6 +85,14 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
+    def workers(made: argparse.ArgumentParser) -> None:
+        made.add_argument(
+            "--workers",
+            type=int,
+            help="processes that read and preprocess ahead of the model (a process's share of the "
+            "cores less one, 1 to 4); 0: none",
+        )
+
     train = command(
         "train",
         _train,
@@ -100,6 +108,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print the whole recipe, with the settings of its base and the defaults, and end",
     )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the whole recipe, rows, steps, trained parameters and an estimate of memory; "
+        "write nothing",
+    )
 
     evaluate = command(
         "evaluate",
@@ -107,16 +121,25 @@ def _parser() -> argparse.ArgumentParser:
         "MMEB precision@1 and text-video recall per task, beside the paper's rows.",
         "llave evaluate llave-0.5b --tasks all --data TIGER-Lab/MMEB-eval --images MMEB-eval",
         "llave evaluate tiny/model --tasks text_to_image --data emoji/eval --images emoji/images",
+        "torchrun --nproc_per_node 8 -m llave evaluate llave-7b --tasks vqa ood --data MMEB-eval "
+        "--images MMEB-eval",
         "llave evaluate llave-7b --tasks MSR-VTT --data . --images videos --max-seq-length 8192",
     )
     evaluate.add_argument("model", help="a model folder or hub name")
-    evaluate.add_argument("--tasks", nargs="+", required=True, help="task names, or all")
+    evaluate.add_argument(
+        "--tasks",
+        nargs="+",
+        required=True,
+        help="names of tasks, or of groups of MMEB's tasks: all, ind, ood, classification, vqa, "
+        "retrieval, grounding",
+    )
     evaluate.add_argument("--data", required=True, help="folder of evaluation files, or hub name")
     evaluate.add_argument(
         "--images", required=True, help="folder the image and video paths are relative to"
     )
     evaluate.add_argument("--out", default="results", help="folder for the results (results)")
     evaluate.add_argument("--batch-size", type=int, default=16)
+    workers(evaluate)
     evaluate.add_argument(
         "--max-seq-length", type=int, help="instead of the model's; 32 frames take 6,273 tokens"
     )
@@ -143,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("input", help="JSONL or parquet of id, text, image; or a folder of images")
     embed.add_argument("--out", required=True, help="folder of the shards")
     embed.add_argument("--batch-size", type=int, default=32)
+    workers(embed)
     embed.add_argument("--shard-rows", type=int, default=4096)
     embed.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     embed.add_argument(
@@ -177,9 +201,14 @@ def _train(arguments: Arguments, overrides: list[str]) -> None:
     from llave.recipe import read_recipe
 
     recipe = read_recipe(arguments.recipe, overrides)
-    if arguments.print:
+    if arguments.print or arguments.dry_run:
         print("# The whole recipe. Settings of trainer that are not here have its defaults.")
         print(yaml12.dump(recipe), end="")
+    if arguments.dry_run:
+        from llave.dry_run import describe
+
+        print(*(f"# {escaped(line)}" for line in describe(recipe)), sep="\n")
+    if arguments.print or arguments.dry_run:
         return
     from llave.training import train  # the import takes seconds
 
@@ -203,8 +232,10 @@ def _evaluate(arguments: Arguments, _: list[str]) -> None:
         images=arguments.images,
         out=arguments.out,
         batch_size=arguments.batch_size,
+        workers=arguments.workers,
     )
-    print(format_table(results))
+    if results:  # rank 0 has them
+        print(format_table(results))
 
 
 def _convert(arguments: Arguments, _: list[str]) -> None:
@@ -232,6 +263,7 @@ def _embed(arguments: Arguments, _: list[str]) -> None:
         dtype=arguments.dtype,
         image_root=arguments.image_root,
         on_error=arguments.on_error,
+        workers=arguments.workers,
     )
 
 

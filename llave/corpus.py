@@ -9,9 +9,7 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,7 +20,7 @@ import pyarrow.parquet as pq
 
 from llave import limits
 from llave.files import LFS_POINTER, left_behind, reading, shown
-from llave.images import IMAGE_SUFFIXES, MISSING, open_rgb, pixel_count
+from llave.images import IMAGE_SUFFIXES, MISSING, declared_size, open_rgb
 from llave.jsonl import lines, parsed
 from llave.modeling import text_input
 from llave.opening import Root, opened
@@ -303,59 +301,34 @@ def _records(batch: pa.RecordBatch, number: int) -> list[Any]:
         return _records(batch[:half], number) + _records(batch[half:], number + half)
 
 
-def load_inputs(
-    rows: Iterator[Row], step: int, pool: ThreadPoolExecutor, modalities: list[Any], images: Root
-) -> Iterator[list[tuple[Row, Any]]]:
-    """Yield chunks of at most ``step`` rows, each with its input for ``model.encode`` or an error.
-
-    If a chunk has several images, they have at most LLAVE_MAX_PIXELS together. The next chunk is
-    read while the caller encodes this one.
-    """
-    load = partial(_input, modalities=modalities, images=images)
-    chunk: list[Row] = []
-    ahead: Iterator[Any] = iter(())
-    for following in _chunks(rows, step, pool, images):
-        inputs = list(ahead)
-        ahead = pool.map(load, following)
-        if chunk:
-            yield list(zip(chunk, inputs, strict=True))
-        chunk = following
-    if chunk:
-        yield list(zip(chunk, ahead, strict=True))
-
-
-def _chunks(
-    rows: Iterator[Row], step: int, pool: ThreadPoolExecutor, images: Root
-) -> Iterator[list[Row]]:
-    most = limits.value("LLAVE_MAX_PIXELS")
-    while taken := list(islice(rows, step)):
-        first = pixels = 0
-        for place, more in enumerate(pool.map(partial(_pixels, images=images), taken)):
-            pixels += more
-            if pixels > most and place > first:
-                yield taken[first:place]
-                first, pixels = place, more
-        yield taken[first:]
-
-
-def _pixels(row: Row, images: Root) -> int:
+def image_size(row: Row, images: Root) -> tuple[int, int] | None:
+    """Return the (width, height) that a row's image declares. None if it has none to be read."""
+    if row.image is None:
+        return None
     try:
         with _source(row, images) as source:
-            return pixel_count(source) if row.image is not None else 0
+            return declared_size(source)
     except Exception:  # loading the image reports the error
-        return 0
+        return None
 
 
-def _input(row: Row, modalities: list[Any], images: Root) -> Any:
+def load_input(row: Row, modalities: list[Any], images: Root) -> Any:
+    """Return a row's input for ``model.encode``.
+
+    Args:
+        row: the row.
+        modalities: the model's modalities.
+        images: the folder of the images (``Source.images``).
+
+    Raises:
+        ValueError: the row has a problem. Decoders raise errors of many other types.
+    """
     if row.problem is not None:
-        return ValueError(row.problem)
+        raise ValueError(row.problem)
     if row.image is None:
         return text_input(row.text or "", modalities)
-    try:
-        with _source(row, images) as source:
-            image = open_rgb(source)
-    except Exception as error:  # decoders raise errors of many types
-        return error
+    with _source(row, images) as source:
+        image = open_rgb(source)
     return image if row.text is None else {"text": row.text, "image": image}
 
 

@@ -9,39 +9,38 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from jinja2 import TemplateError
 from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
-from llave.corpus import OnError, Row, Source, load_inputs
+from llave.batching import Lengths, planned
+from llave.corpus import OnError, Row, Source, image_size, load_input
+from llave.encoding import Encoder, Failure, dimension_of
 from llave.files import escaped, shown, writing
+from llave.filling import fill
+from llave.opening import Root
+from llave.processes import rank_and_size
 from llave.shards import (
     Range,
     Shard,
     enter_manifest,
-    finished,
-    put,
     ranges,
     read_manifest,
     read_shard,
-    refuse_foreign,
     refuse_not_finite,
     refuse_out,
 )
-from llave_kernels.atomic_files import sweep
 
 __all__ = [
     "EmbedReport",
@@ -59,6 +58,9 @@ __all__ = [
 # Values sampled per weight. A training step changes some of them, and hashing them is fast.
 SAMPLED_VALUES = 1024
 SHOWN = 10  # how many skipped rows are printed
+# Batches planned at a time where there are images. Rows may hold image files, and all of a shard's
+# could fill the memory.
+PLANNED = 16
 
 
 @dataclass
@@ -88,6 +90,7 @@ def embed(
     prompt: str | None = None,
     image_root: str | Path | None = None,
     on_error: OnError = "raise",
+    workers: int | None = None,
     rank: int | None = None,
     world_size: int | None = None,
 ) -> EmbedReport:
@@ -111,7 +114,7 @@ def embed(
         out: the folder for the files. It is created if it does not exist. It must be empty or hold
             this run. Processes on many machines may share it.
         batch_size: inputs per forward pass, 32 by default. Large images make a batch smaller
-            (LLAVE_MAX_PIXELS of ``llave.limits``).
+            (LLAVE_MAX_PIXELS of ``llave.limits``), and so does a lack of memory.
         shard_rows: rows per file. 4096 by default.
         normalize: whether embeddings are scaled to length 1. True by default.
         dtype: dtype of the stored embeddings, ``"float32"`` (default) or ``"float16"``.
@@ -123,6 +126,8 @@ def embed(
             embedding that is not finite. ``"raise"`` (default) raises an error that names it.
             ``"skip"`` leaves it out and records it in the file's metadata. After images are
             repaired, a call with ``"raise"`` computes the files with skipped rows again.
+        workers: processes that read and preprocess ahead of the model. They change no embedding. By
+            default this process's share of the cores less one, 1 to 4. 0 reads in this process.
         rank: this process's number. By default the environment's ``RANK``, or 0.
         world_size: the number of processes. By default the environment's ``WORLD_SIZE``, or 1.
 
@@ -137,11 +142,8 @@ def embed(
         OSError: a file cannot be written, because there is no space or no permission. The message
             names the file.
     """
-    if rank is None:
-        rank = int(os.environ.get("RANK", "0"))
-    if world_size is None:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    _check(model, batch_size, shard_rows, dtype, on_error, rank, world_size)
+    rank, world_size = rank_and_size(rank, world_size)
+    _check(model, batch_size, shard_rows, dtype, on_error)
     refuse_out(out, source)
     root = None if image_root is None else Path(image_root)
     rows = Source(Path(source), root, shard_rows)
@@ -149,7 +151,7 @@ def embed(
         "source": rows.fingerprint(on_error),
         "image_root": None if root is None else str(root),
         "model": model_fingerprint(model),
-        "dimension": model.get_embedding_dimension(),
+        "dimension": dimension_of(model),
         "shard_rows": shard_rows,
         "normalised": normalize,
         "dtype": dtype,
@@ -165,37 +167,21 @@ def embed(
         print(f"{shown(source)}: left out {escaped(rows.left_out())}", file=sys.stderr)
     start = time.monotonic()
     mine = ranges(manifest)[rank::world_size]
-    for span in mine:
-        refuse_foreign(folder / span.file, span, manifest)
-    encode = partial(
-        model.encode,
+    encoder = Encoder(
+        model,
+        partial(_named_input, modalities=model.modalities, images=rows.images),
         prompt=prompt,
-        batch_size=batch_size,
-        normalize_embeddings=normalize,
-        show_progress_bar=False,
+        normalize=normalize,
+        workers=workers,
     )
-    pool = ThreadPoolExecutor()
-    bar = tqdm(total=sum(r.stop - r.first for r in mine), unit="row", disable=rank != 0)
-    try:
-        for span in mine:
-            path = folder / span.file
-            shard = finished(path, span, manifest, on_error)
-            if shard is None:
-                # A shard's texts go into one call, which sorts them by length. A shard's images
-                # would fill the memory.
-                step = batch_size if rows.shows_images(span.first) else shard_rows
-                loaded = load_inputs(rows.rows(*span), step, pool, model.modalities, rows.images)
-                shard = _encode(loaded, encode, manifest, on_error)
-                put(path, span, shard, manifest)
-                report.rows += len(shard.ids)
-            else:
-                sweep(path)
-                report.reused += len(shard.ids)
-            report.skipped += shard.skipped
-            bar.update(span.stop - span.first)
-    finally:
-        bar.close()
-        pool.shutdown(cancel_futures=True)  # a stopped run reads no further inputs
+    total = sum(span.stop - span.first for span in mine)
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(total=total, unit="row", disable=rank != 0) as bar,
+    ):
+        filling = _Corpus(rows, report, pool, Lengths(model), batch_size, on_error)
+        fill(folder, manifest, mine, filling, encoder, on_error=on_error, advance=bar.update)
+    report.skipped.sort(key=itemgetter("row"))
     report.seconds = time.monotonic() - start
     for skipped in report.skipped[:SHOWN]:
         print(f"skipped {skipped['id']!r}: {escaped(skipped['error'])}", file=sys.stderr)
@@ -241,16 +227,10 @@ def _check(
     shard_rows: int,
     dtype: str,
     on_error: str,
-    rank: int,
-    world_size: int,
 ) -> None:
     if not isinstance(model, SentenceTransformer):
         raise TypeError(
             f"model must be a SentenceTransformer, got {type(model).__name__}; load it first"
-        )
-    if model.get_embedding_dimension() is None:
-        raise ValueError(
-            "model does not know its embedding dimension; set model.truncate_dim to it"
         )
     for name, value in (("batch_size", batch_size), ("shard_rows", shard_rows)):
         if value < 1:
@@ -259,74 +239,53 @@ def _check(
         raise ValueError(f"dtype must be 'float32' or 'float16', got {dtype!r}")
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be in 0..world_size - 1, got {rank} of {world_size}")
 
 
-def _encode(
-    chunks: Iterator[list[tuple[Row, Any]]],
-    encode: Callable[[list[Any]], np.ndarray],
-    manifest: dict[str, Any],
-    on_error: OnError,
-) -> Shard:
-    shard = Shard([], np.empty((0, manifest["dimension"]), manifest["dtype"]), [])
-    parts = [shard.vectors]
+class _Corpus:
+    """The corpus for ``fill``. It keeps the report."""
 
-    def refuse(row: Row, problem: str, error: Exception | None) -> None:
-        if on_error == "raise":
-            remedy = "repair it, or leave such rows out with on_error='skip'"
-            raise ValueError(f"row {row.number} (id {row.id!r}): {problem}; {remedy}") from error
-        shard.skipped.append({"row": row.number, "id": row.id, "error": problem[:200]})
+    def __init__(
+        self,
+        source: Source,
+        report: EmbedReport,
+        pool: ThreadPoolExecutor,
+        length: Lengths,
+        batch_size: int,
+        on_error: OnError,
+    ) -> None:
+        self._source, self._report, self._pool = source, report, pool
+        self._length, self._batch_size, self._on_error = length, batch_size, on_error
 
-    for chunk in chunks:
-        good: list[tuple[Row, Any]] = []
-        for row, value in chunk:
-            if not isinstance(value, Exception):
-                good.append((row, value))
-            elif row.problem:
-                refuse(row, row.problem, value)
-            elif on_error == "raise":
+    def batches(self, span: Range) -> Iterator[list[Row]]:
+        rows = self._source.rows(*span)
+        whole = span.stop - span.first
+        step = PLANNED * self._batch_size if self._source.shows_images(span.first) else whole
+        while taken := list(islice(rows, step)):
+            sizes = self._pool.map(partial(image_size, images=self._source.images), taken)
+            lengths = [self._length(row.text or "", s) for row, s in zip(taken, sizes, strict=True)]
+            yield from planned(taken, lengths, self._batch_size)
+
+    def refuse(self, row: Row, failure: Failure, *, loaded: bool) -> dict[str, Any]:
+        problem = failure.reason
+        if not loaded and not row.problem:
+            if self._on_error == "raise":
                 place = "in it" if isinstance(row.image, bytes) else shown(row.image)
-                refuse(row, f"the image {place} cannot be read ({value})", value)
+                problem = f"the image {place} cannot be read ({problem})"
             else:  # no folder in the recorded error, because folders differ between machines
                 name = row.image.name if isinstance(row.image, Path) else "its content"
-                refuse(row, f"{type(value).__name__} from {name}", value)
-        for rows, vectors in _encoded(good, encode):
-            if isinstance(vectors, Exception):
-                refuse(rows[0], str(vectors), vectors)
-                continue
-            vectors = vectors.astype(manifest["dtype"])
-            if vectors.shape[1] != manifest["dimension"]:
-                raise ValueError(
-                    f"model gave embeddings of {vectors.shape[1]} values, but says it gives "
-                    f"{manifest['dimension']}; correct its get_embedding_dimension()"
-                )
-            finite = np.isfinite(vectors).all(axis=1)
-            for number in np.flatnonzero(~finite):
-                dtype = manifest["dtype"]
-                refuse(rows[number], f"the embedding is not finite in {dtype}", None)
-            parts.append(vectors[finite])
-            shard.ids.extend(row.id for row, kept in zip(rows, finite, strict=True) if kept)
-    shard.skipped.sort(key=itemgetter("row"))
-    return shard._replace(vectors=np.concatenate(parts))
+                problem = f"{failure.kind} from {name}"
+        if self._on_error == "raise":
+            remedy = "repair it, or leave such rows out with on_error='skip'"
+            raise ValueError(f"row {row.number} (id {row.id!r}): {problem}; {remedy}")
+        return {"row": row.number, "id": row.id, "error": problem[:200]}
+
+    def done(self, span: Range, shard: Shard, *, reused: bool) -> None:
+        if reused:
+            self._report.reused += len(shard.ids)
+        else:
+            self._report.rows += len(shard.ids)
+        self._report.skipped += shard.skipped
 
 
-def _encoded(
-    items: list[tuple[Row, Any]], encode: Callable[[list[Any]], np.ndarray]
-) -> Iterator[tuple[list[Row], np.ndarray | Exception]]:
-    """Yield rows with their embeddings, or a single row with its error.
-
-    Where encoding a chunk fails, its halves are encoded, down to the rows that fail.
-    """
-    if not items:
-        return
-    try:
-        found: np.ndarray | Exception = encode([value for _, value in items])
-    except (ValueError, TypeError, TemplateError) as error:  # not memory or device errors
-        if len(items) > 1:
-            half = len(items) // 2
-            yield from _encoded(items[:half], encode)
-            yield from _encoded(items[half:], encode)
-            return
-        found = error
-    yield [row for row, _ in items], found
+def _named_input(row: Row, *, modalities: list[Any], images: Root) -> tuple[str, Any]:
+    return row.id, load_input(row, modalities, images)

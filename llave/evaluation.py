@@ -16,15 +16,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from tqdm import tqdm
 
+from llave.candidates import Encoding, drop, encode_inputs
 from llave.data import Candidates, load_evaluation
 from llave.embedding import model_fingerprint
 from llave.files import create, shown, writing
-from llave.media import Media, content_id, input_batches
-from llave.mmeb import METAS, PUBLISHED, PUBLISHED_VIDEO, TASKS, pixels
-from llave.modeling import RefusedItemError, encode
+from llave.media import Media
+from llave.mmeb import GROUPS, METAS, PUBLISHED, PUBLISHED_VIDEO, TASKS, pixels
+from llave.processes import rank_and_size
 from llave.sealing import signed, unsigned
-from llave.shards import refuse_not_finite
 from llave_kernels import similarity_statistics
 from llave_kernels.atomic_files import sweep
 
@@ -66,19 +67,35 @@ def evaluate(
     images: str | Path | None = None,
     out: str | Path,
     batch_size: int = 16,
+    workers: int | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
 ) -> list[Result]:
     """Score a model on each task. Each distinct (text, path) of a task is encoded once.
 
+    Several processes share the encoding, as under torchrun, and rank 0 scores. They must see the
+    same ``out``. The results are the same for any number of processes. A killed evaluation goes on
+    within a task.
+
     Args:
         model: any SentenceTransformer that takes the tasks' inputs.
-        tasks: names of files in ``data``, or ``["all"]`` for MMEB's 36.
+        tasks: names of files in ``data``, or of groups of MMEB's 36 tasks (``llave.mmeb.GROUPS``):
+            ``all``, a meta-task in small letters, ``ind`` and ``ood``.
         data: folder with an evaluation file per task, or a hub dataset (``load_evaluation``).
         images: folder the image and video paths are relative to.
         out: folder of this model's results. Each task's ``TASK.json`` is written when the task is
             scored. It records a digest of the model, and a digest of the task's rows with their
             image and video files. A task whose file is there is not encoded again. No file is
-            replaced.
+            replaced. Until then ``.TASK.inputs`` holds the encoded inputs.
         batch_size: inputs encoded at a time, 16 by default. It changes scores only by rounding.
+        workers: processes that read and preprocess ahead of the model. By default this process's
+            share of the cores less one, 1 to 4. 0 reads in this process.
+        rank: this process's number. By default the environment's ``RANK``, or 0.
+        world_size: the number of processes. By default the environment's ``WORLD_SIZE``, or 1.
+
+    Returns:
+        The results on rank 0, and an empty list on other ranks. Rank 0 shows its progress on
+        stderr.
 
     Raises:
         ValueError: ``out`` holds results of another model or other data, or other files under the
@@ -89,6 +106,7 @@ def evaluate(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if isinstance(tasks, str):
         raise ValueError(f"tasks must be a list of names, got {tasks!r}; use [{tasks!r}]")
+    rank, world_size = rank_and_size(rank, world_size)
     folder, names = Path(out), _names(tasks)
     identity = {
         "model": model_fingerprint(model),
@@ -100,22 +118,55 @@ def evaluate(
         _refuse_others(file, there, identity)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    share = {"batch_size": batch_size, "workers": workers, "rank": rank, "world_size": world_size}
     results = []
-    for task in names:
-        file, media = _file(folder, task), Media(images, pixels(task))
+    for task in tqdm(names, unit="task", disable=rank != 0 or len(names) < 2):
         try:
-            rows = load_evaluation(data, task)
-            scored = identity | {"data": data_fingerprint(rows, media)}
-            if not file.exists():
-                result = score(model, task, rows, media, batch_size)
+            result = _evaluated(model, task, folder, identity, data, images, share)
         except (ValueError, OSError) as error:
             raise ValueError(f"task {shown(task)}: {error}") from error
-        if file.exists() or not create(file, partial(_write, scored=scored, result=result)):
-            there, result = _read(file)
-            _refuse_others(file, there, scored)
-            sweep(file)
-        results.append(result)
+        if result is not None:
+            results.append(result)
     return results
+
+
+def _evaluated(
+    model: SentenceTransformer,
+    task: str,
+    folder: Path,
+    identity: dict[str, Any],
+    data: str | Path,
+    images: str | Path | None,
+    share: dict[str, Any],
+) -> Result | None:
+    """Return a task's result on rank 0. It is read where it is there, or made and written."""
+    file, media = _file(folder, task), Media(images, pixels(task))
+    encoded = file.with_name(f".{task}.inputs")
+    rows = load_evaluation(data, task)
+    scored = identity | {"data": data_fingerprint(rows, media)}
+    inputs, first = distinct(rows), share["rank"] == 0
+    if not file.exists():
+        try:
+            with tqdm(
+                total=len(inputs), desc=shown(task), unit="row", leave=False, disable=not first
+            ) as bar:
+                found = encode_inputs(
+                    model, inputs, media, encoded, scored, **share, advance=bar.update
+                )
+        except (ValueError, OSError):
+            # Another process may have scored the task, and dropped what it had encoded.
+            if not file.exists():
+                raise
+        else:
+            if found is not None:
+                create(file, partial(_write, scored=scored, result=score(task, rows, found)))
+    if not file.exists():  # rank 0 is not done yet
+        return None
+    there, result = _read(file)
+    _refuse_others(file, there, scored)
+    sweep(file)
+    drop(encoded)
+    return result if first else None
 
 
 def refuse_out(
@@ -125,7 +176,7 @@ def refuse_out(
 
     Args:
         out: folder of the results.
-        tasks: names of tasks.
+        tasks: names of tasks or groups.
         others: by name, folders that ``out`` must not be.
 
     Returns:
@@ -146,7 +197,8 @@ def refuse_out(
 
 
 def _names(tasks: Sequence[str]) -> list[str]:
-    return list(TASKS if list(tasks) == ["all"] else tasks)
+    """Return the names of tasks, with groups in full and each name once."""
+    return list(dict.fromkeys(name for task in tasks for name in GROUPS.get(task, [task])))
 
 
 def _file(folder: Path, task: str) -> Path:
@@ -207,26 +259,21 @@ def _refuse_others(file: Path, there: dict[str, Any], scored: dict[str, Any]) ->
         )
 
 
-def score(
-    model: SentenceTransformer,
-    task: str,
-    rows: Sequence[Candidates],
-    media: Media,
-    batch_size: int,
-) -> Result:
-    """Score a model on the rows of one task."""
-    places: dict[tuple[str, str], int] = {}
-    for row in rows:
-        for item in (row.query, *row.targets):
-            places.setdefault(item, len(places))
-    distinct = list(places)
-    parts, contents = [], []
-    for items, made in input_batches(distinct, media, batch_size):
-        contents += [content_id(one) for one in made]
-        parts.append(_embedded(model, items, made, batch_size))
-    vectors, ids = np.concatenate(parts).astype(np.float32), np.array(contents)
-    named = "text {0[0]!r:.80}, image {0[1]!r}".format
-    refuse_not_finite(vectors, lambda place: named(distinct[place]))
+def distinct(rows: Sequence[Candidates]) -> list[tuple[str, str]]:
+    """Return the (text, path) pairs of queries and candidates, each once, in their order."""
+    return list(dict.fromkeys(item for row in rows for item in (row.query, *row.targets)))
+
+
+def score(task: str, rows: Sequence[Candidates], encoded: Encoding) -> Result:
+    """Score the rows of one task.
+
+    Args:
+        task: its name.
+        rows: its rows.
+        encoded: their ``distinct`` inputs, encoded.
+    """
+    places = {item: place for place, item in enumerate(distinct(rows))}
+    vectors, ids = encoded
     # Rows that share their candidates, as in retrieval, are scored together.
     groups: dict[int, list[int]] = {}
     for number, row in enumerate(rows):
@@ -265,19 +312,6 @@ def score(
         similarities.positive.tolist(),
         similarities.negative.tolist(),
     )
-
-
-def _embedded(
-    model: SentenceTransformer, items: list[tuple[str, str]], made: list[Any], batch_size: int
-) -> np.ndarray:
-    """Return normalised embeddings. Raise ValueError with the (text, path) that a model refuses."""
-    settings = {"normalize_embeddings": True, "show_progress_bar": False}
-    try:
-        return encode(model, made, batch_size=batch_size, **settings)
-    except RefusedItemError as error:
-        text, image = items[error.place]
-        beside = f" with {shown(image)}" if image else ""
-        raise ValueError(f"the text {text!r:.80}{beside}: {error.reason}") from error
 
 
 def summarise(results: Sequence[Result]) -> dict[str, float]:

@@ -85,14 +85,15 @@ def open_rgb(
         return as_seen(image) if pixels == "seen" else image.convert("RGB")
 
 
-def pixel_count(file: str | os.PathLike[str] | bytes | BinaryIO) -> int:
-    """Return the number of pixels an image file declares, without decoding it.
+def declared_size(file: str | os.PathLike[str] | bytes | BinaryIO) -> tuple[int, int]:
+    """Return the (width, height) in pixels that an image file declares, without decoding it.
 
     Raises:
         UnidentifiedImageError, ValueError: as in ``open_rgb``.
     """
     with _source(file) as source, _image(source) as image:
-        return image.width * image.height
+        size: tuple[int, int] = image.size
+        return size
 
 
 def _source(file: str | os.PathLike[str] | bytes | BinaryIO) -> Any:

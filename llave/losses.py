@@ -34,7 +34,13 @@ class LLaVELoss(MultipleNegativesRankingLoss):
         scale: 1 / temperature (paper: 50).
         alpha: hardness strength in both directions (paper: 9; 0 is InfoNCE).
         false_negative_margin, backend: as in ``llave_kernels.hardness_weighted_contrastive_loss``.
+
+    Attributes:
+        last: detached float32 queries and positives (N, D) of the last batch, and the (N,) content
+            ids of the positives, or None. All None before the first batch.
     """
+
+    last: tuple[Tensor, Tensor, Tensor | None] | None = None
 
     def __init__(
         self,
@@ -69,6 +75,7 @@ class LLaVELoss(MultipleNegativesRankingLoss):
         query, *columns = (normalize(x, dim=-1) for x in embeddings)
         target = torch.cat(columns)
         pairs: dict[str, Any] = {}
+        self.last = query.detach().float(), columns[0].detach().float(), None
         if labels is not None and labels.dim() == 2:
             if labels.shape[1] != len(columns):
                 raise ValueError(
@@ -77,6 +84,7 @@ class LLaVELoss(MultipleNegativesRankingLoss):
                 )
             ids = labels.to(query.device, torch.int64).T
             pairs = {"query_ids": ids[0].contiguous(), "target_ids": ids.flatten()}
+            self.last = *self.last[:2], pairs["query_ids"]
             if len(columns) > 1:
                 there = ids != ids[0]
                 there[0] = True  # the positives

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llave import limits
+from PIL import Image
+
 from llave.files import shown
-from llave.images import Pixels, open_rgb
+from llave.images import Pixels, declared_size, open_rgb
 from llave.modeling import text_input
 from llave.opening import OutsideError, Root
 from llave.video import VIDEO_SUFFIXES, frame_files, load_frames
@@ -97,6 +97,14 @@ class Media:
             message = f"{kind} {name!r} in {self._known().folder} cannot be read: {shown(error)}"
             raise BrokenMediaError(message) from error
 
+    def size(self, name: str) -> tuple[int, int] | None:
+        """Return the (width, height) that an image declares. None for a video or a broken file."""
+        try:
+            with self.open(self.path(name)) as file:
+                return declared_size(file)
+        except Exception:  # loading it reports the error
+            return None
+
 
 def make_input(text: str, path: str, media: Media) -> str | dict[str, Any]:
     """Return an input for ``model.encode``: the text, or a dict with the opened image or video.
@@ -109,40 +117,23 @@ def make_input(text: str, path: str, media: Media) -> str | dict[str, Any]:
     return made | {"text": text} if text else made
 
 
-def pixel_count(item: str | dict[str, Any]) -> int:
-    """Return the number of pixels in an input's image or frames."""
-    return sum(picture.width * picture.height for picture in _pictures(item))
+def pixel_count(item: Any) -> int:
+    """Return the number of pixels in an input's images and frames."""
+    return sum(picture.width * picture.height for picture in pictures(item))
 
 
-def input_batches(
-    items: Sequence[tuple[str, str]], media: Media, size: int
-) -> Iterator[tuple[list[tuple[str, str]], list[Any]]]:
-    """Yield batches of at most ``size`` (text, path) pairs with their inputs from ``make_input``.
-
-    A batch ends early once its images and frames have LLAVE_MAX_PIXELS or more.
-    """
-    most = limits.value("LLAVE_MAX_PIXELS")
-    taken, made, pixels = [], [], 0
-    for item in items:
-        taken.append(item)
-        made.append(make_input(*item, media))
-        pixels += pixel_count(made[-1])
-        if len(taken) == size or pixels >= most:
-            yield taken, made
-            taken, made, pixels = [], [], 0
-    if taken:
-        yield taken, made
-
-
-def _pictures(item: str | dict[str, Any]) -> list[Any]:
-    parts = {} if isinstance(item, str) else item
-    return [parts["image"]] if "image" in parts else list(parts.get("video", ()))
+def pictures(item: Any) -> list[Image.Image]:
+    """Return the opened images and frames of an input for ``encode``."""
+    parts = item if isinstance(item, dict) else {"image": item}
+    image = parts.get("image")
+    listed = [*(image if isinstance(image, list) else [image]), *parts.get("video", ())]
+    return [picture for picture in listed if isinstance(picture, Image.Image)]
 
 
 def content_id(item: str | dict[str, Any]) -> int:
     """Return a 63-bit hash of an input's text and pixels, the same in every process and run."""
     parts = {"text": item} if isinstance(item, str) else item
     digest = hashlib.blake2b(json.dumps(parts.get("text", "")).encode(), digest_size=8)
-    for picture in _pictures(item):
+    for picture in pictures(item):
         digest.update(b"%d %d " % picture.size + picture.tobytes())
     return int.from_bytes(digest.digest(), "big") >> 1

@@ -36,6 +36,13 @@ TASKS: dict[str, Task] = {
     for name in names.split()
 }
 METAS = tuple(_SETS)
+# Groups of tasks that a user may name.
+GROUPS: dict[str, list[str]] = {
+    "all": list(TASKS),
+    **{meta.lower(): [name for name in TASKS if TASKS[name].meta == meta] for meta in METAS},
+    "ind": [name for name in TASKS if TASKS[name].in_distribution],
+    "ood": [name for name in TASKS if not TASKS[name].in_distribution],
+}
 # The training subsets have the same names, except for one.
 _NAMES = {*TASKS, "ImageNet_1K"}
 # Precision@1 per meta-task (in the order of METAS), in distribution, out of distribution, overall.

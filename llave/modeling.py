@@ -9,14 +9,11 @@ image grids, the padding side and the maximum length.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from jinja2 import TemplateError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modality import infer_modality
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
@@ -33,8 +30,6 @@ from llave.video import load_frames
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
-
-_REFUSALS = (ValueError, TemplateError)  # what a model raises for an input that it refuses
 
 
 def build(
@@ -247,8 +242,8 @@ def inputs(
         video: a file, a folder of frames or a list of frames; no URL.
             :func:`llave.video.load_frames` takes at most 32 frames, and 3 a second of a file. 32
             frames take 6273 tokens in the released models, so ``max_seq_length`` must be the
-            paper's 8192. :func:`encode` takes videos of different lengths. Frames carry no times,
-            so Qwen2.5-VL assumes 24 frames a second.
+            paper's 8192. ``llave.encoding.encode`` takes videos of different lengths. Frames carry
+            no times, so Qwen2.5-VL assumes 24 frames a second.
 
     Raises:
         ValueError: nothing was given, a file does not exist or cannot be read, an array is no image
@@ -281,54 +276,6 @@ def text_input(text: str, modalities: list[Any] | None = None) -> str | dict[str
         modalities: the model's modalities, if known.
     """
     return text if infer_modality(text, modalities) == "text" else {"text": text}
-
-
-class RefusedItemError(ValueError):
-    """The model refuses an item.
-
-    Attributes:
-        place: the item's index.
-        reason: the model's error.
-    """
-
-    def __init__(self, place: int, item: Any, reason: Exception) -> None:
-        super().__init__(f"input {place}, {item!r:.80}: {reason}")
-        self.place, self.reason = place, reason
-
-
-def encode(model: SentenceTransformer, items: Sequence[Any], **kwargs: Any) -> np.ndarray:
-    """Call ``model.encode(items, **kwargs)``, also for videos of different lengths.
-
-    LLaVA-OneVision stacks the videos of a batch, so they must have the same number of frames. Items
-    are grouped by their number of frames, and each group is encoded separately.
-
-    Args:
-        model: from :func:`build` or :func:`load`.
-        items: as :func:`inputs` makes them, or what ``encode`` takes.
-        kwargs: those of ``encode``, except the ones that make it return no array.
-
-    Returns:
-        (items, D) embeddings in ``encode``'s dtype.
-
-    Raises:
-        RefusedItemError: the model does not take an item.
-    """
-    groups: dict[int, list[int]] = {}
-    for place, item in enumerate(items):
-        frames = item.get("video", ()) if isinstance(item, dict) else ()
-        groups.setdefault(len(frames), []).append(place)
-    try:
-        found = [model.encode([items[i] for i in group], **kwargs) for group in groups.values()]
-    except _REFUSALS:
-        for place, item in enumerate(items):
-            try:
-                model.encode([item], **kwargs)
-            except _REFUSALS as error:
-                raise RefusedItemError(place, item, error) from error
-        raise
-    if len(found) < 2:
-        return found[0] if found else model.encode([], **kwargs)
-    return np.concatenate(found)[np.argsort(np.concatenate(list(groups.values())))]
 
 
 def _set_pinpoints(transformer: Transformer, pinpoints: list[list[int]] | None) -> None:

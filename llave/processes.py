@@ -1,9 +1,10 @@
-"""Let the processes of a training agree. Without torch.distributed there is one process."""
+"""Let several processes share work and agree. Without torchrun there is one process."""
 
 from __future__ import annotations
 
 import atexit
 import json
+import os
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,6 +14,24 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 T = TypeVar("T")
+
+
+def rank_and_size(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Return this process's number and the number of processes, which torchrun's environment says.
+
+    Args:
+        rank, world_size: what to return instead, or None.
+
+    Raises:
+        ValueError: the number is not below the number of processes.
+    """
+    if rank is None:
+        rank = int(os.environ.get("RANK", "0"))
+    if world_size is None:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in 0..world_size - 1, got {rank} of {world_size}")
+    return rank, world_size
 
 
 def several() -> bool:

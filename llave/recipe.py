@@ -90,7 +90,7 @@ class Loss:
     backend: Backend = "auto"
 
 
-# trainer.fsdp (version 2) and trainer.deepspeed (untried) shard the weights. FSDP leaves parts that
+# trainer.fsdp (version 2) and trainer.deepspeed shard the weights. FSDP leaves parts that
 # are wholly frozen unsharded. Every process must run the sharded parts in each forward. A column of
 # a subset should therefore have images in all its rows or in none.
 KINDS = {

@@ -11,8 +11,8 @@ import pyarrow as pa
 from sentence_transformers import SentenceTransformer
 
 from llave.embedding import model_fingerprint
+from llave.encoding import encode
 from llave.files import shown
-from llave.modeling import encode
 from llave.shards import Shard, ranges, read_manifest, read_shard, refuse_not_finite
 
 # Queries scored at a time. The scores in memory are at most this times a shard's rows.
@@ -106,13 +106,7 @@ def _vectors(
                 f"model has the fingerprint {here}, but the folder was embedded with "
                 f"{manifest['model']}; pass that model, or a numpy array of embeddings"
             )
-        vectors = encode(
-            model,
-            list(queries),
-            prompt=prompt,
-            normalize_embeddings=manifest["normalised"],
-            show_progress_bar=False,
-        )
+        vectors = encode(model, list(queries), prompt=prompt, normalize=manifest["normalised"])
     if vectors.ndim != 2 or vectors.shape[1] != manifest["dimension"]:
         raise ValueError(
             f"queries must have shape (queries, {manifest['dimension']}), as the folder's "

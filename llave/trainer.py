@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,26 @@ from sentence_transformers.base.losses.gradcache import uses_gradient_cache
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel, PreTrainedModel, Trainer
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from llave.checkpointing import CheckpointingTrainer
+from llave.figures import Figures
+from llave.losses import CachedLLaVELoss, LLaVELoss
 
 
 class EmbeddingTrainer(CheckpointingTrainer):
     """sentence-transformers' trainer, extended for DDP, sharded weights and adapters."""
+
+    def __init__(self, *args: Any, loss: LLaVELoss | CachedLLaVELoss, **kwargs: Any) -> None:
+        super().__init__(*args, loss=loss, **kwargs)
+        self.figures = Figures(loss if isinstance(loss, LLaVELoss) else loss.loss)
+        self.add_callback(self.figures)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as the base class does, and the figures of the training beside a loss."""
+        if "loss" in logs:
+            logs = logs | self.figures.take(self.accelerator)
+        super().log(logs, *args, **kwargs)
 
     def check_sharding(self, homogeneous: bool) -> None:
         """Raise ValueError for sharding settings that would stop the training or the saving.
@@ -37,7 +53,8 @@ class EmbeddingTrainer(CheckpointingTrainer):
             )
         zero = {}
         if self.is_deepspeed_enabled:
-            zero = self.accelerator.deepspeed_config["zero_optimization"]
+            plugin = self.accelerator.state.deepspeed_plugin
+            zero = plugin.deepspeed_config.get("zero_optimization", {})
         if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
             raise ValueError(
                 f"trainer.deepspeed={self.args.deepspeed!r}: the weights could not be saved; set "
@@ -81,13 +98,14 @@ class EmbeddingTrainer(CheckpointingTrainer):
         finally:
             self.accelerator.prepare = prepare
 
-    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss, and tell DDP which parameters it uses.
 
         DDP itself looks only at the last forward. If that one has texts and an earlier one had
         images, DDP takes the vision tower for unused, and raises at its gradients.
         """
-        loss = super().compute_loss(model, *args, **kwargs)
+        self.figures.see(inputs)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
         if (
             isinstance(model, DistributedDataParallel)
             and model.find_unused_parameters
@@ -153,13 +171,27 @@ class EmbeddingTrainer(CheckpointingTrainer):
             if self.args.should_save:
                 model.save_pretrained(str(folder))
         elif self.args.should_save and state is not None:
-            whole = _with_weights(backbone, state)
-            if merge:
-                _merge_adapters(whole)
-            model[0].model = whole
-            # The card shows embeddings. The copy lacks its buffers, so it cannot compute them.
-            model.save_pretrained(str(folder), create_model_card=False)
-            model[0].model = backbone
+            with self._unsharded():
+                whole = _with_weights(backbone, state)
+                if merge:
+                    _merge_adapters(whole)
+                model[0].model = whole
+                # The card shows embeddings. The copy lacks its buffers, so it cannot compute them.
+                model.save_pretrained(str(folder), create_model_card=False)
+                model[0].model = backbone
+
+    @contextmanager
+    def _unsharded(self) -> Iterator[None]:
+        """Let transformers build and save a model on this process alone.
+
+        With DeepSpeed's stage 3 it would shard a new model, and wait for the other processes.
+        """
+        unset_hf_deepspeed_config()
+        try:
+            yield
+        finally:
+            if self.is_deepspeed_enabled:
+                set_hf_deepspeed_config(self.args.hf_deepspeed_config)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, concatenate_datasets
+from datasets import Dataset, DatasetDict
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainingArguments,
@@ -24,6 +24,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from llave import runs, scratch
 from llave.data import load_training, texts_of
 from llave.embedding import refuse_not_finite
+from llave.epochs import hold_out, joined, unused_rows
 from llave.files import escaped, publish, refuse_damaged
 from llave.losses import CachedLLaVELoss, LLaVELoss
 from llave.media import content_id
@@ -31,7 +32,6 @@ from llave.modeling import build
 from llave.processes import from_first, part_at_exit
 from llave.recipe import SECTIONS, Recipe, lora_config, read_recipe
 from llave.runs import last_checkpoint
-from llave.subsets import aligned
 from llave.trainer import EmbeddingTrainer
 from llave_kernels import available_backends, similarity_statistics
 
@@ -57,6 +57,23 @@ def train(recipe: Recipe) -> SentenceTransformer:
         ValueError: a setting cannot be had here, ``output_dir`` holds a run with other settings, a
             row of the data is unusable, or nothing would be trained.
     """
+    arguments, subsets = prepare(recipe)
+    model = build_model(
+        recipe["model"],
+        (text for subset in subsets.values() for text in texts_of(subset)),
+        seed=arguments.seed,
+    )
+    return fit(model, subsets, recipe)
+
+
+def prepare(
+    recipe: Recipe,
+) -> tuple[SentenceTransformerTrainingArguments, dict[str, Dataset]]:
+    """Check a recipe against this machine and its output folder, and load its subsets.
+
+    Raises:
+        ValueError: as in ``train``.
+    """
     data = recipe["data"]
     arguments = trainer_arguments(recipe)  # raises before anything is loaded
     from_first(partial(runs.check, Path(arguments.output_dir), recipe))
@@ -72,12 +89,7 @@ def train(recipe: Recipe) -> SentenceTransformer:
         negatives=data["homogeneous"],
         on_error=data["on_error"],
     )
-    model = build_model(
-        recipe["model"],
-        (text for subset in subsets.values() for text in texts_of(subset)),
-        seed=arguments.seed,
-    )
-    return fit(model, subsets, recipe)
+    return arguments, subsets
 
 
 def trainer_arguments(recipe: Recipe) -> SentenceTransformerTrainingArguments:
@@ -179,7 +191,7 @@ def fit(
             f"trainer.metric_for_best_model={metric!r} is none of {', '.join(_metrics(held_out))}"
         )
     size = loss.pop("mini_batch_size")
-    loss_fn: torch.nn.Module
+    loss_fn: LLaVELoss | CachedLLaVELoss
     if size is None:
         loss_fn = LLaVELoss(model, **loss)
     else:
@@ -236,82 +248,6 @@ def _refuse_no_way_on(
             f"trainer.output_dir={arguments.output_dir!r} holds a model and no checkpoint to go on "
             "from; choose another, or move the model away"
         )
-
-
-def hold_out(
-    subsets: dict[str, Dataset], size: int, *, seed: int
-) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
-    """Split each subset into training rows and ``size`` held-out pairs. With 0, none is held out.
-
-    Raises:
-        ValueError: a subset has no more than ``size`` rows.
-    """
-    if not size:
-        return subsets, {}
-    parts = {}
-    for name, subset in subsets.items():
-        if len(subset) <= size:
-            raise ValueError(
-                f"data.held_out={size} leaves nothing of subset {name}, which has "
-                f"{len(subset)} rows; lower it"
-            )
-        parts[name] = subset.train_test_split(test_size=size, seed=seed)
-    train, test = ({name: part[kind] for name, part in parts.items()} for kind in ("train", "test"))
-    return train, test
-
-
-def unused_rows(
-    rows: dict[str, int], batch_size: int, *, homogeneous: bool, round_robin: bool = False
-) -> list[str]:
-    """Return a line for each subset that has rows in no batch of an epoch.
-
-    Args:
-        rows: rows of each subset.
-        batch_size: rows per batch. Partial batches are dropped.
-        homogeneous: whether each batch comes from one subset.
-        round_robin: whether every subset gives as many batches as the smallest.
-
-    Raises:
-        ValueError: there is no whole batch.
-    """
-    if not homogeneous:
-        rows = {"all subsets": sum(rows.values())}
-    batches = {name: count // batch_size for name, count in rows.items()}
-    if round_robin and homogeneous:
-        batches = dict.fromkeys(batches, min(batches.values()))
-    if not any(batches.values()):
-        counts = ", ".join(f"{name} {count}" for name, count in rows.items())
-        raise ValueError(
-            f"data.batch_size={batch_size}: nothing would be trained, there is no whole batch "
-            f"(rows: {counts}); lower it"
-        )
-    lines = []
-    for name, count in rows.items():
-        why = f"they make no whole batch of {batch_size}"
-        if batches[name]:
-            why = f"an epoch, which draws anew, has {batches[name]} whole batches of {batch_size}"
-        if left := count - batches[name] * batch_size:
-            lines.append(f"{name}: {left} of {count} rows never appear; {why}")
-    return lines
-
-
-def joined(subsets: dict[str, Dataset]) -> Dataset:
-    """Join all subsets into one dataset, for batches that mix them.
-
-    Raises:
-        ValueError: the subsets have different columns.
-    """
-    columns = {name: sorted(subset[0]) for name, subset in subsets.items()}
-    if len({tuple(names) for names in columns.values()}) > 1:
-        raise ValueError(
-            "subsets mixed in a batch must give the same columns; load them without negatives. "
-            f"They give {columns}"
-        )
-    first, *_ = subsets.values()
-    whole = concatenate_datasets(aligned(list(subsets.values())))
-    if first.format["type"] == "custom":
-        whole.set_transform(first.format["format_kwargs"]["transform"])
-    return whole
 
 
 def _metrics(subsets: Iterable[str]) -> list[str]:
@@ -407,6 +343,20 @@ def build_model(
             f"model.backbone={backbone!r} has a tokenizer that does not tell texts apart: its "
             "tokenizer.json or another file of it is missing; download it again"
         )
+    choose_trained(model, settings, seed=seed)
+    return model
+
+
+def choose_trained(model: Any, settings: dict[str, Any], *, seed: int) -> None:
+    """Add the adapters of a recipe's section ``model``, and freeze what it freezes.
+
+    Args:
+        model: a SentenceTransformer, or its backbone.
+        settings, seed: as in ``build_model``.
+
+    Raises:
+        ImportError, ValueError: as in ``build_model``.
+    """
     if settings["lora"] is not None:
         adapters = lora_config(settings["lora"])
         torch.manual_seed(seed)
@@ -422,4 +372,3 @@ def build_model(
                 f"model.frozen={settings['frozen']!r} is in every trained parameter's name: "
                 "nothing would be trained"
             )
-    return model

@@ -61,13 +61,16 @@ def kill_at(point: Point, call: int) -> None:
     setattr(owner, name, counted)
 
 
-def command(arguments: Sequence[str], log: Path, point: Point | None, call: int) -> None:
+def command(
+    arguments: Sequence[str], log: Path, point: Point | None, call: int, rank: int, size: int
+) -> None:
     """Run one ``llave`` command in a child process, in its own process group."""
     from llave.cli import main
 
     os.setsid()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     torch.set_num_threads(1)
-    with log.open("w") as file:
+    with (log.with_suffix(f".{rank}") if rank else log).open("w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     if point is not None:
@@ -77,20 +80,29 @@ def command(arguments: Sequence[str], log: Path, point: Point | None, call: int)
     os._exit(status)
 
 
-def start(arguments: Sequence[str], log: Path, point: Point | None = None, call: int = 1) -> Any:
-    """Start a command. Returns its process."""
-    process = processes.Process(target=command, args=(arguments, log, point, call))
+def start(
+    arguments: Sequence[str],
+    log: Path,
+    point: Point | None = None,
+    call: int = 1,
+    rank: int = 0,
+    size: int = 1,
+) -> Any:
+    """Start a command as the process ``rank`` of ``size``. Returns the process."""
+    process = processes.Process(target=command, args=(arguments, log, point, call, rank, size))
     process.start()
     return process
 
 
-def finish(arguments: Sequence[str], log: Path, out: Path) -> float:
+def finish(arguments: Sequence[str], log: Path, out: Path, size: int = 1) -> float:
     """Run a command to its end. Returns the seconds from the creation of ``out`` to the end."""
-    process = start(arguments, log)
-    wait_for(out, process)
+    running = [start(arguments, log, rank=rank, size=size) for rank in range(size)]
+    wait_for(out, running[0])
     began = time.monotonic()
-    process.join(LIMIT)
-    assert process.exitcode == 0, f"status {process.exitcode}:\n{log.read_text()[-3000:]}"
+    for process in running:
+        process.join(LIMIT)
+        said = log.read_text(errors="replace")[-3000:]
+        assert process.exitcode == 0, f"status {process.exitcode}:\n{said}"
     return time.monotonic() - began
 
 
@@ -116,10 +128,12 @@ def drill(
     *,
     kills: int,
     seed: int,
+    size: int = 1,
 ) -> Counter[str]:
     """Kill a command at named points and at random moments, and compare what it leaves.
 
-    Each command is killed up to three times. Then it runs to its end.
+    Each command is killed up to three times. Then it runs to its end. Of several processes any one
+    is killed, and then all of them, as torchrun does. The undisturbed run is one process.
 
     Args:
         folder: holds the outputs and the log.
@@ -127,6 +141,7 @@ def drill(
         points: the points by name.
         kills: number of kills.
         seed: chooses points and moments.
+        size: number of processes of a command.
 
     Returns:
         The number of kills at each point and at random moments.
@@ -148,18 +163,25 @@ def drill(
                 draw.shuffle(order)
             name = order.pop()
             point = points.get(name)
-            process = start(arguments(out), log, point, draw.randint(1, 3))
+            rank, call = draw.randrange(size), draw.randint(1, 3)
+            others = [
+                start(arguments(out), log, None, 1, r, size) for r in range(size) if r != rank
+            ]
+            process = start(arguments(out), log, point, call, rank, size)
             if point is None:
                 wait_for(out, process)
                 process.join(draw.uniform(0, lasting))
                 if process.exitcode is None:
                     process.kill()
             process.join(LIMIT)
+            for other in others:
+                other.kill()
+                other.join()
             if process.exitcode == 0:  # it ended before the kill
-                break
-            assert process.exitcode == -signal.SIGKILL, log.read_text()[-3000:]
+                continue
+            assert process.exitcode == -signal.SIGKILL, log.read_text(errors="replace")[-3000:]
             done[name] += 1
-        finish(arguments(out), log, out)
+        finish(arguments(out), log, out, size)
         found = contents(out)
         assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
         assert found == expected

@@ -12,13 +12,9 @@ if __name__ == "__main__":
     parser.add_argument("command", choices=("embed", "evaluate", "train"))
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=1, help="of a training, under torchrun")
+    parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
-    settings = {"kills": options.kills, "seed": options.seed}
-    if options.command == "train":
-        settings["processes"] = options.processes
-    elif options.processes != 1:
-        parser.error(f"--processes {options.processes}: of a training only")
+    settings = {"kills": options.kills, "seed": options.seed, "processes": options.processes}
     with tempfile.TemporaryDirectory() as folder:
         run = import_module(f"tests.drills.{options.command}").run
         done = run(Path(folder), **settings)

@@ -14,7 +14,7 @@ from tests.llave import tiny
 ROWS = 60
 POINTS = {
     "before the manifest": Point("llave.embedding.enter_manifest"),
-    "before the first rows": Point("llave.embedding.load_inputs"),
+    "before the first rows": Point("llave.embedding.fill"),
     "in a temporary file": Point("llave.shards._write_shard", after=True),
     "before the sync": Point("llave_kernels.atomic_files.sync"),
     "before the name": Point("os.link"),
@@ -37,6 +37,6 @@ def arguments(folder: Path) -> Callable[[Path], list[str]]:
     return to
 
 
-def run(folder: Path, *, kills: int, seed: int) -> Counter[str]:
+def run(folder: Path, *, kills: int, seed: int, processes: int = 1) -> Counter[str]:
     """Run ``tests.drills.drill`` on this command."""
-    return drill(folder, arguments(folder), POINTS, kills=kills, seed=seed)
+    return drill(folder, arguments(folder), POINTS, kills=kills, seed=seed, size=processes)

@@ -13,12 +13,19 @@ from llave.modeling import build
 from tests.drills import Point, drill
 from tests.llave import tiny
 
-TASKS = [f"task{n}" for n in range(6)]
+TASKS = [f"task{n}" for n in range(4)]
 COLOURS = ("red", "green", "blue", "grey")
+INPUTS = 600  # queries of the first task, which make three shards
 POINTS = {
-    "before a task": Point("llave.evaluation.score"),
-    "after a task": Point("llave.evaluation.score", after=True),
+    "before a manifest": Point("llave.candidates.enter_manifest"),
+    "before a task's inputs": Point("llave.candidates.fill"),
+    "in a shard": Point("llave.shards._write_shard", after=True),
+    "between two shards": Point("llave.filling.put", after=True),
+    "before a score": Point("llave.evaluation.score"),
+    "after a score": Point("llave.evaluation.score", after=True),
     "in a temporary file": Point("llave.evaluation._write", after=True),
+    "before the shards are dropped": Point("llave.evaluation.drop"),
+    "while they are dropped": Point("llave.candidates.sweep"),
     "before the sync": Point("llave_kernels.atomic_files.sync"),
     "before the name": Point("os.link"),
     "between name and sweep": Point("os.link", after=True),
@@ -35,12 +42,12 @@ def arguments(folder: Path) -> Callable[[Path], list[str]]:
     for number, task in enumerate(TASKS):
         rows = [
             {
-                "qry_text": f"what is {colour}, {number}",
+                "qry_text": f"{n} {COLOURS[n % len(COLOURS)]} things, {number}",
                 "qry_img_path": "",
                 "tgt_text": [""] * len(COLOURS),
                 "tgt_img_path": [f"{name}.png" for name in COLOURS],
             }
-            for colour in COLOURS
+            for n in range(8 if number else INPUTS)
         ]
         (folder / "data" / f"{task}.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
@@ -51,6 +58,6 @@ def arguments(folder: Path) -> Callable[[Path], list[str]]:
     return to
 
 
-def run(folder: Path, *, kills: int, seed: int) -> Counter[str]:
+def run(folder: Path, *, kills: int, seed: int, processes: int = 1) -> Counter[str]:
     """Run ``tests.drills.drill`` on this command."""
-    return drill(folder, arguments(folder), POINTS, kills=kills, seed=seed)
+    return drill(folder, arguments(folder), POINTS, kills=kills, seed=seed, size=processes)

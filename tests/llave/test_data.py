@@ -20,8 +20,8 @@ from sentence_transformers.base.data_collator import BaseDataCollator  # noqa: E
 
 from llave import data, media  # noqa: E402
 from llave.data import load_evaluation, load_training  # noqa: E402
+from llave.epochs import joined  # noqa: E402
 from llave.media import content_id  # noqa: E402
-from llave.training import joined  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")

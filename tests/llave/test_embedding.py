@@ -354,16 +354,16 @@ def test_rows_that_the_model_refuses_are_named_or_left_out(
     source: Path, tmp_path: Path, refusal: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusing = model()
-    encode = refusing.encode
+    preprocess = refusing.preprocess
 
-    def refuse(inputs: list[str], **settings: Any) -> np.ndarray:
+    def refuse(inputs: list[str], **settings: Any) -> dict[str, Any]:
         if any(text in inputs for text in refused):
             raise refusal("too long")
-        return encode(inputs, **settings)
+        return preprocess(inputs, **settings)
 
     refused = [texts(ROWS)[n]["text"] for n in (2, 3, 150)]
-    monkeypatch.setattr(refusing, "encode", refuse)
-    with pytest.raises(ValueError, match=r"row 2 \(id 'doc 2'\): too long.*on_error='skip'"):
+    monkeypatch.setattr(refusing, "preprocess", refuse)
+    with pytest.raises(ValueError, match=r"row [23] \(id 'doc [23]'\): too long.*on_error='skip'"):
         embed(refusing, source, tmp_path / "out", shard_rows=64)
     report = embed(refusing, source, tmp_path / "out", shard_rows=64, on_error="skip")
     assert report.skipped == [
@@ -376,18 +376,18 @@ def test_an_error_that_is_no_row_s_is_raised(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("out of memory")
+        raise RuntimeError("device-side assert")
 
     failing = model()
-    monkeypatch.setattr(failing, "encode", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    monkeypatch.setattr(failing[0], "forward", fail)
+    with pytest.raises(RuntimeError, match="device-side assert"):
         embed(failing, source, tmp_path / "out", on_error="skip")
 
 
 def test_embeddings_that_are_not_finite(source: Path, tmp_path: Path) -> None:
     broken = model()
     broken[0].weight.data[:] = torch.nan
-    with pytest.raises(ValueError, match=r"row 0 \(id 'doc 0'\): the embedding is not finite"):
+    with pytest.raises(ValueError, match=r"row \d+ \(id 'doc \d+'\): the embedding is not finite"):
         embed(broken, source, tmp_path / "out")
     report = embed(broken, source, tmp_path / "out", on_error="skip")
     assert (report.rows, len(report.skipped)) == (0, ROWS)

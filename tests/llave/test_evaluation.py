@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 for needed in ("sentence_transformers", "datasets", "PIL"):
     pytest.importorskip(needed)
@@ -23,22 +24,46 @@ from llave.mmeb import METAS, PUBLISHED, PUBLISHED_VIDEO, TASKS  # noqa: E402
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 
-class ByColour:
-    """Embeds an image by its colour and a text by the colour it names."""
+class Fake:
+    """What the road to embeddings takes of a SentenceTransformer. ``vector`` embeds an input."""
+
+    device, default_prompt_name, truncate_dim = torch.device("cpu"), None, None
+    dimension = 3
 
     def __init__(self) -> None:
         self.encoded = 0
 
-    def encode(self, items: list[Any], **_: Any) -> np.ndarray:
-        self.encoded += len(items)
-        vectors = []
-        for item in items:
-            if isinstance(item, dict):
-                assert item["image"].mode == "RGB"
-                vectors.append(np.asarray(item["image"], np.float32).mean((0, 1)))
-            else:
-                vectors.append(np.array(COLOURS[item.split()[0]], np.float32))
-        return np.array([v / np.linalg.norm(v) for v in vectors])
+    def __getitem__(self, _: int) -> Fake:
+        return self
+
+    def __call__(self, features: dict[str, Any]) -> dict[str, Any]:
+        self.encoded += len(features["vectors"])
+        return {"sentence_embedding": features["vectors"]}
+
+    def get_embedding_dimension(self) -> int:
+        return self.dimension
+
+    def parameters(self) -> list[Any]:
+        return []
+
+    def eval(self) -> None:
+        pass
+
+    def preprocess(self, items: list[Any], prompt: str | None = None) -> dict[str, Any]:
+        return {"vectors": torch.tensor(np.stack([self.vector(item) for item in items])).float()}
+
+    def vector(self, item: Any) -> np.ndarray:
+        raise NotImplementedError
+
+
+class ByColour(Fake):
+    """Embeds an image by its colour and a text by the colour it names."""
+
+    def vector(self, item: Any) -> np.ndarray:
+        if isinstance(item, dict):
+            assert item["image"].mode == "RGB"
+            return np.asarray(item["image"], np.float32).mean((0, 1))
+        return np.array(COLOURS[item.split()[0]], np.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -135,19 +160,18 @@ def test_embeddings_that_are_not_finite_are_refused(
     data, images = folders
 
     class Broken(ByColour):
-        def encode(self, items: list[Any], **settings: Any) -> np.ndarray:
-            vectors = super().encode(items, **settings)
-            for item, vector in zip(items, vectors, strict=True):
-                green = isinstance(item, dict) and item["image"].getpixel((0, 0))[1] == 255
-                if item == broken or (green and broken == "green.png"):
-                    vector[1] = value
-            return vectors
+        def vector(self, item: Any) -> np.ndarray:
+            vector = super().vector(item)
+            green = isinstance(item, dict) and item["image"].getpixel((0, 0))[1] == 255
+            if item == broken or (green and broken == "green.png"):
+                vector[1] = value
+            return vector
 
     write(data, "colours", ("red thing", "", ["red", "blue", ""], ["", "", "green.png"]))
-    place = "text '', image 'green" if "png" in broken else f"text '{broken}', image ''"
+    place = "the text '' with green.png" if "png" in broken else f"the text '{broken}'"
     with pytest.raises(ValueError, match=f"task colours: {place}.*: the embedding is not finite"):
         evaluate(Broken(), ["colours"], data=data, images=images, out=tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert list((tmp_path / "out").glob("*.json")) == []
 
 
 def test_results_are_of_what_they_scored(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -240,16 +264,15 @@ def test_a_bad_row_is_named(
     write(data, "bad", row)
     with pytest.raises(ValueError, match=f"task bad: .*{message}"):
         evaluate(ByColour(), ["bad"], data=data, images=images, out=tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert list((tmp_path / "out").glob("*.json")) == []
 
 
 def test_a_text_that_the_model_refuses_is_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
     class Refusing(ByColour):
-        def encode(self, items: list[Any], **_: Any) -> np.ndarray:
-            for item in items:
-                if "bad" in (item["text"] if isinstance(item, dict) else item):
-                    raise ValueError("it is bad")
-            return super().encode(items)
+        def vector(self, item: Any) -> np.ndarray:
+            if "bad" in (item["text"] if isinstance(item, dict) else item):
+                raise ValueError("it is bad")
+            return super().vector(item)
 
     data, images = folders
     write(data, "a", ("red", "", ["blue", "bad thing", "green"], ["", "", ""]))
@@ -268,12 +291,23 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(
     out, model = tmp_path / "out", ByColour()
     with pytest.raises(ValueError, match="task b: path 'late\\.png' is not in"):
         evaluate(model, ["a", "b"], data=data, images=images, out=out)
-    assert [path.name for path in out.iterdir()] == ["a.json"]
+    assert [path.name for path in out.glob("*.json")] == ["a.json"]
     assert model.encoded == 2
     Image.new("RGB", (4, 4), COLOURS["blue"]).save(images / "late.png")
     results = evaluate(model, ["a", "b"], data=data, images=images, out=out)
     assert [(r.task, r.precision) for r in results] == [("a", 100.0), ("b", 100.0)]
     assert model.encoded == 4
+
+
+def test_groups_of_tasks() -> None:
+    assert evaluation._names(["all"]) == list(TASKS)
+    assert evaluation._names(["grounding", "mine", "RefCOCO"]) == [
+        "MSCOCO", "RefCOCO", "RefCOCO-Matching", "Visual7W-Pointing", "mine",
+    ]  # fmt: skip
+    assert len(evaluation._names(["ind"])) == 20
+    assert len(evaluation._names(["ood", "vqa"])) == 16 + 6
+    parts = ["classification", "vqa", "retrieval", "grounding"]
+    assert sorted(evaluation._names(parts)) == sorted(evaluation._names(["ind", "ood"]))
 
 
 def test_unknown_tasks_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -311,20 +345,20 @@ def test_other_tasks_have_no_means_of_mmeb() -> None:
     assert all(len(row) == 3 for row in PUBLISHED_VIDEO.values())
 
 
-class ByNumber:
+class ByNumber(Fake):
     """Embeds a caption or a video as an angle, given by its number."""
 
-    def encode(self, items: list[Any], **_: Any) -> np.ndarray:
-        angles = []
-        for item in items:
-            if isinstance(item, dict):
-                assert item["text"] == "Represent the given video."
-                assert len(item["video"]) == 3
-                angles.append(float(np.asarray(item["video"][1]).mean()))
-            else:
-                assert item.startswith(FIND_VIDEO)
-                angles.append(float(item.split()[-1]))
-        return np.stack([np.cos(np.deg2rad(angles)), np.sin(np.deg2rad(angles))], 1)
+    dimension = 2
+
+    def vector(self, item: Any) -> np.ndarray:
+        if isinstance(item, dict):
+            assert item["text"] == "Represent the given video."
+            assert len(item["video"]) == 3
+            angle = float(np.asarray(item["video"][1]).mean())
+        else:
+            assert item.startswith(FIND_VIDEO)
+            angle = float(item.split()[-1])
+        return np.array([np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))])
 
 
 def test_text_video_retrieval_is_over_all_videos(

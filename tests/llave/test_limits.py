@@ -7,7 +7,6 @@ import json
 import struct
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,14 @@ from datasets import Image as Declared  # noqa: E402
 from PIL import Image, UnidentifiedImageError  # noqa: E402
 
 from llave import data, jsonl, limits  # noqa: E402
-from llave.corpus import Source, load_inputs  # noqa: E402
 from llave.data import load_training  # noqa: E402
+from llave.encoding import _Reader  # noqa: E402
 from llave.images import FORMATS, open_rgb  # noqa: E402
-from llave.media import Media, input_batches  # noqa: E402
+from llave.media import Media, make_input  # noqa: E402
 from llave.sealing import checksum  # noqa: E402
 from llave.shards import MANIFEST, ranges, read_manifest, read_shard  # noqa: E402
 from llave.subsets import typed as retyped  # noqa: E402
-from tests.llave.test_embedding import quick, read, texts, write_jsonl  # noqa: E402
+from tests.llave.test_embedding import model, quick, read, texts, write_jsonl  # noqa: E402
 from tests.llave.test_subsets import queries, rows, write  # noqa: E402
 
 
@@ -132,26 +131,22 @@ def test_images_are_embedded_in_batches_that_fit(
     settings = {"on_error": "skip", "batch_size": 8}
     quick(source, tmp_path / "whole", **settings)
     monkeypatch.setenv("LLAVE_MAX_PIXELS", "500")
-    found = Source(source, None, 8)
-    with ThreadPoolExecutor(2) as pool:
-        chunks = list(load_inputs(found.rows(0), 8, pool, ["text", "image"], found.images))
-    assert [[row.number for row, _ in one] for one in chunks] == [[*range(6)], [6], [7], [8]]
     quick(source, tmp_path / "parts", **settings)
     assert read(tmp_path / "parts")[0] == read(tmp_path / "whole")[0]
     np.testing.assert_array_equal(read(tmp_path / "parts")[1], read(tmp_path / "whole")[1])
 
 
-def test_candidates_are_encoded_in_batches_that_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_is_read_in_parts_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(5):
         Image.new("RGB", (10, 10)).save(tmp_path / f"{number}.png")
+    media = Media(tmp_path)
     items = [("", f"{number}.png") for number in range(5)] + [("a", ""), ("b", "")]
-    for limit, lengths in (("250", [3, 4]), ("200", [2, 2, 3]), ("10000", [4, 3])):
+    reader = _Reader(model(), lambda item: ("", make_input(*item, media)), None)
+    for limit, lengths in (("250", [3, 4]), ("200", [2, 2, 3]), ("10000", [7])):
         monkeypatch.setenv("LLAVE_MAX_PIXELS", limit)
-        batches = list(input_batches(items, Media(tmp_path), 4))
-        assert [len(made) for _, made in batches] == lengths
-        assert [item for taken, _ in batches for item in taken] == items
+        parts = [places for places, _ in reader[items].parts]
+        assert [len(part) for part in parts] == lengths
+        assert [place for part in parts for place in part] == [*range(7)]
 
 
 def test_a_batch_of_training_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

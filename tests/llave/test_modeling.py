@@ -21,7 +21,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
 import llave
-from llave.modeling import RefusedItemError, encode, inputs
+from llave.encoding import RefusedItemError, encode
+from llave.modeling import inputs
 from llave.sealing import seal
 from tests.llave import tiny
 

@@ -199,7 +199,7 @@ def test_a_command_goes_on_once_there_is_room(
         monkeypatch.setattr(atomic_files, "sync", Full(room))
         assert main(arguments(out)) == 2
         last = capsys.readouterr().err.splitlines()[-1]
-        assert re.search(rf"error: {out}/\S+ cannot be written \(No space left on device\)", last)
+        assert re.search(rf": {out}/\S+ cannot be written \(No space left on device\)", last)
         found = drills.contents(out)
         assert kept.items() <= found.items()
         kept = found

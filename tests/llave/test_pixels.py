@@ -108,15 +108,17 @@ def test_training_and_evaluation_take_pixels_by_the_set(
     assert upright(Media(sideways, "seen").load("a.png")["image"])
     row = {"qry_text": "", "qry_img_path": "a.png", "tgt_text": ["p"], "tgt_img_path": [""]}
     shown = []
-    encode = model().encode
+    watching = model()
+    preprocess = watching.preprocess
 
-    def watched(_: Any, items: list[Any], **settings: Any) -> np.ndarray:
+    def watched(items: list[Any], **settings: Any) -> dict[str, Any]:
         shown.extend(upright(item["image"]) for item in items if isinstance(item, dict))
-        return encode(items, **settings)
+        return preprocess(items, **settings)
 
-    monkeypatch.setattr("llave.evaluation.encode", watched)
+    monkeypatch.setattr(watching, "preprocess", watched)
     for name in ("SUN397", "mine"):
         write_jsonl(tmp_path / "train" / f"{name}.jsonl", [row, row])
     tasks = ["SUN397", "mine"]
-    evaluate(model(), tasks, data=tmp_path / "train", images=sideways, out=tmp_path / "out")
+    where = {"data": tmp_path / "train", "images": sideways, "out": tmp_path / "out"}
+    evaluate(watching, tasks, **where, workers=0)
     assert shown == [False, True]

@@ -40,12 +40,14 @@ def test_a_query_that_the_model_refuses_is_named(
 ) -> None:
     refusing = model()
 
-    def encode(inputs: list[Any], **_: Any) -> np.ndarray:
+    preprocess = refusing.preprocess
+
+    def refuse(inputs: list[Any], **settings: Any) -> dict[str, Any]:
         if "bad" in inputs:
             raise ValueError("it is bad")
-        return queries(len(inputs))
+        return preprocess(inputs, **settings)
 
-    monkeypatch.setattr(refusing, "encode", encode)
+    monkeypatch.setattr(refusing, "preprocess", refuse)
     with pytest.raises(ValueError, match="input 1, 'bad': it is bad"):
         search(folder, ["good", "bad"], model=refusing)
 

@@ -18,8 +18,8 @@ from datasets import Dataset, DatasetDict, disable_progress_bars  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from llave.data import load_evaluation, load_training  # noqa: E402
+from llave.epochs import joined  # noqa: E402
 from llave.files import left_behind  # noqa: E402
-from llave.training import joined  # noqa: E402
 
 COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path")
 

@@ -20,12 +20,12 @@ from datasets import Dataset  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 
 from llave import runs, training  # noqa: E402
+from llave.epochs import unused_rows  # noqa: E402
 from llave.training import (  # noqa: E402
     SimilarityOverlap,
     last_checkpoint,
     read_recipe,
     train,
-    unused_rows,
 )
 from tests.llave import train_worker  # noqa: E402
 

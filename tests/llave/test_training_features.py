@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,7 @@ from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 
+from llave.figures import Figures, in_batch_accuracy  # noqa: E402
 from llave.training import SECTIONS, build_model, read_recipe  # noqa: E402
 from tests.llave import tiny, train_worker  # noqa: E402
 from tests.llave.test_training import logged, run  # noqa: E402
@@ -113,6 +115,57 @@ def test_fsdp(plain: Path, tmp_path: Path) -> None:
     assert logged(out) == pytest.approx(logged(plain), rel=1e-3)
     one, sharded = (SentenceTransformer(str(x / "model"), device="cpu") for x in (plain, out))
     np.testing.assert_allclose(sharded.encode(INPUTS), one.encode(INPUTS), atol=1e-2)
+
+
+def test_gradient_caching_under_fsdp_with_rows_of_several_pictures(tmp_path: Path) -> None:
+    rows = ("--data.subsets", "[several, plus]", *FROZEN)
+    train_worker.train(str(tmp_path / "one"), *rows)
+    sharded = ("--trainer.fsdp", "true", *CACHING, *CHECKPOINTING)
+    run(tmp_path / "two", *rows, *sharded, processes=2, worker="fsdp_worker")
+    assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), rel=1e-3)
+    for key in ("in_batch_accuracy", "similarity_overlap"):
+        one, two = (logged(tmp_path / name, key) for name in ("one", "two"))
+        assert two == pytest.approx(one, abs=0.07)  # one row of 16 may be rounded to another side
+
+
+def test_figures_are_logged_beside_the_loss(plain: Path) -> None:
+    for key in ("pairs_per_second", "tokens_per_second", "peak_memory_gib"):
+        found = logged(plain, key)
+        assert list(found) == list(range(1, 13))
+        assert min(found.values()) > 0
+    accuracy = logged(plain, "in_batch_accuracy")
+    assert set(accuracy) == set(range(1, 13))
+    assert all(value * 16 == int(value * 16) for value in accuracy.values())  # of 16 rows
+    assert len(set(accuracy.values())) > 1
+
+
+def test_in_batch_accuracy_counts_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llave.figures._ROWS", 4)
+    draw = torch.Generator().manual_seed(0)
+    query, noise = (torch.randn(11, 6, generator=draw) for _ in range(2))
+    positive = query + noise
+    positive[7], positive[9] = positive[2], positive[5]
+    ids = torch.tensor([0, 1, 2, 3, 4, 5, 6, 2, 8, 9, 10])  # 7 copies 2; 9 ties with 5
+    right = 0
+    for row in range(11):
+        others = [query[row] @ positive[n] for n in range(11) if ids[n] != ids[row]]
+        right += bool(query[row] @ positive[row] > max(others))
+    assert 0 < right < 11
+    assert in_batch_accuracy(query, positive, ids) == right / 11
+
+
+def test_figures_count_pairs_and_tokens() -> None:
+    figures = Figures(SimpleNamespace(last=None))  # type: ignore[arg-type]
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    padded = {"anchor_input_ids": torch.zeros(2, 3), "anchor_attention_mask": mask}
+    figures.see(padded | {"positive_input_ids": torch.zeros(2, 4), "label": torch.zeros(2, 1)})
+    alone = SimpleNamespace(
+        device=torch.device("cpu"), reduce=lambda value, _: value, gather=lambda value: value
+    )
+    figures._seconds = 0.5
+    found = figures.take(alone)
+    assert (found["pairs_per_second"], found["tokens_per_second"]) == (4.0, 26.0)
+    assert figures.take(alone).keys() == {"peak_memory_gib"}
 
 
 def test_lora(tmp_path: Path) -> None:

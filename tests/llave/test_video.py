@@ -18,7 +18,8 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 import llave
-from llave.modeling import encode, inputs
+from llave.encoding import encode
+from llave.modeling import inputs
 from llave.video import _indices, load_frames, uniform_indices
 from tests.llave import tiny
 

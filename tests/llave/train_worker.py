@@ -66,12 +66,22 @@ def subsets() -> dict[str, Dataset]:
         ids = [[hash_of(text)] for text in positive]
         made[name] = Dataset.from_dict({"anchor": anchor, "positive": positive, "label": ids})
     made["pictures"] = made["plus"].with_transform(pictured)
+    made["several"] = made["plus"].with_transform(several)
     return made
 
 
 def pictured(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """The batch with a picture in place of each anchor. The words of the anchor give its colour."""
     return batch | {"anchor": [Image.new("RGB", (16, 16), colour(t)) for t in batch["anchor"]]}
+
+
+def several(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The batch with none, one or two pictures beside each anchor."""
+    anchors: list[Any] = []
+    for text in batch["anchor"]:
+        images = [Image.new("RGB", (16, 16), colour(text))] * (len(text) % 3)
+        anchors.append({"text": text, "image": images} if images else text)
+    return batch | {"anchor": anchors}
 
 
 def colour(text: str) -> tuple[int, int, int]:
