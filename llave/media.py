@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from PIL import Image
+
 from llave import limits
 from llave.files import shown
 from llave.images import Pixels, open_rgb
@@ -111,7 +113,7 @@ def make_input(text: str, path: str, media: Media) -> str | dict[str, Any]:
 
 def pixel_count(item: str | dict[str, Any]) -> int:
     """Return the number of pixels in an input's image or frames."""
-    return sum(picture.width * picture.height for picture in _pictures(item))
+    return sum(picture.width * picture.height for picture in pictures(item))
 
 
 def input_batches(
@@ -134,15 +136,18 @@ def input_batches(
         yield taken, made
 
 
-def _pictures(item: str | dict[str, Any]) -> list[Any]:
-    parts = {} if isinstance(item, str) else item
-    return [parts["image"]] if "image" in parts else list(parts.get("video", ()))
+def pictures(item: Any) -> list[Image.Image]:
+    """Return the opened images and frames of an input for ``encode``."""
+    parts = item if isinstance(item, dict) else {"image": item}
+    image = parts.get("image")
+    listed = [*(image if isinstance(image, list) else [image]), *parts.get("video", ())]
+    return [picture for picture in listed if isinstance(picture, Image.Image)]
 
 
 def content_id(item: str | dict[str, Any]) -> int:
     """Return a 63-bit hash of an input's text and pixels, the same in every process and run."""
     parts = {"text": item} if isinstance(item, str) else item
     digest = hashlib.blake2b(json.dumps(parts.get("text", "")).encode(), digest_size=8)
-    for picture in _pictures(item):
+    for picture in pictures(item):
         digest.update(b"%d %d " % picture.size + picture.tobytes())
     return int.from_bytes(digest.digest(), "big") >> 1
