@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llave.evaluation import Result
+from llave.evaluation import Result, refuse_out
 from llave.files import create_file, refuse_existing_file, shown
 from llave_kernels.plots import draw_similarities, pyplot
 
@@ -58,8 +58,8 @@ def plot_results(
     Args:
         results: results of a model.
         file: the file. Its suffix says the format.
-        before: results of another model on the same tasks, for example before training. Each has a
-            panel beside that of ``results``.
+        before: results of another model on the same tasks, in the same order, for example before
+            training. Each has a panel beside that of ``results``.
 
     Raises:
         ValueError, ImportError: as in ``refuse_plot``.
@@ -67,15 +67,40 @@ def plot_results(
     """
     panels = [(result.task, result) for result in results]
     if before is not None:
-        both = zip(before, results, strict=True)
         panels = [
             (f"{result.task}, {when}", result)
-            for pair in both
+            for pair in zip(before, results, strict=True)
             for when, result in zip(("before", "after"), pair, strict=True)
         ]
     file = Path(file)
     save = partial(similarity_figure(panels).savefig, format=_format(file), dpi=130)
     create_file("plot", file, save)
+
+
+def results_before(before: str | Path, out: str | Path, results: Sequence[Result]) -> list[Result]:
+    """Read another model's results of the same tasks and data, in the same order.
+
+    Args:
+        before: the folder of its results.
+        out: the folder of ``results``.
+        results: what ``evaluate`` returned.
+
+    Raises:
+        ValueError: ``before`` lacks a task, or its result is of other data.
+    """
+    tasks = [result.task for result in results]
+    there, here = (
+        {result.task: (of["data"], result) for of, result in refuse_out(place, tasks).values()}
+        for place in (before, out)
+    )
+    for task in tasks:
+        if task not in there or there[task][0] != here[task][0]:
+            what = "is of other data" if task in there else "is not there"
+            raise ValueError(
+                f"before={shown(before)}: the result of {shown(task)} {what}; evaluate that model "
+                "on these tasks, too"
+            )
+    return [there[task][1] for task in tasks]
 
 
 def _format(file: Path) -> str:

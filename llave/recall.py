@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -32,7 +33,7 @@ def recall(exact: str | Path, other: str | Path, *, indexed: bool, k: int = 10) 
         ValueError: as in ``search``; the folder has fewer than two rows.
     """
     rows, vectors = _sample(Path(exact))
-    backend = "faiss" if indexed else "exact"
+    backend: Literal["exact", "faiss"] = "faiss" if indexed else "exact"
     queries = truncated(vectors, read_manifest(other))
     true = search(exact, vectors, k=k + 1 + SPARE, partial=True)
     found = search(other, queries, k=k + 1, backend=backend, partial=True)

@@ -141,9 +141,7 @@ def read_shard(path: Path, span: Range, manifest: dict[str, Any], *, values: boo
         ids = table["id"].to_pylist()
         vectors = np.empty((len(ids), 0), np.float32)
         if values:
-            stored = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            stored = stored.reshape(len(ids), stored_type(manifest)[1])
-            vectors = restore(stored, manifest)
+            vectors = restore(_values(table["embedding"].combine_chunks(), manifest), manifest)
         if len(ids) + len(note["skipped"]) != span.stop - span.first:
             raise ValueError(f"it has {len(ids)} rows, {len(note['skipped'])} skipped")
         refuse_not_finite(vectors, lambda row: f"id {ids[row]!r}")
@@ -157,8 +155,20 @@ def read_shard(path: Path, span: Range, manifest: dict[str, Any], *, values: boo
 
 def _schema(manifest: dict[str, Any]) -> pa.Schema:
     dtype, count = stored_type(manifest)
-    embedding = pa.list_(pa.from_numpy_dtype(dtype), count)
+    # Parquet would store a list's 8-bit numbers in 32 bits each.
+    plain = dtype.itemsize == 1
+    embedding = pa.binary(count) if plain else pa.list_(pa.from_numpy_dtype(dtype), count)
     return pa.schema({"id": pa.string(), "embedding": embedding})
+
+
+def _values(column: pa.Array, manifest: dict[str, Any]) -> np.ndarray:
+    """Return a column's (rows, values) of the stored type."""
+    dtype, count = stored_type(manifest)
+    if dtype.itemsize > 1:
+        flat = column.flatten().to_numpy(zero_copy_only=False)
+    else:
+        flat = np.frombuffer(column.buffers()[1] or b"", dtype)[column.offset * count :]
+    return flat[: len(column) * count].reshape(len(column), count)
 
 
 def count_rows(path: Path, span: Range, manifest: dict[str, Any]) -> int:
@@ -269,7 +279,12 @@ def put(path: Path, span: Range, shard: Shard, manifest: dict[str, Any]) -> None
 
 
 def _write_shard(path: Path, *, shard: Shard, note: dict[str, Any], schema: pa.Schema) -> None:
-    vectors = pa.FixedSizeListArray.from_arrays(shard.vectors.reshape(-1), shard.vectors.shape[1])
+    kind, flat = schema.field("embedding").type, shard.vectors.reshape(-1)
+    if pa.types.is_fixed_size_binary(kind):
+        buffers = [None, pa.py_buffer(flat.tobytes())]
+        vectors = pa.FixedSizeBinaryArray.from_buffers(kind, len(shard.ids), buffers)
+    else:
+        vectors = pa.FixedSizeListArray.from_arrays(flat, kind.list_size)
     columns = [pa.array(shard.ids, pa.string()), vectors]
     table = pa.table(columns, schema.with_metadata({"llave": json.dumps(note)}))
     # Embeddings do not compress.
