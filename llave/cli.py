@@ -1,4 +1,4 @@
-"""The ``llave`` command: train, evaluate, convert, embed, search."""
+"""The ``llave`` command: train, evaluate, convert, embed, compress, index, search."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from llave.files import escaped
 from llave.stopping import Stopped, stoppable
 
 Arguments = argparse.Namespace
-GOES_ON = ("train", "evaluate", "embed")  # commands that continue a stopped run
+GOES_ON = (
+    "train",
+    "evaluate",
+    "embed",
+    "compress",
+    "index",
+)  # commands that continue a stopped run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -144,6 +152,16 @@ def _parser() -> argparse.ArgumentParser:
         "--max-seq-length", type=int, help="instead of the model's; 32 frames take 6,273 tokens"
     )
 
+    evaluate.add_argument("--html", metavar="PAGE", help="write a page of the worst rows")
+    evaluate.add_argument(
+        "--plot", metavar="FILE", help="draw the similarities of positives and negatives"
+    )
+    evaluate.add_argument(
+        "--before",
+        metavar="FOLDER",
+        help="another model's results, such as before training: drawn beside these",
+    )
+
     convert = command(
         "convert",
         _convert,
@@ -179,19 +197,61 @@ def _parser() -> argparse.ArgumentParser:
         help="skip: leave out, count and name rows that cannot be used",
     )
 
+    compress = command(
+        "compress",
+        _compress,
+        "A smaller copy of an embedded corpus: fewer dimensions, int8, or a bit for each value.",
+        "llave compress photos.embeddings --out photos.int8 --dtype int8",
+        "llave compress photos.embeddings --out photos.256 --truncate-dim 256 --dtype binary",
+    )
+    compress.add_argument("folder", help="written by llave embed")
+    compress.add_argument("--out", required=True, help="folder of the smaller shards")
+    compress.add_argument(
+        "--truncate-dim", type=int, help="keep so many values, for a Matryoshka model"
+    )
+    compress.add_argument(
+        "--dtype", choices=("float32", "float16", "int8", "binary"), default="float32"
+    )
+
+    index = command(
+        "index",
+        _index,
+        "Build or extend the faiss index of an embedded corpus, and measure its recall.",
+        "llave index photos.embeddings",
+        "llave index photos.embeddings --factory IVF4096,PQ64",
+    )
+    index.add_argument("folder", help="written by llave embed or llave compress")
+    index.add_argument(
+        "--factory", help="faiss's description of the index; by default the corpus's size decides"
+    )
+
     search = command(
         "search",
         _search,
-        "The rows of an embedded corpus nearest to a query, one JSON line each.",
+        "The rows of an embedded corpus nearest to queries, one JSON line each.",
         "llave search photos.embeddings 'a dog on a beach' --model llave-0.5b -k 5",
         "llave search photos.embeddings --image dog.jpg --model llave-0.5b",
+        "llave search photos.embeddings --model llave-0.5b   # asks for queries",
+        "llave search photos.embeddings --model llave-0.5b --queries queries.txt "
+        "--html page.html --corpus photos/",
     )
     search.add_argument("folder", help="written by llave embed")
     search.add_argument("query", nargs="?", help="a text")
     search.add_argument("--image", help="an image, alone or beside the text")
+    search.add_argument(
+        "--queries",
+        metavar="FILE",
+        help="JSONL or parquet of id, text, image; a .txt of texts; or a folder of images",
+    )
+    search.add_argument(
+        "--html", metavar="PAGE", help="write a page of the queries and what was found"
+    )
+    search.add_argument("--corpus", help="what was embedded, for the pictures and texts of --html")
     search.add_argument("--model", required=True, help="what the corpus was embedded with")
     search.add_argument("-k", type=int, default=10)
-    search.add_argument("--backend", choices=("exact", "faiss"), default="exact")
+    search.add_argument(
+        "--backend", choices=("exact", "faiss"), default="exact", help="faiss: ask the index"
+    )
     search.add_argument("--partial", action="store_true", help="search an unfinished corpus")
     return parser
 
@@ -217,11 +277,20 @@ def _train(arguments: Arguments, overrides: list[str]) -> None:
 
 def _evaluate(arguments: Arguments, _: list[str]) -> None:
     from llave.evaluation import evaluate, format_table, refuse_out
+    from llave.files import refuse_existing_file
+    from llave.misses import write_misses
     from llave.modeling import load, set_length
+    from llave.plots import plot_results, refuse_plot, results_before
 
     # Loading the model takes minutes, so this comes first.
     others = {"model": arguments.model, "data": arguments.data, "images": arguments.images}
     refuse_out(arguments.out, arguments.tasks, **others)
+    if arguments.html:
+        refuse_existing_file("html", Path(arguments.html))
+    if arguments.plot:
+        refuse_plot(arguments.plot)
+    if arguments.before and not (arguments.plot and refuse_out(arguments.before, arguments.tasks)):
+        raise ValueError("--before needs --plot, and a folder with results of these tasks")
     model = load(arguments.model)
     if arguments.max_seq_length is not None:
         set_length(model, arguments.max_seq_length)
@@ -234,8 +303,14 @@ def _evaluate(arguments: Arguments, _: list[str]) -> None:
         batch_size=arguments.batch_size,
         workers=arguments.workers,
     )
-    if results:  # rank 0 has them
-        print(format_table(results))
+    if not results:  # rank 0 has them
+        return
+    print(format_table(results))
+    if arguments.html:
+        write_misses(arguments.html, results, data=arguments.data, images=arguments.images)
+    if arguments.plot:
+        before = arguments.before and results_before(arguments.before, arguments.out, results)
+        plot_results(results, arguments.plot, before)
 
 
 def _convert(arguments: Arguments, _: list[str]) -> None:
@@ -267,18 +342,64 @@ def _embed(arguments: Arguments, _: list[str]) -> None:
     )
 
 
-def _search(arguments: Arguments, _: list[str]) -> None:
-    from llave.modeling import inputs, load
-    from llave.search import search
+def _compress(arguments: Arguments, _: list[str]) -> None:
+    from llave.compression import compress
+    from llave.recall import recall
 
-    query = inputs(text=arguments.query, images=arguments.image)
-    (hits,) = search(
+    compress(
         arguments.folder,
-        [query],
-        model=load(arguments.model),
+        arguments.out,
+        truncate_dim=arguments.truncate_dim,
+        dtype=arguments.dtype,
+    )
+    share = recall(arguments.folder, arguments.out, indexed=False)
+    print(f"recall@10 against the whole embeddings, for rows of the corpus: {share:.3f}")
+
+
+def _index(arguments: Arguments, _: list[str]) -> None:
+    from llave.index import build_index
+    from llave.recall import recall
+
+    made = build_index(arguments.folder, factory=arguments.factory)
+    print(f"{made.factory} of {made.rows:,} rows in {made.file}")
+    share = recall(arguments.folder, arguments.folder, indexed=True)
+    print(f"recall@10 against exact search, for rows of the corpus: {share:.3f}")
+
+
+def _search(arguments: Arguments, _: list[str]) -> None:
+    from llave.answers import Answered, answer, prompted, read_queries, write_answers
+    from llave.files import refuse_existing_file
+    from llave.modeling import inputs, load
+
+    one = arguments.query is not None or arguments.image is not None
+    if one and arguments.queries:
+        raise ValueError("--queries and a query were given; give one of them")
+    if (arguments.html is None) != (arguments.corpus is None):
+        raise ValueError("--html and --corpus go together; give both or none")
+    if arguments.html:
+        refuse_existing_file("html", Path(arguments.html))
+    query = inputs(text=arguments.query, images=arguments.image) if one else None
+    model = load(arguments.model)
+    ask = partial(
+        answer,
+        arguments.folder,
+        model=model,
         k=arguments.k,
         backend=arguments.backend,
         partial=arguments.partial,
     )
-    for hit in hits:
-        print(json.dumps(hit._asdict()))
+    if query is not None:
+        rounds: Iterable[list[Answered]] = [ask([(arguments.image or "", query)])]
+    elif arguments.queries:
+        rounds = [ask(read_queries(arguments.queries, model))]
+    else:
+        rounds = prompted(ask)
+    answers = []
+    for found in rounds:
+        answers += found
+        for item, hits in found:
+            of = {} if one else {"query": item.name}
+            for hit in hits:
+                print(json.dumps(of | hit._asdict()), flush=True)
+    if arguments.html:
+        write_answers(arguments.html, arguments.folder, arguments.corpus, answers)

@@ -1,4 +1,4 @@
-"""Stream a corpus: the texts and images in a JSONL or parquet file, or the images in a folder."""
+"""Stream a corpus: a JSONL or parquet file, a file of texts, or a folder of images."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import os
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -43,7 +44,7 @@ class Row(NamedTuple):
 
 
 class Source:
-    """Streams the rows of a JSONL file, a parquet file or a folder of images.
+    """Streams the rows of a JSONL file, a parquet file, a file of texts or a folder of images.
 
     Reading can start at the first row of any shard.
 
@@ -71,18 +72,20 @@ class Source:
         if not path.exists():
             raise FileNotFoundError(f"source {path} does not exist")
         self.images = Root(path.parent if image_root is None else image_root, "image_root")
-        if path.suffix.lower() not in (".jsonl", ".parquet"):
+        if path.suffix.lower() not in (".jsonl", ".txt", ".parquet"):
             raise ValueError(
-                f"source must be a .jsonl file, a .parquet file or a folder of images, got {path}"
+                f"source must be a .jsonl, .parquet or .txt file or a folder of images, got {path}"
             )
         with opened(path) as file:
             if file.read(64).startswith(LFS_POINTER):
                 raise ValueError(f"{path} is a pointer of git-lfs, not yet the file: git lfs pull")
-        if path.suffix.lower() == ".jsonl":
-            self.offsets = array("Q")  # byte offset of every stride-th row, filled while reading
-            self._records = self._jsonl
-        else:
+        self.offsets = array("Q")  # byte offset of every stride-th line, filled while reading
+        if path.suffix.lower() == ".parquet":
             self._records = self._parquet
+        elif path.suffix.lower() == ".jsonl":
+            self._records = partial(self._lines, parsed, "JSON")
+        else:
+            self._records = partial(self._lines, _text, "text in UTF-8")
 
     def rows(self, first: int, stop: int | None = None) -> Iterator[Row]:
         """Yield rows ``first`` to ``stop - 1``. ``first`` must be a multiple of the stride."""
@@ -96,6 +99,15 @@ class Source:
                 yield self._row(number, record)
             except ValueError as error:
                 yield Row(number, str(number), problem=str(error))
+
+    def pick(self, numbers: Iterable[int]) -> Iterator[Row]:
+        """Yield chosen rows in the order of their numbers. ``fingerprint`` need not have run."""
+        blocks: dict[int, set[int]] = {}
+        for number in sorted(numbers):
+            blocks.setdefault(number // self.stride, set()).add(number)
+        for block, wanted in blocks.items():
+            rows = self.rows(block * self.stride, max(wanted) + 1)
+            yield from (row for row in rows if row.number in wanted)
 
     def shows_images(self, first: int) -> bool:
         """Whether any row of a shard has an image. ``fingerprint`` must have run before.
@@ -241,18 +253,20 @@ class Source:
         for name in self.files[first:]:
             yield {"id": name, "image": name}
 
-    def _jsonl(self, first: int) -> Iterator[Any]:
+    def _lines(self, parse: Callable[[bytes], Any], kind: str, first: int) -> Iterator[Any]:
         with self.path.open("rb") as file:
-            offset = file.seek(self.offsets[first // self.stride]) if first else 0
-            number = first
+            block = max(0, min(first // self.stride, len(self.offsets) - 1))
+            offset = file.seek(self.offsets[block]) if block else 0
+            number = block * self.stride
             for line in lines(file):
                 if line.strip():
                     if number == len(self.offsets) * self.stride:
                         self.offsets.append(offset)
-                    try:
-                        yield parsed(line)
-                    except ValueError as error:
-                        yield ValueError(f"row {number} is not JSON ({error}): {line!r:.80}")
+                    if number >= first:
+                        try:
+                            yield parse(line)
+                        except ValueError as error:
+                            yield ValueError(f"row {number} is not {kind} ({error}): {line!r:.80}")
                     number += 1
                 offset += len(line)
 
@@ -283,6 +297,10 @@ class Source:
                     yield record
                     number += 1
                 first = max(0, first - len(batch))
+
+
+def _text(line: bytes) -> dict[str, str]:
+    return {"text": line.decode("utf-8-sig").rstrip("\r\n")}
 
 
 def _records(batch: pa.RecordBatch, number: int) -> list[Any]:

@@ -7,7 +7,7 @@ import html
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -29,6 +29,25 @@ from llave.sealing import signed, unsigned
 from llave_kernels import similarity_statistics
 from llave_kernels.atomic_files import sweep
 
+WORST = 20  # rows that a result describes
+
+
+class Miss(NamedTuple):
+    """A row whose right candidate does not score above all others.
+
+    Attributes:
+        row: its number in the task.
+        first: the place in its candidates of the best wrong one.
+        first_score, right_score: cosines of the query with that candidate and with the right one.
+        rank: the place of the right candidate in the order of scores, 2 or more.
+    """
+
+    row: int
+    first: int
+    first_score: float
+    right_score: float
+    rank: int
+
 
 class Result(NamedTuple):
     """One task's score. Shares are in percent. A tie counts against the right candidate.
@@ -46,6 +65,8 @@ class Result(NamedTuple):
         positives, negatives: the two histograms, counts in 100 equal bins over [-1, 1]. Positives
             are similarities of a query and its right candidate. Negatives are similarities of a
             query and the right candidates of other rows.
+        worst: the 20 rows, or fewer, that fail by the most: the largest difference of the scores of
+            a wrong candidate and the right one. Results of earlier versions have none.
     """
 
     task: str
@@ -57,6 +78,7 @@ class Result(NamedTuple):
     overlap: float
     positives: list[int]
     negatives: list[int]
+    worst: Sequence[Miss] = ()
 
 
 def evaluate(
@@ -237,6 +259,7 @@ def _read(file: Path) -> tuple[dict[str, Any], Result]:
     try:
         done = unsigned(file)
         there = {name: done.pop(name) for name in ("model", "max_seq_length", "data")}
+        done["worst"] = [Miss(*miss) for miss in done.get("worst", ())]
         return there, Result(**done)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -279,6 +302,7 @@ def score(task: str, rows: Sequence[Candidates], encoded: Encoding) -> Result:
     for number, row in enumerate(rows):
         groups.setdefault(id(row.targets), []).append(number)
     above, tied = np.empty((2, len(rows)), int)
+    misses: list[Miss] = []
     for numbers in groups.values():
         candidates = np.array([places[item] for item in rows[numbers[0]].targets])
         known, first = np.unique(ids[candidates], return_index=True)  # copies are one candidate
@@ -290,6 +314,7 @@ def score(task: str, rows: Sequence[Candidates], encoded: Encoding) -> Result:
         right = scores[np.arange(len(numbers)), places_right][:, None]
         above[numbers] = (scores > right).sum(1)
         tied[numbers] = (scores == right).sum(1) - 1  # the right candidate equals itself
+        misses += _misses(numbers, scores, places_right, first)
     query, target = (
         np.array([places[item] for item in items])
         for items in zip(*((row.query, row.targets[row.right]) for row in rows), strict=True)
@@ -311,7 +336,30 @@ def score(task: str, rows: Sequence[Candidates], encoded: Encoding) -> Result:
         float(similarities.overlap),
         similarities.positive.tolist(),
         similarities.negative.tolist(),
+        sorted(misses, key=lambda miss: miss.right_score - miss.first_score)[:WORST],
     )
+
+
+def _misses(
+    numbers: list[int], scores: np.ndarray, right: np.ndarray, places: np.ndarray
+) -> Iterator[Miss]:
+    """Yield the rows of a group whose right candidate is not first.
+
+    Args:
+        numbers: (rows,) numbers of the rows.
+        scores: (rows, candidates) scores. They are overwritten.
+        right: (rows,) columns of the right candidates.
+        places: (candidates,) places of the columns in the rows' lists of candidates.
+    """
+    rows = np.arange(len(numbers))
+    reached = scores[rows, right]
+    ranks = (scores >= reached[:, None]).sum(1)
+    scores[rows, right] = -np.inf
+    first = scores.argmax(1)
+    best = scores[rows, first]
+    for row in np.flatnonzero(best >= reached):
+        found = int(places[first[row]]), float(best[row]), float(reached[row]), int(ranks[row])
+        yield Miss(numbers[row], *found)
 
 
 def summarise(results: Sequence[Result]) -> dict[str, float]:

@@ -110,6 +110,34 @@ def refuse_existing(out: Path, names: Iterable[str]) -> None:
         raise ValueError(f"{shown(out)} has {', '.join(there)} already; choose another folder")
 
 
+def refuse_existing_file(name: str, path: Path) -> None:
+    """Raise ValueError where a file to be written exists, or where its folder cannot be made.
+
+    Args:
+        name: the output's name, for the error.
+        path: the file.
+    """
+    if os.path.lexists(path):
+        raise ValueError(f"{name}={shown(path)} exists; choose another file, or remove it")
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise ValueError(f"{name}={shown(path)}: {shown(above)} is no folder; choose another file")
+
+
+def create_file(name: str, path: Path, write: Callable[[Path], object]) -> None:
+    """Create a file and its folder. Raise ValueError where the file exists by now.
+
+    Args:
+        name: the output's name, for the error.
+        path: the file.
+        write: as in ``atomic_files.create``.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if not create(path, write):
+        refuse_existing_file(name, path)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Raise write errors again with the name of the file or folder.

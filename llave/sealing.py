@@ -64,7 +64,7 @@ def seal(folder: Path, **facts: Any) -> None:
     for root, _, _ in os.walk(folder):
         sync(Path(root))
     with ThreadPoolExecutor() as pool:
-        sums = pool.map(_sum, files.values())
+        sums = pool.map(file_sum, files.values())
         known = {
             name: [path.stat().st_size, found]
             for (name, path), found in zip(files.items(), sums, strict=True)
@@ -143,7 +143,7 @@ def _difference(folder: Path, known: dict[str, Any], contents: bool) -> str | No
             return f"{name} has {found} bytes, not {size}"
     if contents:
         with ThreadPoolExecutor() as pool:
-            sums = pool.map(_sum, (folder / name for name in known))
+            sums = pool.map(file_sum, (folder / name for name in known))
             for (name, (_, said)), there in zip(known.items(), sums, strict=True):
                 if there != said:
                     return f"{name} has other contents than were written"
@@ -160,7 +160,8 @@ def _entries(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _sum(file: Path) -> str:
+def file_sum(file: Path) -> str:
+    """Return a checksum of a file's contents."""
     found = blake2b(digest_size=16)
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):

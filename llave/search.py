@@ -1,4 +1,4 @@
-"""Search a folder of embeddings for the nearest rows, exactly. One shard at a time is in memory."""
+"""Search a folder of embeddings for the nearest rows, exactly or by the folder's index."""
 
 from __future__ import annotations
 
@@ -7,23 +7,32 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from sentence_transformers import SentenceTransformer
 
 from llave.embedding import model_fingerprint
 from llave.encoding import encode
 from llave.files import shown
-from llave.shards import Shard, ranges, read_manifest, read_shard, refuse_not_finite
+from llave.index import search_index
+from llave.quantisation import truncated
+from llave.shards import (
+    Range,
+    Shard,
+    ranges,
+    read_manifest,
+    read_shard,
+    refuse_not_finite,
+)
 
 # Queries scored at a time. The scores in memory are at most this times a shard's rows.
 QUERY_BLOCK = 256
 
 
 class Hit(NamedTuple):
-    """One result: the row's id and its inner product with the query."""
+    """One result: the row's id, its inner product with the query, its number in the corpus."""
 
     id: str
     score: float
+    row: int
 
 
 def search(
@@ -47,18 +56,19 @@ def search(
         k: results per query, 10 by default. There are fewer if the folder has fewer rows.
         backend: ``"exact"`` (default) reads one shard at a time. It sums products in float64 and
             rounds them to float32, so equal rows have equal scores in every shard. Ties are in
-            order of id. ``"faiss"`` holds the whole corpus in memory in an ``IndexFlatIP``, and
-            computes in float32. Rows may tie for the last place, and faiss decides which of them
-            to return.
+            order of id. ``"faiss"`` asks the index that ``llave.index.build_index`` made. What it
+            finds may be approximate.
         prompt: the prompt for the inputs. By default the model's own.
-        partial: whether to search a folder with missing files. By default it is refused.
+        partial: whether to search a folder, or an index, with missing files. By default it is
+            refused.
 
     Returns:
-        For each query a list of ``Hit(id, score)``.
+        For each query a list of ``Hit(id, score, row)``.
 
     Raises:
         ImportError: ``backend="faiss"`` without faiss.
-        ValueError: ``folder`` has no embeddings, or has damaged or missing files; ``queries`` have
+        ValueError: ``folder`` has no embeddings or no index, or has damaged or missing files;
+            ``queries`` have
             another dimension, are not finite or came without ``model``; ``model`` refuses one of
             them (the message names it), or is not the folder's model; ``k`` or ``backend`` is out
             of range.
@@ -70,10 +80,28 @@ def search(
     manifest = read_manifest(folder)
     shards = _shards(Path(folder), manifest, partial)
     vectors = _vectors(queries, model, prompt, manifest)
-    return _exact(shards, vectors, k) if backend == "exact" else _faiss(shards, vectors, k)
+    if backend == "exact":
+        return _exact(shards, vectors, k)
+    found = search_index(Path(folder), manifest, vectors, k, partial=partial)
+    return [sorted((Hit(*hit) for hit in hits), key=_order) for hits in found]
 
 
-def _shards(folder: Path, manifest: dict[str, Any], partial: bool) -> Iterator[Shard]:
+def embed_queries(
+    folder: str | Path, inputs: Sequence[Any], model: SentenceTransformer, prompt: str | None = None
+) -> np.ndarray:
+    """Return (inputs, D) embeddings of inputs, for ``search`` in a folder.
+
+    Args:
+        folder, model, prompt: as in ``search``.
+        inputs: texts, images, dicts of both.
+
+    Raises:
+        ValueError: as in ``search``.
+    """
+    return _vectors(inputs, model, prompt, read_manifest(folder))
+
+
+def _shards(folder: Path, manifest: dict[str, Any], partial: bool) -> Iterator[tuple[Range, Shard]]:
     spans = ranges(manifest)
     there = [span for span in spans if (folder / span.file).exists()]
     if len(there) < len(spans) and not partial:
@@ -83,7 +111,7 @@ def _shards(folder: Path, manifest: dict[str, Any], partial: bool) -> Iterator[S
             f"first {missing.file}; run embed again to complete it, or search what there is with "
             "partial=True"
         )
-    return (read_shard(folder / span.file, span, manifest) for span in there)
+    return ((span, read_shard(folder / span.file, span, manifest)) for span in there)
 
 
 def _vectors(
@@ -107,6 +135,7 @@ def _vectors(
                 f"{manifest['model']}; pass that model, or a numpy array of embeddings"
             )
         vectors = encode(model, list(queries), prompt=prompt, normalize=manifest["normalised"])
+        vectors = truncated(vectors, manifest)
     if vectors.ndim != 2 or vectors.shape[1] != manifest["dimension"]:
         raise ValueError(
             f"queries must have shape (queries, {manifest['dimension']}), as the folder's "
@@ -120,14 +149,15 @@ def _order(hit: Hit) -> tuple[float, str]:
     return -hit.score, hit.id
 
 
-def _exact(shards: Iterator[Shard], queries: np.ndarray, k: int) -> list[list[Hit]]:
+def _exact(shards: Iterator[tuple[Range, Shard]], queries: np.ndarray, k: int) -> list[list[Hit]]:
     queries = queries.astype(np.float64)
     best: list[list[Hit]] = [[] for _ in queries]
     worst = np.full(len(queries), -np.inf, np.float32)  # the k-th best score so far
-    for shard in shards:
+    for span, shard in shards:
         count = len(shard.ids)
         if not count:
             continue
+        rows = shard.numbers(span)
         vectors = shard.vectors.astype(np.float64).T
         for first in range(0, len(queries), QUERY_BLOCK):
             block = slice(first, first + QUERY_BLOCK)
@@ -140,35 +170,11 @@ def _exact(shards: Iterator[Shard], queries: np.ndarray, k: int) -> list[list[Hi
             for number in np.flatnonzero(candidates.any(axis=1)):
                 row, hits = scores[number], best[first + number]
                 hits += (
-                    Hit(shard.ids[i], float(row[i])) for i in np.flatnonzero(candidates[number])
+                    Hit(shard.ids[i], float(row[i]), int(rows[i]))
+                    for i in np.flatnonzero(candidates[number])
                 )
                 hits.sort(key=_order)
                 del hits[k:]
                 if len(hits) == k:
                     worst[first + number] = hits[-1].score
     return best
-
-
-def _faiss(shards: Iterator[Shard], queries: np.ndarray, k: int) -> list[list[Hit]]:
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError(
-            "backend='faiss' needs faiss: pip install faiss-cpu, or use backend='exact'"
-        ) from error
-    index = faiss.IndexFlatIP(queries.shape[1])
-    names: list[pa.Array] = []  # Arrow strings take much less memory than Python's
-    for shard in shards:
-        index.add(shard.vectors.astype(np.float32))
-        names.append(pa.array(shard.ids, pa.string()))
-    ids = pa.chunked_array(names, pa.string())
-    if not (k := min(k, len(ids))):
-        return [[] for _ in queries]
-    scores, rows = index.search(np.ascontiguousarray(queries, np.float32), k)
-    return [
-        sorted(
-            (Hit(ids[int(row)].as_py(), float(score)) for row, score in zip(*found, strict=True)),
-            key=_order,
-        )
-        for found in zip(rows, scores, strict=True)
-    ]

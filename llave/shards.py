@@ -19,10 +19,12 @@ from llave.files import (
     create,
     left_behind,
     publish,
+    reading,
     refuse_overlap,
     regular,
     shown,
 )
+from llave.quantisation import DTYPES, check_ranges, quantise, restore, stored_type
 from llave.sealing import checksum, signed, unsigned
 from llave_kernels.atomic_files import sweep
 
@@ -32,9 +34,9 @@ PARQUET = b"PAR1"  # the first bytes of every parquet file
 # The manifest's fields. Any other field comes from another program, or from damage.
 FIELDS = {
     *("source", "image_root", "model", "dimension"),
-    *("shard_rows", "normalised", "dtype", "prompt"),
+    *("shard_rows", "normalised", "dtype", "prompt", "ranges"),
 }
-MANIFEST_VALUES = {"dtype": ("float32", "float16"), "normalised": (True, False)}
+MANIFEST_VALUES = {"dtype": DTYPES, "normalised": (True, False)}
 
 
 class Shard(NamedTuple):
@@ -43,6 +45,11 @@ class Shard(NamedTuple):
     ids: list[str]
     vectors: np.ndarray
     skipped: list[dict[str, Any]]
+
+    def numbers(self, span: Range) -> np.ndarray:
+        """Return the (rows,) numbers that the rows have in the corpus."""
+        skipped = [row["row"] for row in self.skipped]
+        return np.setdiff1d(np.arange(span.first, span.stop), skipped)
 
 
 class Range(NamedTuple):
@@ -98,6 +105,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         for name, kinds in MANIFEST_VALUES.items():
             if values[name] not in kinds:
                 raise ValueError(f"{name} is {values[name]!r:.80}")
+        check_ranges(manifest)
         limits.check("LLAVE_MAX_SHARDS", -(-values["rows"] // values["shard_rows"]), "files")
     except (OSError, ValueError, KeyError, TypeError) as error:
         said = f"it lacks {error}" if isinstance(error, KeyError) else error
@@ -114,17 +122,26 @@ def ranges(manifest: dict[str, Any]) -> list[Range]:
     return [Range(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
-def read_shard(path: Path, span: Range, manifest: dict[str, Any]) -> Shard:
-    """Read one range's file. Raise ValueError if it is damaged, not finite or from another run."""
+def read_shard(path: Path, span: Range, manifest: dict[str, Any], *, values: bool = True) -> Shard:
+    """Read one range's file. Raise ValueError if it is damaged, not finite or from another run.
+
+    Args:
+        path: the file.
+        span: its range.
+        manifest: the folder's manifest.
+        values: whether to read the embeddings, too. Otherwise ``vectors`` has no columns.
+    """
     refuse_foreign(path, span, manifest)
     try:
-        table = _table(regular(path), span)
+        table = _table(regular(path), span, None if values else ["id"])
         note = json.loads(table.schema.metadata[b"llave"])
-        if not table.schema.equals(_schema(manifest)):
+        schema = _schema(manifest)
+        if not table.schema.equals(schema if values else pa.schema([schema.field("id")])):
             raise ValueError(f"it has the columns {table.schema.to_string()!r:.200}")
         ids = table["id"].to_pylist()
-        vectors = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        vectors = vectors.reshape(len(ids), manifest["dimension"])
+        vectors = np.empty((len(ids), 0), np.float32)
+        if values:
+            vectors = restore(_values(table["embedding"].combine_chunks(), manifest), manifest)
         if len(ids) + len(note["skipped"]) != span.stop - span.first:
             raise ValueError(f"it has {len(ids)} rows, {len(note['skipped'])} skipped")
         refuse_not_finite(vectors, lambda row: f"id {ids[row]!r}")
@@ -137,12 +154,31 @@ def read_shard(path: Path, span: Range, manifest: dict[str, Any]) -> Shard:
 
 
 def _schema(manifest: dict[str, Any]) -> pa.Schema:
-    values = pa.from_numpy_dtype(np.dtype(manifest["dtype"]))
-    embedding = pa.list_(values, manifest["dimension"])
+    dtype, count = stored_type(manifest)
+    # Parquet would store a list's 8-bit numbers in 32 bits each.
+    plain = dtype.itemsize == 1
+    embedding = pa.binary(count) if plain else pa.list_(pa.from_numpy_dtype(dtype), count)
     return pa.schema({"id": pa.string(), "embedding": embedding})
 
 
-def _table(path: Path, span: Range) -> pa.Table:
+def _values(column: pa.Array, manifest: dict[str, Any]) -> np.ndarray:
+    """Return a column's (rows, values) of the stored type."""
+    dtype, count = stored_type(manifest)
+    if dtype.itemsize > 1:
+        flat = column.flatten().to_numpy(zero_copy_only=False)
+    else:
+        flat = np.frombuffer(column.buffers()[1] or b"", dtype)[column.offset * count :]
+    return flat[: len(column) * count].reshape(len(column), count)
+
+
+def count_rows(path: Path, span: Range, manifest: dict[str, Any]) -> int:
+    """Return the number of rows in one range's file. Raise ValueError as in ``read_shard``."""
+    refuse_foreign(path, span, manifest)
+    with reading(path):
+        return int(pq.read_metadata(regular(path)).num_rows)
+
+
+def _table(path: Path, span: Range, columns: list[str] | None = None) -> pa.Table:
     """Read a file's rows. Raise ValueError where they take far more memory than the file's size."""
     size = path.stat().st_size
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -151,13 +187,16 @@ def _table(path: Path, span: Range) -> pa.Table:
         # The size is measured on the batches. pyarrow aborts the process where it reads the column
         # sizes of a damaged footer.
         batches, taken = [], 0
-        for batch in file.iter_batches(BATCH_ROWS):
+        for batch in file.iter_batches(BATCH_ROWS, columns=columns):
             batches.append(batch)
             taken += batch.nbytes
             # Rows that embed stored take no more memory than the file's size.
             if taken > 4 * size:
                 limits.check("LLAVE_MAX_SHARD_BYTES", taken, "bytes or more unpacked")
-        return pa.Table.from_batches(batches, file.schema_arrow)
+        schema = file.schema_arrow
+        for name in set(schema.names) - set(columns or schema.names):
+            schema = schema.remove(schema.get_field_index(name))
+        return pa.Table.from_batches(batches, schema)
 
 
 def refuse_foreign(path: Path, span: Range, manifest: dict[str, Any]) -> None:
@@ -230,7 +269,8 @@ def finished(path: Path, span: Range, manifest: dict[str, Any], on_error: OnErro
 
 def put(path: Path, span: Range, shard: Shard, manifest: dict[str, Any]) -> None:
     note = {"manifest": checksum(manifest), "first": span.first, "skipped": shard.skipped}
-    write = partial(_write_shard, shard=shard, note=note, schema=_schema(manifest))
+    stored = shard._replace(vectors=quantise(shard.vectors, manifest))
+    write = partial(_write_shard, shard=stored, note=note, schema=_schema(manifest))
     if os.path.lexists(path):  # this run's file, damaged or with rows that were skipped
         refuse_foreign(path, span, manifest)
         publish(path, write)
@@ -239,7 +279,12 @@ def put(path: Path, span: Range, shard: Shard, manifest: dict[str, Any]) -> None
 
 
 def _write_shard(path: Path, *, shard: Shard, note: dict[str, Any], schema: pa.Schema) -> None:
-    vectors = pa.FixedSizeListArray.from_arrays(shard.vectors.reshape(-1), shard.vectors.shape[1])
+    kind, flat = schema.field("embedding").type, shard.vectors.reshape(-1)
+    if pa.types.is_fixed_size_binary(kind):
+        buffers = [None, pa.py_buffer(flat.tobytes())]
+        vectors = pa.FixedSizeBinaryArray.from_buffers(kind, len(shard.ids), buffers)
+    else:
+        vectors = pa.FixedSizeListArray.from_arrays(flat, kind.list_size)
     columns = [pa.array(shard.ids, pa.string()), vectors]
     table = pa.table(columns, schema.with_metadata({"llave": json.dumps(note)}))
     # Embeddings do not compress.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llave_kernels import checks
 from llave_kernels.backends.torch_backend import STRIP_BUDGET
+from llave_kernels.plots import draw_similarities
 from llave_kernels.precision import accumulation_dtype
 
 RANGE = (-1.0, 1.0)
@@ -32,6 +33,22 @@ class SimilarityStatistics(NamedTuple):
     positive_mean: Tensor
     negative_mean: Tensor
     overlap: Tensor
+
+    def plot(self, axes: Any = None, *, title: str = "") -> Any:
+        """Draw both histograms as shares of their pairs, and the overlap.
+
+        Args:
+            axes: matplotlib ``Axes``. By default those of a new figure.
+            title: the title. By default none.
+
+        Returns:
+            The ``Axes``.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        histograms = self.positive.tolist(), self.negative.tolist()
+        return draw_similarities(*histograms, float(self.overlap), axes=axes, title=title)
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ run at the same time. They write to ``--out``:
 
     runs.csv      a row for each run and task: precision@1 among at most 50 candidates (chance is
                   2 %), R@5, R@10, and the overlap of positives' and negatives' similarities
-    overlap.png   histograms of the similarities (paper, Figure 1), image to image, first seed
+    overlap.png   histograms of the similarities (paper, Figure 1), image to image, first seed,
+                  before training and after it
     precision.png precision@1 against alpha
 """
 
@@ -34,6 +35,7 @@ import torch
 
 from llave.evaluation import Result, evaluate
 from llave.files import publish, refuse_existing
+from llave.plots import similarity_figure
 from llave.training import read_recipe, train
 
 mpl.use("Agg")
@@ -45,32 +47,37 @@ SCORES = ("task", "rows", "precision", "recall_5", "recall_10", "ties", "overlap
 COLUMNS = ("alpha", "seed", "seconds", *SCORES)  # the seconds are those of the whole run
 SHOWN = "image_to_image"  # the task of the histograms, and the only one of --quick
 QUICK = {"data.subsets": f"[{SHOWN}]", "trainer.max_steps": 120}
+UNTRAINED = {"trainer.max_steps": 1, "trainer.learning_rate": 0}
 
 
-def run(data: Path, quick: bool, alpha: float, seed: int) -> tuple[list[Result], float]:
-    """The results of one training run, and the seconds that it took."""
+def run(data: Path, quick: bool, alpha: float | None, seed: int) -> tuple[list[Result], float]:
+    """The results of one training run, and the seconds that it took.
+
+    Without ``alpha`` the weights stay as they are before training, and only SHOWN is scored.
+    """
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "data.train": data / "train",
             "data.images": data / "images",
-            "loss.alpha": alpha,
+            "loss.alpha": alpha or 0.0,
             "trainer.output_dir": f"{folder}/run",
             "trainer.seed": seed,
             "trainer.report_to": "none",
             "trainer.disable_tqdm": "true",
             "trainer.logging_steps": 100,
         }
-        settings |= QUICK if quick else {}
+        settings |= (QUICK if quick else {}) | (UNTRAINED if alpha is None else {})
         words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
         recipe = read_recipe("tiny", words)
         recipe["model"]["scratch"]["seed"] = seed
         trained = [path.stem for path in sorted((data / "train").glob("*.parquet"))]
         tasks = [path.stem for path in sorted((data / "eval").glob("*.parquet"))]
         chosen = recipe["data"]["subsets"] or trained
+        asked = [task for task in tasks if task.removesuffix(HELD_OUT) in chosen]
         results = evaluate(
             train(recipe),
-            [task for task in tasks if task.removesuffix(HELD_OUT) in chosen],
+            [SHOWN] if alpha is None else asked,
             data=data / "eval",
             images=data / "images",
             out=f"{folder}/results",
@@ -87,7 +94,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def plot_precision(path: Path, rows: list[dict[str, Any]]) -> None:
-    figure, axis = plt.subplots(figsize=(7, 4.5))
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     alphas = sorted({row["alpha"] for row in rows})
     for number, task in enumerate(sorted({row["task"] for row in rows})):
         values = [
@@ -104,21 +111,7 @@ def plot_precision(path: Path, rows: list[dict[str, Any]]) -> None:
     save(figure, path)
 
 
-def plot_overlap(path: Path, found: dict[float, Result]) -> None:
-    figure, axes = plt.subplots(1, len(found), figsize=(4.2 * len(found), 3.4), squeeze=False)
-    for axis, (alpha, result) in zip(axes[0], found.items(), strict=True):
-        kinds = ("negatives", result.negatives, "C3"), ("positives", result.positives, "C2")
-        for label, counts, colour in kinds:
-            edges = [2 * n / len(counts) - 1 for n in range(len(counts) + 1)]
-            shares = [count / sum(counts) for count in counts]
-            axis.stairs(shares, edges, fill=True, color=colour, alpha=0.5, label=label)
-        axis.set(title=f"alpha {alpha:g}: overlap {result.overlap:.3f}", xlabel="cosine")
-        axis.legend(fontsize=8)
-    save(figure, path)
-
-
 def save(figure: plt.Figure, path: Path) -> None:
-    figure.tight_layout()
     figure.savefig(path, format="png", dpi=130)
     plt.close(figure)
 
@@ -140,9 +133,11 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(f"--out: {error}")
     options.out.mkdir(parents=True, exist_ok=True)
-    plan = [(alpha, seed) for seed in range(options.seeds) for alpha in options.alpha]
+    runs_csv, precision, overlap = (options.out / name for name in FILES)
+    plan: list[tuple[float | None, int]] = [(None, 0)]
+    plan += [(alpha, seed) for seed in range(options.seeds) for alpha in options.alpha]
     rows: list[dict[str, Any]] = []
-    histograms: dict[float, Result] = {}
+    panels: list[tuple[str, Result]] = []
     threads = torch.get_num_threads()
     jobs = min(threads, len(plan))
     with ProcessPoolExecutor(
@@ -150,6 +145,9 @@ def main(argv: list[str] | None = None) -> None:
     ) as pool:
         runs = pool.map(partial(run, options.data, options.quick), *zip(*plan, strict=True))
         for (alpha, seed), (results, seconds) in zip(plan, runs, strict=True):
+            if alpha is None:
+                panels.append(("before training", *results))
+                continue
             for result in results:
                 scores = (getattr(result, name) for name in SCORES)
                 rounded = (round(x, 4) if isinstance(x, float) else x for x in scores)
@@ -157,11 +155,10 @@ def main(argv: list[str] | None = None) -> None:
                 rows.append(dict(zip(COLUMNS, values, strict=True)))
                 print(rows[-1], flush=True)
                 if seed == 0 and result.task == SHOWN:
-                    histograms[alpha] = result
-            runs_csv, precision, overlap = (options.out / name for name in FILES)
+                    panels.append((f"alpha {alpha:g}", result))
             publish(runs_csv, lambda path: write_csv(path, rows))
             publish(precision, lambda path: plot_precision(path, rows))
-            publish(overlap, lambda path: plot_overlap(path, histograms))
+    publish(overlap, lambda path: save(similarity_figure(panels), path))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -15,10 +16,13 @@ from PIL import Image  # noqa: E402
 from llave.cli import main  # noqa: E402
 from llave.recipe import read_recipe  # noqa: E402
 
+EVALUATE = ["evaluate", "bare", "--tasks", "t", "--data", "d", "--images", "i"]
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "grey": (90, 90, 90)}
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "convert", "embed", "search"])
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "convert", "embed", "compress", "index", "search"]
+)
 def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
@@ -36,6 +40,14 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
         (["train", "tiny"], "emoji/train is no folder"),
         (["convert", "nowhere", "made"], "nowhere"),
         (["search", "nowhere", "a dog", "--model", "bare"], "path='bare' has no modules.json"),
+        (["search", "nowhere", "a dog", "--model", "m", "--queries", "q"], "give one of them"),
+        (["search", "nowhere", "--model", "m", "--html", "p"], "--html and --corpus go together"),
+        (["search", "x", "--model", "m", "--html", "bare", "--corpus", "c"], "html=bare exists"),
+        ([*EVALUATE, "--html", "bare"], "html=bare exists; choose another file"),
+        ([*EVALUATE, "--plot", "a.doc"], "plot=a.doc needs the suffix of a format"),
+        ([*EVALUATE, "--plot", "a.png", "--before", "bare"], "a folder with results of these"),
+        (["index", "bare"], "bare is not a folder of embeddings"),
+        (["compress", "bare", "--out", "small"], "bare is not a folder of embeddings"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -121,3 +133,40 @@ def test_train_evaluate_embed_and_search(
     assert main(["search", "vectors", "an <|image_1|>", "--model", "tiny/model"]) == 2
     assert "the text has an image placeholder" in capsys.readouterr().err
     assert {hit["id"] for hit in hits} <= {f"{name}.png" for name in COLOURS}
+    looks(monkeypatch, capsys, where)
+
+
+def looks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: list[str]
+) -> None:
+    """Pages, figures, an index and a smaller copy, of the model and folder made above."""
+    again = [*where, "--plot", "figure.png", "--before", "results", "--html", "worst.html"]
+    assert main(["evaluate", "tiny/model", "--tasks", "colours", *again]) == 0
+    assert "colours" in Path("worst.html").read_text()
+    assert Path("figure.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    assert main(["index", "vectors"]) == 0
+    assert "Flat of 4 rows" in (said := capsys.readouterr().out)
+    assert "recall@10 against exact search, for rows of the corpus: 1.000" in said
+    small = ["compress", "vectors", "--out", "small", "--truncate-dim", "16", "--dtype", "int8"]
+    assert main(small) == 0
+    assert "recall@10 against the whole embeddings" in capsys.readouterr().out
+    Path("queries.txt").write_text("the colour red\nblue <b>\n")
+    asked = ["--model", "tiny/model", "-k", "3"]
+    page = [*asked, "--queries", "queries.txt", "--html", "found.html", "--corpus", "emoji/images"]
+    answers = {}
+    for folder in ("vectors", "small"):
+        assert main(["search", folder, *asked, "--queries", "queries.txt"]) == 0
+        answers[folder] = capsys.readouterr().out
+        found = [json.loads(line) for line in answers[folder].splitlines()]
+        assert [hit["query"] for hit in found] == ["0"] * 3 + ["1"] * 3
+    assert main(["search", "vectors", *page, "--backend", "faiss"]) == 0
+    faiss = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    exact = [json.loads(line) for line in answers["vectors"].splitlines()]
+    assert [hit["row"] for hit in faiss] == [hit["row"] for hit in exact]
+    assert "blue &lt;b&gt;" in Path("found.html").read_text()
+    monkeypatch.setattr("sys.stdin", io.StringIO("the colour red\n\nblue <b>"))
+    assert main(["search", "vectors", *asked]) == 0
+    typed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [hit.pop("query") for hit in typed] == ["the colour red"] * 3 + ["blue <b>"] * 3
+    assert [hit["row"] for hit in typed] == [hit["row"] for hit in exact]
