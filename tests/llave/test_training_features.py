@@ -106,6 +106,7 @@ def test_two_processes_with_pictures(
     assert logged(out) == pytest.approx(logged(plain), rel=1e-3)
 
 
+@pytest.mark.long
 def test_fsdp(plain: Path, tmp_path: Path) -> None:
     out, overrides = tmp_path / "sharded", (*PICTURES, "--trainer.fsdp", "true")
     run(out, *overrides, processes=2, worker="fsdp_worker", kill="step:7")

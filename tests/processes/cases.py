@@ -5,6 +5,7 @@ Every process draws the same global batch and takes its own rows.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -82,6 +83,16 @@ def grid(world: int) -> Iterator[tuple[Any, ...]]:
     for kinds, uneven, symmetric in itertools.product(KINDS, (False, True), (True, False)):
         for hardness in HARDNESS if "mined" in kinds else HARDNESS[:1]:
             yield kinds, uneven, symmetric, hardness
+
+
+# The cases of most tests. They share one start of the processes, which takes longer than they do.
+TOGETHER = ("rules", "traffic", "open_clip_settings", "weighted_settings")
+
+
+def together() -> dict[str, Any]:
+    """The results of ``TOGETHER``, by name. The last two need OpenCLIP."""
+    names = TOGETHER if importlib.util.find_spec("open_clip") else TOGETHER[:2]
+    return {name: globals()[name]() for name in names}
 
 
 def averaged(*tensors: Tensor) -> list[Tensor]:

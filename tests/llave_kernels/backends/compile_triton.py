@@ -1,7 +1,7 @@
 """Compiles kernels without a GPU and prints facts about their machine code.
 
-Each line of the input is a JSON list: kernel, arch, dtype, tile, settings. The answer is one line of
-JSON, with the key ``error`` if the compilation failed.
+Each line of the input is a JSON list: kernel, arch, dtype, tile, settings. The answer is one line
+of JSON, with the key ``error`` if the compilation failed.
 """
 
 from __future__ import annotations

@@ -92,9 +92,12 @@ CASES = [
     for dtype, itemsize in (("bf16", 2), ("fp32", 4))
     for tile in tiles.CANDIDATES[tiles.Kind(arch // 10, itemsize)]
 ] + [(arch, "fp16", tiles.TABLE[tiles.Kind(arch // 10, 2)].plain) for arch in (80, 90)]
+# Most calls take these tiles. Only `make test-long` compiles the others.
+USUAL = [(arch, "bf16", tiles.TABLE[tiles.Kind(arch // 10, 2)].plain) for arch in (80, 90)]
+MARKED = [case if case in USUAL else pytest.param(*case, marks=pytest.mark.long) for case in CASES]
 
 
-@pytest.mark.parametrize(("arch", "dtype", "tile"), CASES, ids=str)
+@pytest.mark.parametrize(("arch", "dtype", "tile"), MARKED, ids=str)
 @pytest.mark.parametrize("kernel", ["forward_kernel", "strip_kernel"])
 def test_plain_path(kernel: str, arch: int, dtype: str, tile: tiles.Tile) -> None:
     found = machine_code(kernel, arch, dtype, tile)
@@ -113,6 +116,7 @@ EVERY_RULE = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("absent", EVERY_RULE.values(), ids=EVERY_RULE)
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("kernel", ["forward_kernel", "strip_kernel"])
@@ -129,6 +133,7 @@ if not tiles.masked(torch.bfloat16, ids=True, margin=False):
     LARGEST.append(("p_label", "p_owner", "p_query_id", "p_target_id"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rules", LARGEST, ids="+".join)
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("kernel", ["forward_kernel", "strip_kernel"])
@@ -139,6 +144,7 @@ def test_rules_on_the_largest_tile(kernel: str, arch: int, rules: Sequence[str])
     assert spills <= (2 if triton.__version__.startswith("3.6.") and rules == ("p_owner",) else 0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("which", ["plain", "small"])
 @pytest.mark.parametrize("kernel", ["forward_kernel", "strip_kernel"])
