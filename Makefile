@@ -45,5 +45,10 @@ $(VENV)/%.stamp: pyproject.toml setup.py constraints.txt
 	$(PIP) --editable '.[$*]'
 	touch $@
 
+# Build products, and what the benchmark and the examples write under the names of the README. Models
+# and results of your own stay.
+EXAMPLES := bench-results emoji emoji-results finetune-results tiny vectors
 clean:
-	rm -rf $(VENV) .nox build *.egg-info
+	rm -rf $(VENV) .nox build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -f llave_kernels/_cuda*.so llave_kernels/cuda_build.txt
+	rm -rf $(EXAMPLES)
