@@ -109,6 +109,7 @@ def wheel(session: nox.Session) -> None:
 @nox.session
 def smoke(session: nox.Session) -> None:
     """The wheels in dist/, installed where nothing else is and no nvcc is found."""
-    session.install("llave", "--no-index", "--no-deps", "--find-links", str(DIST))
+    options = ["--no-index", "--no-deps", "--only-binary", "llave"]
+    session.install("llave", *options, "--find-links", str(DIST))
     session.install("llave", *SETS["newest"])
     session.run("python", "tests/smoke.py", env={"PATH": ""})
