@@ -112,4 +112,4 @@ def smoke(session: nox.Session) -> None:
     options = ["--no-index", "--no-deps", "--only-binary", "llave"]
     session.install("llave", *options, "--find-links", str(DIST))
     session.install("llave", *SETS["newest"])
-    session.run("python", "tests/smoke.py", env={"PATH": ""})
+    session.run("python", "-I", "tests/smoke.py", env={"PATH": ""})

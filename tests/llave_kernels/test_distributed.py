@@ -214,6 +214,7 @@ def test_half_the_traffic_of_gathering_both_sides() -> None:
         assert 0.5 <= sent / both_sides < 0.53
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_memory_is_linear_in_the_global_batch() -> None:
     """A block of 8,192 x 16,384 float32 similarities would take 537 MB.
