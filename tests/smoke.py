@@ -1,7 +1,7 @@
 """Check an installed wheel, without nvcc and without a GPU. Prints its size and its architectures.
 
-Run it with ``python -I`` in the wheel's own environment. Otherwise this folder's packages would hide
-the installed ones. It uses no test framework.
+Run it with ``python -I`` in the wheel's own environment. Otherwise this folder's packages hide the
+installed ones. It uses no test framework.
 """
 
 from __future__ import annotations
