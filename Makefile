@@ -4,29 +4,51 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: test matrix bench lint clean
+.PHONY: test test-long matrix wheels bench lint clean
 
 # Files run in their order. The reorder of xdist would leave the longest ones, which have few tests,
 # for the end, where one core waits for the other.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
+	--no-loadscope-reorder
+
 test: $(VENV)/test.stamp lint
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
-		--no-loadscope-reorder
+	$(PYTEST) -m "not long"
+
+# What `make test` leaves out: whole example runs, a build with nvcc, every tile of the Triton kernels.
+test-long: $(VENV)/test.stamp
+	$(PYTEST) -m long
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-matrix: $(VENV)/test.stamp
+matrix: $(BIN)/nox
 	$(BIN)/nox $(ARGS)
+
+# sdist and wheel in dist/, and a try of the wheel in an environment without nvcc.
+wheels: $(BIN)/nox
+	rm -rf dist
+	$(BIN)/nox --session sdist wheel smoke
+	du -h dist/*
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/loss_bench.py $(ARGS)
+
+$(BIN)/nox: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) nox
+	touch $@
 
 $(VENV)/%.stamp: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable '.[$*]'
 	touch $@
 
+# Build products, and what the benchmark and the examples write under the names of the README. Models
+# and results of your own stay.
+EXAMPLES := bench-results emoji emoji-results finetune-results tiny vectors
 clean:
-	rm -rf $(VENV) .nox build *.egg-info
+	rm -rf $(VENV) .nox build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -f llave_kernels/_cuda*.so llave_kernels/cuda_build.txt
+	rm -rf $(EXAMPLES)

@@ -98,6 +98,7 @@ def test_without_nvcc_the_install_succeeds_and_says_so(sdist: Path, tmp_path: Pa
     assert report(tmp_path) == f"not built: {reason}"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_with_nvcc_an_install_from_the_sdist_builds(sdist: Path, tmp_path: Path) -> None:
     """The test builds one target, which is quicker than all."""

@@ -105,8 +105,8 @@ def test_a_run_leaves_csv_and_plots(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "llave-torch" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("rule", list(peers.RULES))
-def test_a_run_with_a_rule_is_named_by_it(rule: str, tmp_path: Path) -> None:
+def test_a_run_with_a_rule_is_named_by_it(tmp_path: Path) -> None:
+    rule = "ids"
     arguments = ["--data", "random", "--sizes", "24", "--dims", "8", "--device", "cpu"]
     arguments += ["--seconds", "0.01", "--rule", rule, "--out", str(tmp_path)]
     loss_bench.main(arguments)

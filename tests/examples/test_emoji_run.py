@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 CHANCE = 2.0  # percent, with 50 candidates
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("npm") is None, reason="npm brings the emoji")
 def test_held_out_concepts_are_found_five_times_better_than_by_chance(tmp_path: Path) -> None:
     def call(script: str, *arguments: str) -> None:

@@ -22,6 +22,7 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.long
 def test_finetuning_on_docstrings_improves_retrieval(tmp_path: Path) -> None:
     script = ROOT / "examples" / "finetune_docstrings.py"
     done = subprocess.run(

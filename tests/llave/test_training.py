@@ -102,6 +102,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(uninterrupted: Path, tmp_path
     assert contents(aside) == {"model.safetensors": b"half"}
 
 
+@pytest.mark.long
 def test_two_processes_have_the_losses_of_one(uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "two"
     run(out, kill="step:10:SIGTERM:1", processes=2)  # one gets the signal, both stop

@@ -162,6 +162,7 @@ def test_a_kill_between_the_renames_of_models_leaves_one(whole: Path, tmp_path: 
     assert not list(out.glob(".*.tmp"))
 
 
+@pytest.mark.long
 def test_a_short_drill(tmp_path: Path) -> None:
     """The drill runs in its own process, because a fork of one that ran autograd cannot train."""
     command = [sys.executable, "-m", "tests.drills", "train", "--kills", "4"]

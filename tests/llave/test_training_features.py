@@ -99,7 +99,10 @@ def test_half_precision_backbones_are_trained_in_float32(tmp_path: Path) -> None
     assert {p.dtype for p in build_model(settings, [], seed=0).parameters()} == {torch.float16}
 
 
-@pytest.mark.parametrize("overrides", [(), (*CACHING, *CHECKPOINTING)], ids=["plain", "cached"])
+CACHED = pytest.param((*CACHING, *CHECKPOINTING), marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("overrides", [(), CACHED], ids=["plain", "cached"])
 def test_two_processes_with_pictures(
     plain: Path, tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:
@@ -108,6 +111,7 @@ def test_two_processes_with_pictures(
     assert logged(out) == pytest.approx(logged(plain), rel=1e-3)
 
 
+@pytest.mark.long
 def test_fsdp(plain: Path, tmp_path: Path) -> None:
     out, overrides = tmp_path / "sharded", (*PICTURES, "--trainer.fsdp", "true")
     run(out, *overrides, processes=2, worker="fsdp_worker", kill="step:7")

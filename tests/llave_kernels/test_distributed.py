@@ -68,7 +68,7 @@ def test_clip_classes_equal_their_host_in_every_process(function: str, world: in
                 assert close or float((ours[i] - host[i]).norm()) < 1e-7, (rank, setting, i)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_compiled_step_gives_the_same_numbers(world: int) -> None:
     pytest.importorskip("open_clip")
     pytest.importorskip("sentence_transformers")
@@ -191,6 +191,7 @@ def test_a_process_that_dies_is_an_error_on_the_others() -> None:
     assert time.monotonic() - start < 60
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_memory_is_linear_in_the_global_batch() -> None:
     """A block of 8,192 x 16,384 float32 similarities would take 537 MB.

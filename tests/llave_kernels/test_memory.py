@@ -42,10 +42,10 @@ print(status("VmHWM") - before)
     ("n", "d", "symmetric", "limit_mb"),
     [
         (8192, 384, True, 150),
-        (8192, 1024, True, 150),
-        (8192, 384, False, 150),
+        pytest.param(8192, 1024, True, 150, marks=pytest.mark.long),
+        pytest.param(8192, 384, False, 150, marks=pytest.mark.long),
         (8192, 1024, False, 190),
-        (32768, 384, True, 400),
+        pytest.param(32768, 384, True, 400, marks=pytest.mark.long),
     ],
 )
 def test_extra_memory(n: int, d: int, symmetric: bool, limit_mb: float) -> None:

@@ -1,6 +1,7 @@
-"""Compile one kernel without a GPU and print facts about its machine code as JSON.
+"""Compiles kernels without a GPU and prints facts about their machine code.
 
-Usage: compile_triton.py KERNEL ARCH DTYPE TILE-AS-JSON SETTINGS-AS-JSON
+Each line of the input is a JSON list: kernel, arch, dtype, tile, settings. The answer is one line
+of JSON, with the key ``error`` if the compilation failed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -71,13 +73,13 @@ def compiled(
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def main(name: str, arch: str, dtype: str, tile: str, settings: str) -> None:
-    kernel = compiled(name, int(arch), dtype, tiles.Tile(*json.loads(tile)), **json.loads(settings))
+def facts(name: str, arch: int, dtype: str, tile: list[int], settings: dict[str, Any]) -> Any:
+    kernel = compiled(name, arch, dtype, tiles.Tile(*tile), **settings)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
         ((_, listing),) = machine_code.functions(cubin)
-    report = {
+    return {
         "tensor_core": len(re.findall(r"\bHGMMA|\bHMMA", listing)),
         "wgmma": len(re.findall(r"\bHGMMA", listing)),
         "traps": len(re.findall(r"\bBPT\b", listing)),
@@ -86,8 +88,16 @@ def main(name: str, arch: str, dtype: str, tile: str, settings: str) -> None:
         "copies": len(re.findall(r"\bLDGSTS", listing)),
         "wide_copies": len(re.findall(r"\bLDGSTS\S*\.128\b", listing)),
     }
-    print(json.dumps(report))
+
+
+def main() -> None:
+    for line in sys.stdin:
+        try:
+            answer = facts(*json.loads(line))
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

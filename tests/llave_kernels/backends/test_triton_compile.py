@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -24,28 +25,39 @@ ROOT = Path(__file__).parents[3]
 FUSION = "TRITON_DEFAULT_FP_FUSION"
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may use
 
-# It compiles one kernel in a process without the interpreter and prints what it found.
 MODULE = "tests.llave_kernels.backends.compile_triton"
+
+
+@lru_cache
+def compiler() -> subprocess.Popen[str]:
+    """A process without the interpreter, which compiles for all tests. It ends with this one."""
+    return subprocess.Popen(
+        [sys.executable, "-m", MODULE],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
 
 
 def machine_code(
     kernel: str, arch: int, dtype: str, tile: tiles.Tile, absent: Sequence[str] = RULES, **more: str
 ) -> dict[str, int]:
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
     if dtype != "fp16":
         absent = [*absent, "p_gain"]
+    process = compiler()
+    assert process.stdin is not None
+    assert process.stdout is not None
     settings = {"absent": absent} | more
-    arguments = [kernel, str(arch), dtype, json.dumps(tile), json.dumps(settings)]
-    command = [sys.executable, "-m", MODULE, *arguments]
-    run = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT
-    )
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
+    print(json.dumps([kernel, arch, dtype, tile, settings]), file=process.stdin, flush=True)
+    found = json.loads(process.stdout.readline())
+    assert "error" not in found, found["error"]
     assert found["traps"] == 0
     return found
 
 
+@lru_cache
 def keys(**environment: str) -> dict[str, list[str]]:
     """The compilation keys that ``count_compilations`` prints. A UserWarning is an error."""
     command = [
@@ -80,9 +92,12 @@ CASES = [
     for dtype, itemsize in (("bf16", 2), ("fp32", 4))
     for tile in tiles.CANDIDATES[tiles.Kind(arch // 10, itemsize)]
 ] + [(arch, "fp16", tiles.TABLE[tiles.Kind(arch // 10, 2)].plain) for arch in (80, 90)]
+# Most calls take these tiles. Only `make test-long` compiles the others.
+USUAL = [(arch, "bf16", tiles.TABLE[tiles.Kind(arch // 10, 2)].plain) for arch in (80, 90)]
+MARKED = [case if case in USUAL else pytest.param(*case, marks=pytest.mark.long) for case in CASES]
 
 
-@pytest.mark.parametrize(("arch", "dtype", "tile"), CASES, ids=str)
+@pytest.mark.parametrize(("arch", "dtype", "tile"), MARKED, ids=str)
 @pytest.mark.parametrize("kernel", ["forward_kernel", "strip_kernel"])
 def test_plain_path(kernel: str, arch: int, dtype: str, tile: tiles.Tile) -> None:
     found = machine_code(kernel, arch, dtype, tile)
@@ -101,6 +116,7 @@ EVERY_RULE = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("absent", EVERY_RULE.values(), ids=EVERY_RULE)
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("kernel", ["forward_kernel", "strip_kernel"])
@@ -117,6 +133,7 @@ if not tiles.masked(torch.bfloat16, ids=True, margin=False):
     LARGEST.append(("p_label", "p_owner", "p_query_id", "p_target_id"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rules", LARGEST, ids="+".join)
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("kernel", ["forward_kernel", "strip_kernel"])
@@ -127,6 +144,7 @@ def test_rules_on_the_largest_tile(kernel: str, arch: int, rules: Sequence[str])
     assert spills <= (2 if triton.__version__.startswith("3.6.") and rules == ("p_owner",) else 0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("which", ["plain", "small"])
 @pytest.mark.parametrize("kernel", ["forward_kernel", "strip_kernel"])
