@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: test test-long matrix wheels bench lint clean
+.PHONY: test test-long matrix wheels bench docs lint clean
 
 # Files run in their order. The reorder of xdist would leave the longest ones, which have few tests,
 # for the end, where one core waits for the other.
@@ -34,6 +34,10 @@ wheels: $(BIN)/nox
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/loss_bench.py $(ARGS)
+
+docs: $(VENV)/docs.stamp
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
+	@echo build/docs/index.html
 
 $(BIN)/nox: constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -118,7 +118,7 @@ def _product(rows: int, columns: int, inner: int, traffic: float) -> float:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """The README's table of predictions: TFLOP/s of each backend and width against N."""
+    """The table of predictions: TFLOP/s of each backend and width against N."""
     sizes = sorted({int(row["n"]) for row in rows})
     found = {(row["backend"], int(row["d"]), int(row["n"])): float(row["tflops"]) for row in rows}
     lines = [["TFLOP/s, counted as 8NMD", *(f"N = {n:,}" for n in sizes)]]

@@ -1,7 +1,7 @@
 """What a run leaves: a table on the screen, one CSV, and plots of time and memory against N.
 
 python benchmarks/report.py RESULTS/*/loss_bench.csv    # a line for each size
-python benchmarks/report.py --markdown CSV [CSV ...]    # the README's table of these files
+python benchmarks/report.py --markdown CSV [CSV ...]    # a table of these files
 """
 
 from __future__ import annotations

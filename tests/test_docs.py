@@ -1,4 +1,4 @@
-"""Every Python snippet of the README and docs/ runs in its own process."""
+"""The README and docs/: snippets run, tables are printed by commands, links and lists are right."""
 
 from __future__ import annotations
 
@@ -73,3 +73,32 @@ def test_snippet_runs(code: str, tmp_path: Path) -> None:
     if missing := re.search(r"No module named '(?!llave)(\w+)'", run.stderr):
         pytest.skip(f"{missing[1]} is not installed")
     assert run.returncode == 0, run.stderr
+
+
+def test_links_name_files() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """Sphinx warns of links to pages and headings that are not there."""
+    for needed in ("sphinx", "myst_parser", "furo", "sentence_transformers"):
+        pytest.importorskip(needed)
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "hardness_weighted_contrastive_loss" in (tmp_path / "searchindex.js").read_text()
+
+
+def test_the_page_names_every_place_of_a_rule() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    section = page.partition("## How to add a pair rule\n")[2].partition("\n## ")[0]
+    named = re.findall(r"`((?:llave_kernels|csrc)/\S+)`", section)
+    code = [*(ROOT / "llave_kernels").rglob("*.py"), *(ROOT / "csrc").glob("*.*")]
+    found = [
+        file.relative_to(ROOT).as_posix()
+        for file in code
+        if "integrations" not in file.parts and "query_ids" in file.read_text()
+    ]
+    assert sorted(named) == sorted(found)
