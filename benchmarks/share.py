@@ -96,10 +96,9 @@ def counted(predictions: Path) -> list[Row]:
         nearest = min(rates, key=lambda at: (abs(at[0] - d), abs(at[1] - (n * m) ** 0.5)))
         work = (8 if caching else 6) * parameters * tokens * n
         dense = 12 * n * m * d / prediction.PRODUCT + PASSES * 4 * n * m / prediction.MEMORY
-        times = work / (USED * prediction.PRODUCT), 8 * n * m * d / rates[nearest], dense
-        rows.append(
-            _row("counted", "H100", encoder, caching, n, m, d, *(1e3 * seconds for seconds in times))
-        )
+        seconds = work / (USED * prediction.PRODUCT), 8 * n * m * d / rates[nearest], dense
+        times = (1e3 * each for each in seconds)
+        rows.append(_row("counted", "H100", encoder, caching, n, m, d, *times))
     return rows
 
 
@@ -110,7 +109,9 @@ def _row(
     return {
         "label": label, "device": device, "encoder": encoder, "caching": caching,
         "n": n, "m": m, "d": d,
-        "encoder_ms": f"{encoder_ms:.4g}", "ours_ms": f"{ours_ms:.4g}", "dense_ms": f"{dense_ms:.4g}",
+        "encoder_ms": f"{encoder_ms:.4g}",
+        "ours_ms": f"{ours_ms:.4g}",
+        "dense_ms": f"{dense_ms:.4g}",
         "ours_share": f"{ours_ms / (ours_ms + encoder_ms):.3g}",
         "dense_share": f"{dense_ms / (dense_ms + encoder_ms):.3g}",
         "dense_matrix_mib": round(4 * n * m / 2**20),
