@@ -152,7 +152,7 @@ def test_mistake(error: type[Exception], message: str, change: dict[str, Any]) -
         (ValueError, "backend='cuda0' is not a backend", {"backend": "cuda0"}),
         (
             TypeError,
-            "gather_group must be a process group, .* got int -100",
+            "gather_group must be a process .* got int -100",
             {"gather_group": -100},
         ),
     ],
