@@ -109,7 +109,9 @@ def test_a_process_that_differs_is_an_error_on_all() -> None:
     assert "logit_scale is 22.66" in first["drift"]
     assert "logit_scale is 20.0" in second["drift"]
     for each in (first, second):
-        assert each["group"].startswith("TypeError: group must be a process group or None, got str")
+        assert each["group"].startswith(
+            "TypeError: group must be a process group, a 2-D DeviceMesh or None, got"
+        )
         assert "cannot be transformed by torch.func" in each["transform"]
     assert first["transform of one"] == first["refused"]
     assert second["transform of one"] == second["transform"]

@@ -150,7 +150,11 @@ def test_mistake(error: type[Exception], message: str, change: dict[str, Any]) -
         ),
         (ValueError, "max_logit_scale must be positive", {"max_logit_scale": -1.0}),
         (ValueError, "backend='cuda0' is not a backend", {"backend": "cuda0"}),
-        (TypeError, "gather_group must be a process group .* got int -100", {"gather_group": -100}),
+        (
+            TypeError,
+            "gather_group must be a process .* got int -100",
+            {"gather_group": -100},
+        ),
     ],
 )
 def test_module_refuses_at_construction(

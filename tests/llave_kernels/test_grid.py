@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import traffic
 from llave_kernels import grid
 from llave_kernels.agreement import Peer
 from tests.helpers import relative_error
@@ -38,6 +37,9 @@ def test_every_grid_equals_one_process(size: int) -> None:
 
 @pytest.mark.parametrize("size", grids.SIZES)
 def test_the_bytes_received_are_those_of_the_formula(size: int) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks import traffic
+
     for c in grids.row_lengths(size):
         expected = [
             traffic.received(size, c, grids.N, grids.M, grids.D, 4, symmetric=symmetric)

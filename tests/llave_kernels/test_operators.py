@@ -28,6 +28,7 @@ def arguments(n: int = 6, m: int = 10, *, symmetric: bool = True) -> tuple[objec
         None,
         None,
         None,
+        None,
         9.0,
         9.0,
         "in_batch",
