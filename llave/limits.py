@@ -11,8 +11,8 @@ from collections.abc import Collection
 from typing import Any
 
 DEFAULTS = {
-    # Pixels in one image. Also the pixels in all images that one process of embed or evaluate decodes
-    # at a time.
+    # Pixels in one image. Also the pixels in all images that one process of embed or evaluate
+    # decodes at a time.
     "LLAVE_MAX_PIXELS": 2**27,
     # Pixels in all images and frames of one training batch. Such a batch cannot be divided.
     "LLAVE_MAX_BATCH_PIXELS": 2**32,
