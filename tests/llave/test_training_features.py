@@ -267,5 +267,8 @@ def test_tensorboard_gets_the_losses(plain: Path, tmp_path: Path) -> None:
 
     train_worker.train(str(tmp_path / "run"), *PICTURES, "--trainer.report_to", "tensorboard")
     (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")
-    found = EventAccumulator(str(events)).Reload().Scalars("train/loss")
-    assert {e.step: e.value for e in found} == pytest.approx(logged(plain), rel=1e-5)
+    found = EventAccumulator(str(events)).Reload()
+    for key in ("loss", "in_batch_accuracy", "similarity_overlap"):
+        scalars = {e.step: e.value for e in found.Scalars(f"train/{key}")}
+        assert scalars == pytest.approx(logged(plain, key), rel=1e-5)
+    assert {"train/pairs_per_second", "train/peak_memory_gib"} <= set(found.Tags()["scalars"])
