@@ -261,14 +261,15 @@ def _train(arguments: Arguments, overrides: list[str]) -> None:
     from llave.recipe import read_recipe
 
     recipe = read_recipe(arguments.recipe, overrides)
-    if arguments.print or arguments.dry_run:
-        print("# The whole recipe. Settings of trainer that are not here have its defaults.")
-        print(yaml12.dump(recipe), end="")
+    said = []
     if arguments.dry_run:
         from llave.dry_run import describe
 
-        print(*(f"# {escaped(line)}" for line in describe(recipe)), sep="\n")
+        said = [f"# {escaped(line)}" for line in describe(recipe)]
     if arguments.print or arguments.dry_run:
+        if os.environ.get("RANK", "0") == "0":
+            print("# The whole recipe. Settings of trainer that are not here have its defaults.")
+            print(yaml12.dump(recipe).rstrip(), *said, sep="\n")
         return
     from llave.training import train  # the import takes seconds
 

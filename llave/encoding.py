@@ -200,7 +200,7 @@ class Encoder:
                 file=sys.stderr,
             )
 
-    @torch.inference_mode()
+    @torch.no_grad()  # weights that DeepSpeed gathers in inference mode could not be trained after
     def _forward(self, features: dict[str, Any]) -> Tensor:
         device = self._model.device
         moved = {

@@ -60,6 +60,13 @@ class EmbeddingTrainer(CheckpointingTrainer):
                 f"trainer.deepspeed={self.args.deepspeed!r}: the weights could not be saved; set "
                 "zero_optimization.stage3_gather_16bit_weights_on_model_save to true in it"
             )
+        if zero.get("stage") and uses_gradient_cache(self.loss):
+            raise ValueError(
+                f"loss.mini_batch_size={self.loss.mini_batch_size}: gradient caching runs several "
+                f"backward passes a step, and DeepSpeed (trainer.deepspeed="
+                f"{self.args.deepspeed!r}) reduces each gradient only once; leave it out, or shard "
+                "with trainer.fsdp"
+            )
         whole = self.is_fsdp_enabled and _untrained(self.model.transformers_model)
         if not homogeneous and (zero.get("stage") == 3 or (self.is_fsdp_enabled and not whole)):
             # All processes take part in gathering weights. One with images would wait for one

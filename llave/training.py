@@ -24,6 +24,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from llave import runs, scratch
 from llave.data import load_training, texts_of
 from llave.embedding import refuse_not_finite
+from llave.encoding import encode
 from llave.epochs import hold_out, joined, unused_rows
 from llave.files import escaped, publish, refuse_damaged
 from llave.losses import CachedLLaVELoss, LLaVELoss
@@ -287,9 +288,9 @@ class SimilarityOverlap(SentenceEvaluator):
             rows = subset[:]
             pair = []
             for side in ("anchor", "positive"):
-                vectors = model.encode(list(rows[side]), normalize_embeddings=True)
+                vectors = encode(model, list(rows[side]), workers=0)
                 refuse_not_finite(vectors, f"subset {name}, held-out {side} {{}}".format)
-                pair.append(torch.from_numpy(vectors).float())
+                pair.append(torch.from_numpy(vectors))
             ids = torch.tensor([content_id(item) for item in rows["positive"]])
             result = similarity_statistics(*pair, query_ids=ids, target_ids=ids)
             found[f"{name}_similarity_overlap"] = float(result.overlap)

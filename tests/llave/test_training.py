@@ -28,6 +28,7 @@ from llave.training import (  # noqa: E402
     train,
 )
 from tests.llave import train_worker  # noqa: E402
+from tests.llave.test_evaluation import Fake  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -321,12 +322,12 @@ def words(settings: dict[str, str], section: str = "trainer") -> list[str]:
     return [word for key, value in settings.items() for word in (f"--{section}.{key}", value)]
 
 
-class Numbers:
+class Numbers(Fake):
     """Embeds a number as an angle in degrees."""
 
-    def encode(self, items: list[str], **_: object) -> np.ndarray:
-        angles = np.deg2rad([float(item) for item in items])
-        return np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    def vector(self, item: str) -> np.ndarray:
+        angle = np.deg2rad(float(item))
+        return np.stack([np.cos(angle), np.sin(angle)])
 
 
 def test_a_copy_of_the_positive_is_no_negative_of_the_overlap(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -14,11 +15,16 @@ for needed in ("sentence_transformers", "datasets", "accelerate", "yaml", "torch
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
+from accelerate.utils import DeepSpeedPlugin  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 
 from llave.figures import Figures, in_batch_accuracy  # noqa: E402
+from llave.losses import CachedLLaVELoss, LLaVELoss  # noqa: E402
+from llave.modeling import build  # noqa: E402
+from llave.trainer import EmbeddingTrainer  # noqa: E402
 from llave.training import SECTIONS, build_model, read_recipe  # noqa: E402
 from tests.llave import tiny, train_worker  # noqa: E402
 from tests.llave.test_training import logged, run  # noqa: E402
@@ -32,6 +38,7 @@ LORA = (
     *("--model.lora", "{r: 8, lora_alpha: 16, target_modules: [q_proj, k_proj, v_proj, o_proj]}"),
     *("--trainer.learning_rate", "0.01"),
 )
+GATHER = "stage3_gather_16bit_weights_on_model_save"
 INPUTS = ["one and two", Image.new("RGB", (40, 16), (9, 99, 199)), "three plus four"]
 
 
@@ -119,6 +126,36 @@ def test_fsdp(plain: Path, tmp_path: Path) -> None:
     assert logged(out) == pytest.approx(logged(plain), rel=1e-3)
     one, sharded = (SentenceTransformer(str(x / "model"), device="cpu") for x in (plain, out))
     np.testing.assert_allclose(sharded.encode(INPUTS), one.encode(INPUTS), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("zero", "caching", "homogeneous", "message"),
+    [
+        ({"stage": 3}, False, True, "set zero_optimization.stage3_gather_16bit_weights_on"),
+        ({"stage": 2}, True, True, "loss.mini_batch_size=4: gradient caching runs several"),
+        ({"stage": 3, GATHER: True}, False, False, "data.homogeneous=False: sharded weights need"),
+        ({"stage": 3, GATHER: True}, False, True, None),
+        ({"stage": 1}, False, False, None),
+    ],
+)
+def test_settings_of_deepspeed_that_would_fail(
+    zero: dict[str, Any], caching: bool, homogeneous: bool, message: str | None
+) -> None:
+    model = build(tiny.llava_onevision(), device="cpu")
+    plugin = DeepSpeedPlugin(hf_ds_config={"zero_optimization": zero})
+    assert "deepspeed_plugin" in dir(AcceleratorState)
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(fsdp=[], deepspeed="zero.json"),
+        is_fsdp_enabled=False,
+        is_deepspeed_enabled=True,
+        accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)),
+        loss=(CachedLLaVELoss if caching else LLaVELoss)(model),
+    )
+    if message is None:
+        EmbeddingTrainer.check_sharding(trainer, homogeneous)  # type: ignore[arg-type]
+        return
+    with pytest.raises(ValueError, match=message):
+        EmbeddingTrainer.check_sharding(trainer, homogeneous)  # type: ignore[arg-type]
 
 
 def test_gradient_caching_under_fsdp_with_rows_of_several_pictures(tmp_path: Path) -> None:
@@ -234,5 +271,8 @@ def test_tensorboard_gets_the_losses(plain: Path, tmp_path: Path) -> None:
 
     train_worker.train(str(tmp_path / "run"), *PICTURES, "--trainer.report_to", "tensorboard")
     (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")
-    found = EventAccumulator(str(events)).Reload().Scalars("train/loss")
-    assert {e.step: e.value for e in found} == pytest.approx(logged(plain), rel=1e-5)
+    found = EventAccumulator(str(events)).Reload()
+    for key in ("loss", "in_batch_accuracy", "similarity_overlap"):
+        scalars = {e.step: e.value for e in found.Scalars(f"train/{key}")}
+        assert scalars == pytest.approx(logged(plain, key), rel=1e-5)
+    assert {"train/pairs_per_second", "train/peak_memory_gib"} <= set(found.Tags()["scalars"])
