@@ -23,7 +23,7 @@ def similarity_figure(panels: Sequence[tuple[str, Result]]) -> Any:
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     figure = pyplot().Figure(figsize=(4.2 * columns, 3.4 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
     for place, (title, result) in zip(axes.flat, panels, strict=False):
         counts = result.positives, result.negatives
         draw_similarities(*counts, result.overlap, axes=place, title=_plain(title))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.drills", description=__doc__)
-    parser.add_argument("command", choices=("embed", "evaluate", "train"))
+    parser.add_argument("command", choices=("embed", "evaluate", "compress", "index", "train"))
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)

@@ -9,7 +9,7 @@ import pytest
 for needed in ("sentence_transformers", "datasets", "torchvision"):
     pytest.importorskip(needed)
 
-from tests.drills import embed, evaluate  # noqa: E402
+from tests.drills import compress, embed, evaluate, index  # noqa: E402
 
 
 def test_embed_ends_as_if_it_had_not_been_killed(tmp_path: Path) -> None:
@@ -18,3 +18,11 @@ def test_embed_ends_as_if_it_had_not_been_killed(tmp_path: Path) -> None:
 
 def test_evaluate_ends_as_if_it_had_not_been_killed(tmp_path: Path) -> None:
     assert evaluate.run(tmp_path, kills=3, seed=0).total() == 3
+
+
+def test_compress_ends_as_if_it_had_not_been_killed(tmp_path: Path) -> None:
+    assert compress.run(tmp_path, kills=2, seed=0).total() == 2
+
+
+def test_index_ends_as_if_it_had_not_been_killed(tmp_path: Path) -> None:
+    assert index.run(tmp_path, kills=2, seed=0).total() == 2
