@@ -6,8 +6,8 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: test test-long matrix wheels bench docs lint clean
 
-# Files run in their order. The reorder of xdist would leave the longest ones, which have few tests,
-# for the end, where one core waits for the other.
+# Files run in their order, which has short files at the end. The reorder of xdist would leave the
+# longest ones, which have few tests, for the end, where one core waits for the other.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
 	--no-loadscope-reorder
 

@@ -66,7 +66,7 @@ def kernels(session: nox.Session, versions: str) -> None:
 def hosts(session: nox.Session) -> None:
     """Trainers and the model package with the lowest versions of their dependencies."""
     install(session, ".[test]", *SETS["oldest"], *LOWEST)
-    test(session, HOSTS, "tests/llave", "tests/test_docs.py")
+    test(session, HOSTS, "tests/llave", "tests/docs")
 
 
 @nox.session

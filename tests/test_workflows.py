@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from llave_kernels.version import __version__
+
 yaml = pytest.importorskip("yaml")
 pytest.importorskip("nox")
 tomllib = pytest.importorskip("tomllib")  # part of Python from 3.11
@@ -103,3 +105,7 @@ def test_pinned_tools_have_our_versions() -> None:
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
     found = dict(re.findall(r"\[([\w-]+)==(\S+)\]", hooks))
     assert found == {name: PINS[name] for name in ("ruff", "clang-format")}
+
+
+def test_the_citation_names_this_version() -> None:
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
