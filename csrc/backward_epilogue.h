@@ -81,7 +81,8 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
     bool in_window = true;
     CUTE_UNROLL
     for (int w = 0; w < kWarps; ++w) in_window = in_window && !shared.outside[w];
-    const bool edge = i0 + kRows > p.n || j0 + kColumns > p.m;
+    // The sum takes no pairs beyond the edges. What is stored of them does not matter.
+    const bool edge = kSumsScale && (i0 + kRows > p.n || j0 + kColumns > p.m);
     const bool plain = in_window && !edge && shared.pairs.plain(rules, s, place, j0);
     float sum = 0.0f;  // of dS_ij s_ij over the thread's negatives
     const auto add = [&](float d, float similarity) {

@@ -33,17 +33,21 @@ def strip_rows(n: int, m: int, itemsize: int) -> int:
     return n if rows >= n else max(1, rows // 128 * 128 or rows)
 
 
-def kept_shape(query: Tensor, target: Tensor) -> tuple[int, ...]:
-    """Shape of the similarities that a forward keeps for its backward: (N, pitch), or (0,).
+def keeps(n: int, m: int, d: int, itemsize: int) -> bool:
+    """Whether a forward keeps the similarities for its backward.
 
-    They are float32. They are kept if they all fit the workspace, so that there is one strip, and
-    if that is faster than computing them again.
+    It does if they all fit the workspace, so that there is one strip, and if that is faster than
+    computing them again.
     """
+    row = d * itemsize
+    fit = 4 * n * _pitch(m) <= (L2 if row < KEPT_ROW else WORKSPACE)
+    return row >= KEPT_ROW_IN_L2 and fit
+
+
+def kept_shape(query: Tensor, target: Tensor) -> tuple[int, ...]:
+    """Shape of the float32 similarities that a forward keeps: (N, pitch), or (0,)."""
     n, (m, d) = query.shape[0], target.shape
-    row = d * query.dtype.itemsize
-    if row < KEPT_ROW_IN_L2 or 4 * n * _pitch(m) > (L2 if row < KEPT_ROW else WORKSPACE):
-        return (0,)
-    return n, _pitch(m)
+    return (n, _pitch(m)) if keeps(n, m, d, query.dtype.itemsize) else (0,)
 
 
 def new_kept(query: Tensor, target: Tensor) -> Tensor | None:

@@ -37,6 +37,7 @@ if INSTALLED:
 SUPER_TILE = 16  # most tiles per program along each side; fewer if the GPU would not be full
 PROGRAMS_PER_SM = 4
 COMBINE_BLOCK = 128
+SUM_TILE = 64 * 128  # pairs of the largest tile that sums the scale's gradient; larger ones spill
 LOSS_BLOCK = 1024
 # Set here, because TRITON_DEFAULT_FP_FUSION in the environment would change the results.
 COMPILE = {"enable_fp_fusion": True}
@@ -337,10 +338,13 @@ class _Backward(_Call):
     def fill(
         self, tile: tiles.Tile, ds: Tensor, start: int, stop: int, *, sums: bool
     ) -> Tensor | None:
-        """Fill a strip of dS. With ``sums``, return its part of the scale's gradient ()."""
+        """Fill a strip of dS. With ``sums``, return its part of the scale's gradient (), if the
+        tile can sum it.
+        """
         n_m, n_n = triton.cdiv(stop - start, tile.bm), triton.cdiv(len(self.target), tile.bn)
         tiles_each = math.prod(_super_tile(n_m, n_n, self.query.device))
         programs = triton.cdiv(n_m * n_n, tiles_each)
+        sums = sums and tile.bm * tile.bn <= SUM_TILE
         parts = ds.new_empty(programs, dtype=torch.float32) if sums else None
         kernels.strip_kernel[(programs,)](
             *self.inputs, *self.gradients, ds, parts, start, stop, *self.sizes[1:], ds.stride(0),
