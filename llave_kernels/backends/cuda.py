@@ -116,7 +116,7 @@ def forward(
     """The log-sum-exps, in float32."""
     call = _Call(query, target, logit_scale, rules)
     outputs = LogSumExps(*(query.new_empty(k, dtype=torch.float32) for k in call.lengths))
-    call.forward(*(x.data_ptr() for x in outputs), kept)
+    call.forward(*(x.data_ptr() for x in outputs), kept=kept)
     return outputs
 
 
@@ -136,7 +136,7 @@ def total_loss(
     total = query.new_empty((), dtype=torch.float32)
     *vectors, gain = call.places(results)
     outputs, slopes = vectors[:3], vectors[3:]
-    call.forward(*outputs, kept)
+    call.forward(*outputs, kept=kept)
     _cuda.loss(
         device=call.launch["device"],
         problem=call.problem,
