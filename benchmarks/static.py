@@ -125,7 +125,7 @@ def extension(path: Path) -> Iterator[Row]:
 
 def _kept(element: str, registers: int, text: str) -> Row:
     (bm, bn), threads = KEPT_TILE, 256
-    (target,) = re.findall(r"EF_CUDA_SM(\d+)", text.partition("\n")[0])
+    target = re.findall(r"EF_CUDA_SM(\d+)", text)[0]
     row = {
         "backend": "cuda",
         "architecture": int(target),
