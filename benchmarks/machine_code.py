@@ -78,16 +78,13 @@ class Code:
     def epilogue(self, exponentials: int, shuffles: int = 0) -> int | None:
         """Instructions of the cheapest road with so many exponentials and shuffles, or None.
 
-        A road leads from one matrix product to the next, or to the end. A warp's road depends on
-        the call and its data. Instructions that a predicate switches off are issued, so they count.
+        A road leads from one matrix product to the next, or to the end. Without products it leads
+        from the start to the end. A warp's road depends on the call and its data. Instructions that
+        a predicate switches off are issued, so they count.
         """
         blocks = self._blocks
-        queue = [
-            (0, i, exponentials, shuffles)
-            for block in blocks
-            if block.matrix
-            for i in block.followers
-        ]
+        starts = [i for block in blocks if block.matrix for i in block.followers] or [0]
+        queue = [(0, i, exponentials, shuffles) for i in starts]
         seen: set[tuple[int, int, int]] = set()
         while queue:
             cost, i, *missing = heapq.heappop(queue)

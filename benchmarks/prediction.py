@@ -9,7 +9,8 @@ The matrix work and the traffic of one forward and backward are counted:
     kernel       waves of tiles. An SM works on ``resident`` tiles at a time: those of a ping-pong
                  kernel's two groups, or as many blocks as fit. A tile takes the longest of its
                  main loop, its epilogue's issue, and both together over ``resident``. A backward
-                 kernel also writes dS to memory.
+                 kernel also writes dS to memory. Where similarities are kept, the forward also
+                 writes them, and the backward reads them and has no main loop.
     product      of a gradient: the fastest of some tiles and splits of the sum, or its traffic to
                  memory
     rounding     its traffic to memory
@@ -72,15 +73,23 @@ class Kernel:
         return _waves(n, m, self.bm, self.bn) * max(main, issue, latency / self.resident)
 
 
-def step(forward: Kernel, backward: Kernel, n: int, m: int, d: int) -> dict[str, float]:
-    """Milliseconds of the parts, and TFLOP/s counted as 8NMD. Both directions, bfloat16."""
+def step(
+    forward: Kernel, backward: Kernel, kept: Kernel, n: int, m: int, d: int
+) -> dict[str, float]:
+    """Milliseconds of the parts, and TFLOP/s counted as 8NMD. Both directions, bfloat16.
+
+    ``kept``: the backward that reads similarities instead of computing them.
+    """
+    keeps = strip_gemm.keeps(n, m, d, ITEMSIZE)
+    similarities = 4 * n * m / MEMORY if keeps else 0.0
     rows = strip_gemm.strip_rows(n, m, ITEMSIZE)
     times = dict.fromkeys(("forward_ms", "backward_ms", "products_ms", "rounding_ms"), 0.0)
     for start in range(0, n, rows):
         strip = min(rows, n - start)
         ds = strip * m * ITEMSIZE
-        times["forward_ms"] += forward.seconds(strip, m, d)
-        times["backward_ms"] += max(backward.seconds(strip, m, d), ds / MEMORY)
+        times["forward_ms"] += max(forward.seconds(strip, m, d), similarities)
+        again = kept.seconds(strip, m, 0) if keeps else backward.seconds(strip, m, d)
+        times["backward_ms"] += max(again, ds / MEMORY + similarities)
         queries, targets = strip * d * ITEMSIZE, m * d * ITEMSIZE
         times["products_ms"] += _product(strip, d, m, ds + targets + queries)
         # dT: rounded at once, or in float32 that later strips read and write
@@ -95,7 +104,7 @@ def step(forward: Kernel, backward: Kernel, n: int, m: int, d: int) -> dict[str,
 
 def resident(registers: int, threads: int, shared: int) -> int:
     """Blocks that fit an SM."""
-    return max(1, min(REGISTERS // (registers * threads), SHARED // shared))
+    return max(1, min(REGISTERS // (registers * threads), SHARED // max(1, shared)))
 
 
 def _main_loop(bm: int, bn: int, d: int, cluster: int) -> float:

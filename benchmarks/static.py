@@ -17,6 +17,9 @@ without rules:
     per_element       ``epilogue`` for each element of the tile that the thread holds
     shared_bytes      of a block. Of the extension's kernels, their tiles of operands alone
 
+The kernel "kept" is the backward that reads the similarities that a forward has kept. Its epilogue
+is the whole kernel.
+
 ``predictions.csv`` has what ``prediction.py`` makes of that: milliseconds of a step, and TFLOP/s
 counted as 8NMD.
 """
@@ -43,7 +46,7 @@ import torch
 import llave_kernels
 from benchmarks import machine_code, prediction
 from llave_kernels.atomic_files import publish
-from llave_kernels.backends import tiles
+from llave_kernels.backends import strip_gemm, tiles
 
 KERNELS = [
     "label", "backend", "architecture", "kernel", "element", "tile", "threads", "registers",
@@ -52,18 +55,21 @@ KERNELS = [
 ]  # fmt: skip
 PREDICTIONS = [
     "label", "backend", "n", "m", "d", "element", "flops_convention", "forward_tile",
-    "backward_tile", "forward_ms", "backward_ms", "products_ms", "rounding_ms", "step_ms",
+    "backward_tile", "keeps", "forward_ms", "backward_ms", "products_ms", "rounding_ms", "step_ms",
     "tflops", "assumed",
 ]  # fmt: skip
 SIZES = tuple(itertools.product((4096, 16384, 65536), (384, 1536, 3584)))
 ELEMENTS = {"bfloat16_t": "bfloat16", "half_t": "float16", "tfloat32_t": "tf32", "float": "tf32"}
 TRITON_ELEMENTS = {"bf16": ("bfloat16", 2), "fp32": ("tf32", 4)}
+NAMES = {"forward_kernel": "forward", "strip_kernel": "backward"}
 # The main loop's stages and tile in a demangled name, then the element type.
 CUTLASS = re.compile(
     r"MainloopSm(?P<architecture>\d+)\w*<(?P<stages>\d+), cute::tuple<cute::C<(?P<cluster>\d+)>.*?"
     r"cute::tuple<cute::C<(?P<bm>\d+)>, cute::C<(?P<bn>\d+)>, cute::C<(?P<bk>\d+)> ?>, "
     r"(?:cutlass::)?(?P<element>\w+),.*llave::(?P<kernel>\w+)Epilogue<"
 )
+KEPT = re.compile(r"kept_kernel<llave::BackwardEpilogue<llave::Warp, (?:cutlass::)?(\w+),")
+KEPT_TILE = 64, 128  # csrc/tiles.h
 Row = dict[str, Any]
 
 
@@ -89,7 +95,10 @@ def extension(path: Path) -> Iterator[Row]:
     """A row for each GEMM kernel of the compiled extension."""
     registers = machine_code.registers(path)
     for name, text in machine_code.functions(path):
-        found = CUTLASS.search(_demangled(name))
+        readable = _demangled(name)
+        if kept := KEPT.search(readable):
+            yield _kept(ELEMENTS[kept[1]], registers[name], text)
+        found = CUTLASS.search(readable)
         if found is None:
             continue
         architecture, bm, bn, cluster = (
@@ -114,12 +123,34 @@ def extension(path: Path) -> Iterator[Row]:
         yield row | _counts(text, elements, columns * 7 // 8)
 
 
-def triton_kernel(kernel: str, element: str, tile: tiles.Tile) -> Row:
-    """The row of a kernel compiled for sm_90, for a call without rules."""
+def _kept(element: str, registers: int, text: str) -> Row:
+    (bm, bn), threads = KEPT_TILE, 256
+    target = re.findall(r"EF_CUDA_SM(\d+)", text)[0]
+    row = {
+        "backend": "cuda",
+        "architecture": int(target),
+        "kernel": "kept",
+        "element": element,
+        "tile": f"{bm}x{bn}",
+        "threads": threads,
+        "registers": registers,
+        "shared_bytes": 0,
+        "cluster": 1,
+    }
+    row["resident"] = _resident(row)
+    return row | _counts(text, bm * bn // threads)
+
+
+def triton_kernel(kernel: str, element: str, tile: tiles.Tile, *, kept: bool = False) -> Row:
+    """The row of a kernel compiled for sm_90, for a call without rules.
+
+    ``kept``: the backward that reads similarities.
+    """
     from tests.llave_kernels.backends import compile_triton
 
     absent = (*compile_triton.RULES, "p_gain")
-    compiled = compile_triton.compiled(kernel, 90, element, tile, absent=absent)
+    options = ["p_similarity"] if kept else []
+    compiled = compile_triton.compiled(kernel, 90, element, tile, absent=absent, options=options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
@@ -128,7 +159,7 @@ def triton_kernel(kernel: str, element: str, tile: tiles.Tile) -> Row:
     row = {
         "backend": "triton",
         "architecture": 90,
-        "kernel": {"forward_kernel": "forward", "strip_kernel": "backward"}[kernel],
+        "kernel": "kept" if kept else NAMES[kernel],
         "element": TRITON_ELEMENTS[element][0],
         "tile": f"{tile.bm}x{tile.bn}",
         "threads": 32 * tile.warps,
@@ -145,15 +176,16 @@ def predictions(rows: list[Row]) -> Iterator[Row]:
     known = [r for r in rows if (r["architecture"], r["element"]) == (90, "bfloat16")]
     for backend, (n, d) in itertools.product(("cuda", "triton"), SIZES):
         chosen = {}
-        for kernel in ("forward", "backward"):
+        for kernel in ("forward", "backward", "kept"):
             mine = [r for r in known if (r["backend"], r["kernel"]) == (backend, kernel)]
             if backend == "triton":
                 tile = tiles.table(9, torch.bfloat16, d, n)
                 mine = [r for r in mine if r["tile"] == f"{tile.bm}x{tile.bn}"]
             # The extension's own choice is not known here. The model's is taken.
             chosen[kernel] = min(mine, key=lambda r: _kernel(r).seconds(n, n, d), default=None)
-        forward, backward = chosen["forward"], chosen["backward"]
-        if forward and backward:
+        forward, backward, kept = (chosen[name] for name in ("forward", "backward", "kept"))
+        if forward and backward and kept:
+            keeps = strip_gemm.keeps(n, n, d, prediction.ITEMSIZE)
             yield {
                 "label": "counted",
                 "backend": backend,
@@ -163,9 +195,10 @@ def predictions(rows: list[Row]) -> Iterator[Row]:
                 "element": "bfloat16",
                 "flops_convention": "8NMD",
                 "forward_tile": forward["tile"],
-                "backward_tile": backward["tile"],
+                "backward_tile": (kept if keeps else backward)["tile"],
+                "keeps": keeps,
                 "assumed": prediction.ASSUMED,
-            } | prediction.step(_kernel(forward), _kernel(backward), n, n, d)
+            } | prediction.step(_kernel(forward), _kernel(backward), _kernel(kept), n, n, d)
 
 
 def _kernel(row: Row) -> prediction.Kernel:
@@ -189,6 +222,8 @@ def _triton() -> Iterator[Row]:
         for tile in tiles.CANDIDATES[tiles.Kind(9, itemsize)]:
             print(kernel, element, tuple(tile), file=sys.stderr)
             yield triton_kernel(kernel, element, tile)
+            if kernel == "strip_kernel":
+                yield triton_kernel(kernel, element, tile, kept=True)
 
 
 def _counts(text: str, elements: int, shuffles: int = 0) -> Row:

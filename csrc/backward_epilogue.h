@@ -23,6 +23,9 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
   static constexpr int kRows = Tile::kRows, kColumns = Tile::kColumns;
   static constexpr int kWarps = Place_::kThreads / 32;
   static constexpr float kWindow = 40.0f, kLargest = 1e30f;
+  static constexpr float kLargestSimilarity = std::numeric_limits<float>::max();
+  // Whether it sums the scale's gradient. In larger tiles the sum takes registers that are not left.
+  static constexpr bool kSumsScale = kRows == tile_rows(Size::small);
 
   // Of a tile's rows or columns: the log-sum-exp, the upstream gradient, and what the gradient
   // weighs in the window.
@@ -78,23 +81,33 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
     bool in_window = true;
     CUTE_UNROLL
     for (int w = 0; w < kWarps; ++w) in_window = in_window && !shared.outside[w];
-    const bool plain = in_window && shared.pairs.plain(rules, s, place, j0);
+    // The sum takes no pairs beyond the edges. What is stored of them does not matter.
+    const bool edge = kSumsScale && (i0 + kRows > p.n || j0 + kColumns > p.m);
+    const bool plain = in_window && !edge && shared.pairs.plain(rules, s, place, j0);
+    float sum = 0.0f;  // of dS_ij s_ij over the thread's negatives
+    const auto add = [&](float d, float similarity) {
+      if constexpr (kSumsScale) sum = fmaf(d, similarity, sum);
+    };
     if (plain && (other.row == other.column || !rules.symmetric)) {
       const float factor = other.row;
       store(s, place, i0, j0, [&](int r) {
         const float weight = shared.rows.weight[place.row(r)];
-        return [=, &s, &shared](int c) {
-          return exponential(fmaf(s(r, c), factor, -upper)) *
-                 (weight + shared.columns.weight[place.column(c)]);
+        return [=, &s, &shared, &add](int c) {
+          const float d = exponential(fmaf(s(r, c), factor, -upper)) *
+                          (weight + shared.columns.weight[place.column(c)]);
+          add(d, s(r, c));
+          return d;
         };
       });
     } else if (plain) {
       store(s, place, i0, j0, [&](int r) {
         const float weight = shared.rows.weight[place.row(r)];
-        return [=, &s, &shared](int c) {
-          return exponential(fmaf(s(r, c), other.row, -upper)) * weight +
-                 exponential(fmaf(s(r, c), other.column, -upper)) *
-                     shared.columns.weight[place.column(c)];
+        return [=, &s, &shared, &add](int c) {
+          const float d = exponential(fmaf(s(r, c), other.row, -upper)) * weight +
+                          exponential(fmaf(s(r, c), other.column, -upper)) *
+                              shared.columns.weight[place.column(c)];
+          add(d, s(r, c));
+          return d;
         };
       });
     } else {
@@ -105,7 +118,7 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
         const int positive = shared.pairs.positive_offset(place, j0, i);
         const float limit = shared.pairs.row_limits[i], gradient = shared.rows.gradient[i],
                     lse = shared.rows.lse[i], d_positive = shared.positive[i];
-        return [=, &s, &shared](int c) {
+        return [=, &s, &shared, &add](int c) {
           const int j = place.column(c);
           const bool mine = shared.pairs.owners[j] == label;
           float d = gradient * exponential(logit(s(r, c), mine, limit, own.row, other.row) - lse);
@@ -114,9 +127,13 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
                                   other.column);
             d += shared.columns.gradient[j] * exponential(z - shared.columns.lse[j]);
           }
+          add(d, fmaxf(s(r, c), -kLargestSimilarity));  // d is 0 at -infinity
           return positive == Place_::column_offset(c) ? d_positive : d;
         };
       });
+    }
+    if constexpr (kSumsScale) {
+      if (out.scale_parts != nullptr) store_scale_part(sum, shared, thread, i0, j0, scale);
     }
   }
 
@@ -176,6 +193,22 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
     }
   }
 
+  // d logit_scale is the sum of dS_ij s_ij over the scale. `sum` is the thread's sum over negatives.
+  CUTE_DEVICE void store_scale_part(float sum, SharedStorage const& shared, int thread, int i0,
+                                    int j0, float scale) const {
+    const BackwardOutputs& out = params.outputs;
+    for (int k = thread; k < kRows && i0 + k < params.problem.n; k += Place_::kThreads) {
+      const int column = shared.pairs.labels[k] - j0;
+      if (column >= 0 && column < kColumns) {
+        sum += shared.positive[k] * (out.positive[i0 + k] / scale);
+      }
+    }
+    sum = warp_sum<Warp>(sum);
+    const int64_t number =
+        int64_t(i0 / kRows) * tiles_over(params.problem.m, kColumns) + j0 / kColumns;
+    if (thread % 32 == 0) out.scale_parts[number * kWarps + thread / 32] = sum / scale;
+  }
+
   CUTE_DEVICE static void store(const float (&values)[8], Element* row, bool inside, int columns,
                                 int c, int lane) {
     using namespace cute;
@@ -201,5 +234,14 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
     }
   }
 };
+
+// How many parts of the scale's gradient a backward writes if they are asked for: one of each warp
+// of each small tile. Larger tiles write none.
+template <int Architecture, class Element>
+int64_t scale_parts(const Problem& p, Size size) {
+  if (size != Size::small) return 0;
+  constexpr int warps = Place<Tile<Architecture, Element, Size::small>>::kThreads / 32;
+  return tile_count(p.n, p.m, size) * warps;
+}
 
 }  // namespace llave

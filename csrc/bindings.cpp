@@ -37,6 +37,13 @@ void require(const char* name, Address address, size_t alignment) {
   }
 }
 
+void require_pitch(const char* name, int64_t pitch, const Problem& p) {
+  if (pitch < p.m || pitch % 8 != 0) {
+    refuse(std::string(name) + " = " + std::to_string(pitch) +
+           "; expected a multiple of 8 not below m = " + std::to_string(p.m));
+  }
+}
+
 void require(const char* name, const void* place, size_t alignment) {
   require(name, reinterpret_cast<Address>(place), alignment);
 }
@@ -170,6 +177,14 @@ void require_strip(const Problem& p, int start, int stop) {
   }
 }
 
+// The kept similarities from row `start` on, or nothing for a null pointer.
+Kept take_kept(Address kept, int64_t pitch, const Problem& p, int start) {
+  if (kept == 0) return {nullptr, 0};
+  require("kept", kept, 16);
+  require_pitch("kept_pitch", pitch, p);
+  return {pointer<float>(kept) + start * pitch, pitch};
+}
+
 // Calls `launch` with the architecture and the element type as types.
 template <class Launch>
 auto dispatch(int architecture, Type type, Launch launch) {
@@ -217,7 +232,7 @@ int64_t forward_workspace(const Problem& p, int rows) {
 
 void forward(int device, int architecture, const Problem& whole, int start, int stop,
              Address workspace, int64_t workspace_bytes, Address positive, Address query_lse,
-             Address target_lse, Address stream) {
+             Address target_lse, Address stream, Address kept, int64_t kept_pitch) {
   require_strip(whole, start, stop);
   require("workspace", workspace, 8);
   require("positive", positive, 4);
@@ -232,7 +247,8 @@ void forward(int device, int architecture, const Problem& whole, int start, int 
   auto* column_parts = p.rules.symmetric ? state + p.m : state;
   auto* row_parts =
       p.rules.symmetric ? column_parts + int64_t(tiles_over(p.n, kFewestRows)) * p.m : column_parts;
-  const ForwardOutputs outputs = {row_parts, column_parts, pointer<float>(positive) + start};
+  const ForwardOutputs outputs = {row_parts, column_parts, pointer<float>(positive) + start,
+                                  take_kept(kept, kept_pitch, whole, start)};
   auto* cuda_stream = pointer<CUstream_st>(stream);
   const Size size = dispatch(architecture, p.type, [&](auto number, auto element) {
     select_device(device);
@@ -274,9 +290,10 @@ void loss(int device, const Problem& p, Address positive, Address query_lse, Add
   launch_loss(call, pointer<CUstream_st>(stream));
 }
 
-void backward(int device, int architecture, const Problem& whole, int start, int stop,
-              Address query_lse, Address target_lse, Address d_positive, Address d_query_lse,
-              Address d_target_lse, Address gain, Address ds, int64_t pitch, Address stream) {
+int64_t backward(int device, int architecture, const Problem& whole, int start, int stop,
+                 Address query_lse, Address target_lse, Address d_positive, Address d_query_lse,
+                 Address d_target_lse, Address gain, Address ds, int64_t pitch, Address stream,
+                 Address kept, int64_t kept_pitch, Address positive, Address scale_parts) {
   require_strip(whole, start, stop);
   require("query_lse", query_lse, 4);
   require("d_positive", d_positive, 4);
@@ -286,9 +303,10 @@ void backward(int device, int architecture, const Problem& whole, int start, int
     require("d_target_lse", d_target_lse, 4);
   }
   require("ds", ds, 16);
-  if (pitch < whole.m || pitch % 8 != 0) {
-    refuse("pitch = " + std::to_string(pitch) +
-           "; expected a multiple of 8 not below m = " + std::to_string(whole.m));
+  require_pitch("pitch", pitch, whole);
+  if (scale_parts != 0) {
+    require("scale_parts", scale_parts, 4);
+    require("positive", positive, 4);
   }
   const Problem p = whole.rows(start, stop);
   const BackwardOutputs outputs = {pointer<float>(query_lse) + start,
@@ -298,12 +316,19 @@ void backward(int device, int architecture, const Problem& whole, int start, int
                                    pointer<float>(d_target_lse),
                                    pointer<float>(gain),
                                    pointer<void>(ds),
-                                   pitch};
-  dispatch(architecture, p.type, [&](auto number, auto element) {
+                                   pitch,
+                                   take_kept(kept, kept_pitch, whole, start),
+                                   positive == 0 ? nullptr : pointer<float>(positive) + start,
+                                   pointer<float>(scale_parts)};
+  return dispatch(architecture, p.type, [&](auto number, auto element) {
     select_device(device);
-    launch_backward<decltype(number)::value, decltype(element)>(p, outputs,
-                                                                pointer<CUstream_st>(stream));
+    return launch_backward<decltype(number)::value, decltype(element)>(
+        p, outputs, pointer<CUstream_st>(stream));
   });
+}
+
+int64_t most_scale_parts(const Problem& p, int rows) {
+  return tile_count(rows, p.m, Size::small) * kMostWarps;
 }
 
 }  // namespace
@@ -327,9 +352,10 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("forward", &forward, py::kw_only(), py::arg("device"), py::arg("architecture"),
         py::arg("problem"), py::arg("start"), py::arg("stop"), py::arg("workspace"),
         py::arg("workspace_bytes"), py::arg("positive"), py::arg("query_lse"),
-        py::arg("target_lse"), py::arg("stream"),
+        py::arg("target_lse"), py::arg("stream"), py::arg("kept") = 0, py::arg("kept_pitch") = 0,
         "Positive logits and log-sum-exps of rows start to stop. The strips of a call go from "
-        "the first row on with one workspace; target_lse is complete after the last.");
+        "the first row on with one workspace; target_lse is complete after the last. The "
+        "similarities go into kept (n, kept_pitch) unless that is 0.");
   m.def("loss", &loss, py::kw_only(), py::arg("device"), py::arg("problem"), py::arg("positive"),
         py::arg("query_lse"), py::arg("target_lse"), py::arg("weight"), py::arg("total"),
         py::arg("gain"), py::arg("d_positive"), py::arg("d_query_lse"), py::arg("d_target_lse"),
@@ -340,6 +366,12 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("problem"), py::arg("start"), py::arg("stop"), py::arg("query_lse"),
         py::arg("target_lse"), py::arg("d_positive"), py::arg("d_query_lse"),
         py::arg("d_target_lse"), py::arg("gain"), py::arg("ds"), py::arg("pitch"),
-        py::arg("stream"),
-        "dS of rows start to stop, times `gain` (0: 1), into ds (stop - start, pitch).");
+        py::arg("stream"), py::arg("kept") = 0, py::arg("kept_pitch") = 0,
+        py::arg("positive") = 0, py::arg("scale_parts") = 0,
+        "dS of rows start to stop, times `gain` (0: 1), into ds (stop - start, pitch). It computes "
+        "no similarities if the forward has kept them. `scale_parts` takes parts that sum to the "
+        "gradient of the scale, times `gain`, from these rows. It returns how many, or 0 if the "
+        "tiles are too large for that.");
+  m.def("most_scale_parts", &most_scale_parts, py::arg("problem"), py::arg("rows"),
+        "The most parts of the scale's gradient that `backward` writes for `rows` rows.");
 }

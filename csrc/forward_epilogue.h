@@ -1,9 +1,11 @@
 // Turns a tile of similarities, still in registers, into its part of each row's and each column's
-// sum of exponentials. Only the positives are stored, as logits.
+// sum of exponentials. Of the tile itself only the positives are stored, as logits, unless the
+// backward gets all similarities (kept.h).
 #pragma once
 
 #include "epilogue.h"
 #include "fragment.h"
+#include "kept.h"
 #include "tile_pairs.h"
 #include "tiles.h"
 
@@ -46,6 +48,8 @@ class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
 
     const Place_ place(thread);
     Tensor s = make_tensor(accumulators.data(), matrix_layout(accumulators.layout()));
+    const Kept& kept = params.outputs.kept;
+    if (kept.similarities != nullptr) store_kept(s, place, kept, p.n, i0, j0);
     const bool edge = i0 + kRows > p.n || j0 + kColumns > p.m;
     const bool plain = !edge && shared.pairs.plain(rules, s, place, j0);
     if (plain) {

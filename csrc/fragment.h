@@ -99,6 +99,14 @@ CUTE_DEVICE float warp_max(float x) {
   return column_max<Warp>(quad_max<Warp>(x));
 }
 
+template <class Warp>
+CUTE_DEVICE float warp_sum(float x) {
+  x = quad_sum<Warp>(x);
+  x += Warp::shuffle_xor(x, 4);
+  x += Warp::shuffle_xor(x, 8);
+  return x + Warp::shuffle_xor(x, 16);
+}
+
 // Of two columns, lanes without the bit `mask` keep the first and the others keep the second. Adds
 // what the partner has of it.
 template <class Warp>

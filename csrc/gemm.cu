@@ -66,6 +66,24 @@ void launch(const Problem& p, const Outputs& outputs, const cutlass::KernelHardw
   check(cudaLaunchKernelEx(&config, kernel, params), name);
 }
 
+// The backward without its product: the forward has kept the similarities.
+template <class Epilogue, class Tile>
+__global__ void __launch_bounds__(Place<Tile>::kThreads, 2)
+    kept_kernel(CUTLASS_GRID_CONSTANT const typename Epilogue::Params params) {
+  using namespace cute;
+  __shared__ typename Epilogue::SharedStorage shared;
+  const Problem& p = params.problem;
+  const int across = tiles_over(p.m, Tile::kColumns), thread = threadIdx.x;
+  const int i = blockIdx.x / across, j = blockIdx.x % across;
+  typename Tile::Mma mma;
+  auto accumulators = partition_fragment_C(mma, select<0, 1>(typename Tile::Shape{}));
+  auto s = make_tensor(accumulators.data(), matrix_layout(accumulators.layout()));
+  load_kept(s, Place<Tile>(thread), params.outputs.kept, p.n, i * Tile::kRows, j * Tile::kColumns);
+  Epilogue epilogue(params);
+  epilogue(make_shape(p.n, p.m, p.d, 1), typename Tile::Shape{}, make_coord(i, j, 0, 0),
+           accumulators, mma, 0, thread, reinterpret_cast<char*>(&shared));
+}
+
 template <Size largest, template <class, class, class> class Epilogue, class Outputs>
 Size launch_size(const Problem& p, const Outputs& outputs, cudaStream_t stream, const char* name) {
   cutlass::KernelHardwareInfo hardware;
@@ -98,11 +116,22 @@ Size launch_forward<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>(const Problem& p,
 }
 
 template <>
-void launch_backward<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>(const Problem& p,
-                                                        const BackwardOutputs& outputs,
-                                                        cudaStream_t stream) {
+int64_t launch_backward<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>(const Problem& p,
+                                                           const BackwardOutputs& outputs,
+                                                           cudaStream_t stream) {
+  if (outputs.kept.similarities != nullptr) {
+    using Tile = KeptTile<LLAVE_ELEMENT>;
+    using Epilogue = BackwardEpilogue<Warp, LLAVE_ELEMENT, Tile>;
+    const int64_t blocks =
+        int64_t(tiles_over(p.n, Tile::kRows)) * tiles_over(p.m, Tile::kColumns);
+    kept_kernel<Epilogue, Tile>
+        <<<static_cast<unsigned>(blocks), Place<Tile>::kThreads, 0, stream>>>({p, outputs});
+    check(cudaGetLastError(), "backward");
+    return scale_parts<80, LLAVE_ELEMENT>(p, Size::small);
+  }
   constexpr Size largest = kLargestBackward<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>;
-  launch_size<largest, BackwardEpilogue>(p, outputs, stream, "backward");
+  const Size size = launch_size<largest, BackwardEpilogue>(p, outputs, stream, "backward");
+  return scale_parts<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>(p, size);
 }
 
 }  // namespace llave

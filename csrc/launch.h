@@ -18,8 +18,9 @@ void select_device(int device);
 template <int Architecture, class Element>
 Size launch_forward(const Problem&, const ForwardOutputs&, cudaStream_t stream);
 
+// Returns how many parts of the scale's gradient it writes if they are asked for.
 template <int Architecture, class Element>
-void launch_backward(const Problem&, const BackwardOutputs&, cudaStream_t stream);
+int64_t launch_backward(const Problem&, const BackwardOutputs&, cudaStream_t stream);
 
 void launch_combine(const Combination& rows, const Combination& columns, cudaStream_t stream);
 

@@ -34,10 +34,16 @@ struct Problem {
   }
 };
 
+struct Kept {
+  float* similarities;  // (n, pitch), or null: nothing is kept. See kept.h
+  int64_t pitch;
+};
+
 struct ForwardOutputs {
   ShiftedSum* row_parts;     // (tiles across, n)
   ShiftedSum* column_parts;  // (tiles down, m), unused in one direction
   float* positive;           // (n,) logits of the positives
+  Kept kept;
 };
 
 struct BackwardOutputs {
@@ -46,6 +52,10 @@ struct BackwardOutputs {
   const float* gain;                                     // (), a power of two for dS, null for 1
   void* ds;  // (n, pitch) in the inputs' type; pitch is a multiple of 8 and at least m
   int64_t pitch;
+  Kept kept;
+  // Given if the logit scale learns. `scale_parts` takes a part of its gradient from each warp.
+  const float* positive;  // (n,) logits of the positives
+  float* scale_parts;
 };
 
 }  // namespace llave

@@ -16,10 +16,14 @@ CUTE_HOST_DEVICE constexpr int tile_rows(Size size) {
 CUTE_HOST_DEVICE constexpr int tile_columns(Size size) {
   return size == Size::widest ? 192 : size == Size::wide ? 160 : 128;
 }
-constexpr int kMostRows = 128, kFewestRows = 64, kFewestColumns = 128;
+constexpr int kMostRows = 128, kFewestRows = 64, kFewestColumns = 128, kMostWarps = 8;
 
 CUTE_HOST_DEVICE constexpr int tiles_over(int length, int tile) {
   return static_cast<int>((int64_t(length) + tile - 1) / tile);
+}
+
+CUTE_HOST_DEVICE constexpr int64_t tile_count(int n, int m, Size size) {
+  return int64_t(tiles_over(n, tile_rows(size))) * tiles_over(m, tile_columns(size));
 }
 
 // The GPU works on `multiprocessors` tiles at a time. In the last round, some multiprocessors have
@@ -27,10 +31,7 @@ CUTE_HOST_DEVICE constexpr int tiles_over(int length, int tile) {
 // rounds, and large tiles serve those of at least one. A small batch has more small tiles to spread
 // over the GPU.
 inline Size choose_size(int n, int m, int multiprocessors, Size largest) {
-  const auto rounds = [&](Size size) {
-    return int64_t(tiles_over(n, tile_rows(size))) * tiles_over(m, tile_columns(size)) /
-           multiprocessors;
-  };
+  const auto rounds = [&](Size size) { return tile_count(n, m, size) / multiprocessors; };
   if (rounds(largest) >= 6) return largest;
   return rounds(Size::large) >= 1 ? Size::large : Size::small;
 }

@@ -35,6 +35,11 @@ constexpr Size kLargestBackward = Architecture != 90     ? Size::large
                                   : sizeof(Element) == 4 ? Size::wide
                                                          : Size::widest;
 
+// The tile of the backward that reads similarities from memory and multiplies nothing, whatever the
+// architecture. Two blocks of it fit a multiprocessor.
+template <class Element>
+using KeptTile = Tile<80, Element, Size::small>;
+
 // Two groups of four warps take turns. While one multiplies its tile, the other reduces its own. A
 // thread holds 64 to 192 accumulators in its 232 registers.
 template <class Element, Size size>

@@ -87,10 +87,17 @@ class _Composed:
         self.backend, self.NAME = backend, backend.NAME
 
     def total_loss(
-        self, query: Tensor, target: Tensor, scale: float | Tensor, rules: Rules, weight: float
+        self,
+        query: Tensor,
+        target: Tensor,
+        scale: float | Tensor,
+        rules: Rules,
+        weight: float,
+        *,
+        keep: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...], None]:
         scale = scale_tensor(scale, query)
-        outputs, kept = ops.forward(self.backend, query, target, scale, rules)
+        outputs, kept = ops.forward(self.backend, query, target, scale, rules, keep=keep)
         total, slopes = losses.total_and_slopes(outputs, rules.labels, weight)
         return total, (*outputs, *slopes, kept), None
 
@@ -163,7 +170,9 @@ class _TotalLoss(Function):
         weight: float,
     ) -> Tensor:
         with dispatch.running_on(query):
-            total, saved, prepared = backend.total_loss(query, target, scale, rules, weight)
+            total, saved, prepared = backend.total_loss(
+                query, target, scale, rules, weight, keep=any(ctx.needs_input_grad)
+            )
         ctx.number, tensor = (None, scale) if isinstance(scale, Tensor) else (scale, None)
         ctx.save_for_backward(query, target, tensor, *rules[:TENSORS], *saved)
         ctx.backend, ctx.settings, ctx.weight = backend, rules[TENSORS:], weight

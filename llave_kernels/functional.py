@@ -129,8 +129,8 @@ def hardness_weighted_contrastive_loss(
     loss of a row is ``L_i = softplus(logsumexp of the negatives - p_i)``. The symmetric loss
     averages it with the same loss over the positive's column.
 
-    The N x M matrix is never stored. Rows are not normalised. Pass rows of unit length for cosine
-    similarity.
+    A large N x M matrix is never stored. Rows are not normalised. Pass rows of unit length for
+    cosine similarity.
 
     Args:
         query: (N, D) float32, bfloat16, float16 or float64 (``torch`` backend), any strides.

@@ -43,10 +43,19 @@ def contrastive_logsumexp(
 
 
 def forward(
-    backend: Backend, query: Tensor, target: Tensor, scale: Tensor, rules: Rules
+    backend: Backend,
+    query: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    rules: Rules,
+    *,
+    keep: bool = True,
 ) -> tuple[LogSumExps, Tensor]:
-    """The log-sum-exps, and the tensor that the backend keeps for its backward."""
-    shape = backend.kept_shape(query, target, rules)
+    """The log-sum-exps, and the tensor that the backend keeps for its backward.
+
+    It keeps nothing without ``keep``.
+    """
+    shape = backend.kept_shape(query, target, rules) if keep else (0,)
     kept = query.new_empty(shape, dtype=accumulation_dtype(query.dtype))
     return backend.forward(query, target, scale, rules, kept), kept
 

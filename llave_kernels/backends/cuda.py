@@ -106,8 +106,8 @@ def margin_limit(query: Tensor, target: Tensor, labels: Tensor | None, margin: f
 
 
 def kept_shape(query: Tensor, target: Tensor, rules: Rules) -> tuple[int, ...]:
-    """(0,): nothing is kept. The backward computes the similarities again."""
-    return (0,)
+    """As ``Backend.kept_shape``."""
+    return strip_gemm.kept_shape(query, target)
 
 
 def forward(
@@ -116,20 +116,27 @@ def forward(
     """The log-sum-exps, in float32."""
     call = _Call(query, target, logit_scale, rules)
     outputs = LogSumExps(*(query.new_empty(k, dtype=torch.float32) for k in call.lengths))
-    call.forward(*(x.data_ptr() for x in outputs))
+    call.forward(*(x.data_ptr() for x in outputs), kept=kept)
     return outputs
 
 
 def total_loss(
-    query: Tensor, target: Tensor, scale: float | Tensor, rules: Rules, weight: float
+    query: Tensor,
+    target: Tensor,
+    scale: float | Tensor,
+    rules: Rules,
+    weight: float,
+    *,
+    keep: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...], object]:
     """As ``FusedLoss.total_loss``. It saves the results: six vectors and the gain."""
     call = _Call(query, target, scale, rules)
+    kept = strip_gemm.new_kept(query, target) if keep else None
     results = query.new_empty(2 * sum(call.lengths) + 1, dtype=torch.float32)
     total = query.new_empty((), dtype=torch.float32)
     *vectors, gain = call.places(results)
     outputs, slopes = vectors[:3], vectors[3:]
-    call.forward(*outputs)
+    call.forward(*outputs, kept=kept)
     _cuda.loss(
         device=call.launch["device"],
         problem=call.problem,
@@ -140,7 +147,8 @@ def total_loss(
         **dict(zip(OUTPUTS, outputs, strict=True)),
         **dict(zip(UPSTREAM, slopes, strict=True)),
     )
-    return total, (results,), None if call.copies else call
+    saved = (results,) if kept is None else (results, kept)
+    return total, saved, None if call.copies else call
 
 
 def backward(
@@ -158,7 +166,11 @@ def backward(
     gain = products.gain(logit_scale, *upstream) if query.dtype == torch.float16 else None
     call = _Call(query, target, logit_scale, rules)
     vectors = [x.data_ptr() for x in (*outputs, *upstream)]
-    return call.gradients(vectors, gain, gain, scale_gradient=scale_gradient)
+    # What launches a loss composed from log-sum-exps has many launches anyway. So the scale's
+    # gradient is left to the products.
+    return call.gradients(
+        vectors, gain, gain, kept, scale_gradient=scale_gradient, scale_parts=False
+    )
 
 
 def total_gradients(
@@ -174,10 +186,13 @@ def total_gradients(
 ) -> Gradients:
     """As ``FusedLoss.total_gradients``."""
     call = prepared if isinstance(prepared, _Call) else _Call(query, target, scale, rules)
-    (results,) = saved
+    results, *kept = saved
     factor, divisor = products.factors(query.dtype, results[-1], d_total)
     vectors = call.places(results)[:6]
-    return call.gradients(vectors, factor, divisor, scale_gradient=scale_gradient)
+    return call.gradients(
+        vectors, factor, divisor, kept[0] if kept else None,
+        scale_gradient=scale_gradient, scale_parts=scale_gradient,
+    )  # fmt: skip
 
 
 class _Call:
@@ -235,8 +250,8 @@ class _Call:
         start = results.data_ptr()
         return [start + 4 * size for size in sizes]
 
-    def forward(self, positive: int, query_lse: int, target_lse: int) -> None:
-        """Fill the log-sum-exps at these addresses."""
+    def forward(self, positive: int, query_lse: int, target_lse: int, kept: Tensor | None) -> None:
+        """Fill the log-sum-exps at these addresses, and ``kept`` if there is room in it."""
         n, m, itemsize = self.query.shape[0], self.target.shape[0], self.query.dtype.itemsize
         rows = strip_gemm.strip_rows(n, m, itemsize)
         workspace_bytes = _cuda.forward_workspace(self.problem, rows)
@@ -251,6 +266,7 @@ class _Call:
                 positive=positive,
                 query_lse=query_lse,
                 target_lse=target_lse,
+                **_kept(kept),
             )
 
     def gradients(
@@ -258,18 +274,25 @@ class _Call:
         vectors: list[int],
         factor: Tensor | None,
         divisor: Tensor | None,
+        kept: Tensor | None,
         *,
         scale_gradient: bool,
+        scale_parts: bool,
     ) -> Gradients:
         """The gradients, from dS times ``factor``, over ``divisor``. None is 1.
 
         ``vectors``: the addresses of the log-sum-exps and of their upstream gradients.
+        ``scale_parts``: whether the kernel sums the scale's gradient, where its tiles can.
         """
-        _, query_lse, target_lse, *upstream = vectors
-        given = dict(zip(UPSTREAM, upstream, strict=True))
+        positive, query_lse, target_lse, *upstream = vectors
+        given = dict(zip(UPSTREAM, upstream, strict=True)) | _kept(kept)
 
-        def fill(ds: Tensor, start: int, stop: int) -> None:
-            _cuda.backward(
+        def fill(ds: Tensor, start: int, stop: int) -> Tensor | None:
+            parts = None
+            if scale_parts:
+                count = _cuda.most_scale_parts(self.problem, stop - start)
+                parts = ds.new_empty(count, dtype=torch.float32)
+            count = _cuda.backward(
                 **self.launch,
                 start=start,
                 stop=stop,
@@ -279,7 +302,10 @@ class _Call:
                 gain=_address(factor),
                 ds=ds.data_ptr(),
                 pitch=ds.stride(0),
+                positive=positive,
+                scale_parts=_address(parts),
             )
+            return parts[:count].sum() if parts is not None and count else None
 
         return strip_gemm.gradients(
             self.query, self.target, self.scale, fill, divisor, scale_gradient=scale_gradient
@@ -288,3 +314,10 @@ class _Call:
 
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+def _kept(kept: Tensor | None) -> dict[str, int]:
+    """The arguments for the kept similarities. Without any, the defaults hold."""
+    if kept is None or not kept.numel():
+        return {}
+    return {"kept": kept.data_ptr(), "kept_pitch": kept.stride(0)}

@@ -69,7 +69,10 @@ class Backend(Protocol):
     def forward(
         self, query: Tensor, target: Tensor, logit_scale: Tensor, rules: Rules, kept: Tensor
     ) -> LogSumExps:
-        """The log-sum-exps. ``kept`` is uninitialised, and the forward fills it."""
+        """The log-sum-exps. ``kept`` is uninitialised, and the forward fills it.
+
+        It has the shape ``kept_shape``, or (0,) if no gradient is asked for.
+        """
 
     def backward(
         self,
@@ -119,11 +122,19 @@ class FusedLoss(Protocol):
     NAME: str
 
     def total_loss(
-        self, query: Tensor, target: Tensor, scale: float | Tensor, rules: Rules, weight: float
+        self,
+        query: Tensor,
+        target: Tensor,
+        scale: float | Tensor,
+        rules: Rules,
+        weight: float,
+        *,
+        keep: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...], object]:
         """``weight`` times the sum of the rows' losses (), and what the gradients are made from.
 
         ``scale`` is a number, or a tensor () as in ``Backend``. The loss may be changed in place.
+        ``keep``: whether similarities may be kept. They are not needed if no gradient is asked for.
         The second result is saved for the backward. The third is whatever spares
         ``total_gradients`` some work if the inputs are still the same objects.
         """

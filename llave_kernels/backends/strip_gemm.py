@@ -15,7 +15,15 @@ from torch import Tensor
 from llave_kernels.backends.products import add_product, product, store_product
 from llave_kernels.backends.protocol import Gradients
 
-WORKSPACE = 256 << 20  # bytes of dS at a time
+WORKSPACE = 256 << 20  # bytes of dS at a time, and of similarities that a forward keeps
+# Bytes of a row of embeddings from which a forward keeps similarities. Keeping writes and reads 4
+# bytes a pair. That takes as long as a product over 1,067 elements of 2 bytes at 800 TFLOP/s and 3
+# TB/s, or over 582 at the 5.5 TB/s of an L2 cache. These rates are a model of an H100, as in
+# benchmarks/prediction.py. They are not measured. The forward's writes run beside its products.
+# That is worth more than the rounding of these numbers.
+KEPT_ROW = 2048
+KEPT_ROW_IN_L2 = 1280
+L2 = 16 << 20  # bytes of similarities that stay in the L2 cache beside dS
 ALIGNMENT = 16  # elements: tensor-core GEMMs need 16 bytes, Triton's stores 16 elements
 
 
@@ -25,11 +33,34 @@ def strip_rows(n: int, m: int, itemsize: int) -> int:
     return n if rows >= n else max(1, rows // 128 * 128 or rows)
 
 
+def keeps(n: int, m: int, d: int, itemsize: int) -> bool:
+    """Whether a forward keeps the similarities for its backward.
+
+    It does if they all fit the workspace, so that there is one strip, and if that is faster than
+    computing them again.
+    """
+    row = d * itemsize
+    fit = 4 * n * _pitch(m) <= (L2 if row < KEPT_ROW else WORKSPACE)
+    return row >= KEPT_ROW_IN_L2 and fit
+
+
+def kept_shape(query: Tensor, target: Tensor) -> tuple[int, ...]:
+    """Shape of the float32 similarities that a forward keeps: (N, pitch), or (0,)."""
+    n, (m, d) = query.shape[0], target.shape
+    return (n, _pitch(m)) if keeps(n, m, d, query.dtype.itemsize) else (0,)
+
+
+def new_kept(query: Tensor, target: Tensor) -> Tensor | None:
+    """Room for what a forward keeps, or None."""
+    shape = kept_shape(query, target)
+    return None if shape == (0,) else query.new_empty(shape, dtype=torch.float32)
+
+
 def gradients(
     query: Tensor,
     target: Tensor,
     logit_scale: float | Tensor,
-    fill: Callable[[Tensor, int, int], None],
+    fill: Callable[[Tensor, int, int], Tensor | None],
     gain: Tensor | None,
     *,
     scale_gradient: bool,
@@ -37,41 +68,45 @@ def gradients(
     """The gradients. That of logit_scale is uninitialised unless ``scale_gradient``.
 
     ``fill(ds, start, stop)`` writes ``gain * dS`` of those rows into the first M columns of ``ds``.
-    ``ds`` is contiguous, and its width is a multiple of 16. ``gain`` is 0-d, or None for 1.
+    ``ds`` is contiguous, and its width is a multiple of 16. ``gain`` is 0-d, or None for 1. If
+    ``fill`` returns a tensor (), that is the strip's part of the scale's gradient, times ``gain``.
+    If it returns None, the part is summed from the strip of dQ.
     """
     n, m = query.shape[0], target.shape[0]  # len(x) takes three times as long on the host
     workspace = strip_workspace(query, target)
     rows = workspace.shape[0]
     d_query = query.new_empty(query.shape)
-    d_scale = query.new_empty((), dtype=torch.float32)
     final = rows >= n and gain is None  # the first product is dT itself
     d_target = target.new_empty(target.shape, dtype=target.dtype if final else torch.float32)
-    sums = []
+    sums: list[Tensor] = []
     for start in range(0, n, rows):
         stop = min(start + rows, n)
         ds, queries, out = workspace, query, d_query
         if rows < n:
             ds, queries, out = workspace[: stop - start], query[start:stop], d_query[start:stop]
-        fill(ds, start, stop)
+        d_scale = fill(ds, start, stop)
         ds = ds[:, :m]
-        if gain is None and not scale_gradient:
+        sums_products = scale_gradient and d_scale is None
+        if gain is None and not sums_products:
             store_product(out, ds, target)
         else:
             strip = product(ds, target)
             _round(out, strip, gain)
-            if scale_gradient:  # from dQ before it is rounded, because the terms cancel
-                sums.append(strip.mul_(queries).sum())
+            if sums_products:  # from dQ before it is rounded, because the terms cancel
+                d_scale = strip.mul_(queries).sum().div_(logit_scale)
             del strip
+        if d_scale is not None:
+            sums.append(d_scale)
         put = add_product if start else store_product
         put(d_target, ds.T, queries)
     del workspace, ds  # before the last allocation
     if d_target.dtype != target.dtype or gain is not None:
         total, d_target = d_target, target.new_empty(target.shape)
         _round(d_target, total, gain)
-    if scale_gradient:
-        whole = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
-        torch.div(whole, logit_scale if gain is None else logit_scale * gain, out=d_scale)
-    return Gradients(d_query, d_target, d_scale)
+    if not sums:
+        return Gradients(d_query, d_target, query.new_empty((), dtype=torch.float32))
+    d_scale = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+    return Gradients(d_query, d_target, d_scale if gain is None else d_scale.div_(gain))
 
 
 def _round(out: Tensor, x: Tensor, gain: Tensor | None) -> None:

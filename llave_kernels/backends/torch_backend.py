@@ -172,7 +172,7 @@ class _Strips:
         They are copied from ``kept`` if the strip is there. With ``fresh`` they are computed, and
         stored in ``kept`` if there is room.
         """
-        keeps = strip.stop <= self.kept.shape[1]
+        keeps = strip.stop <= self.kept.shape[-1]
         if keeps and not fresh:
             return self.kept[:, strip].clone()
         similarity = product(self.target, self.queries(strip).T)

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llave_kernels.backends import positives, tiles
+from llave_kernels.backends import positives, strip_gemm, tiles
 from llave_kernels.backends.products import factors, gain
 from llave_kernels.backends.protocol import Gradients, LogSumExps
 from llave_kernels.backends.rows import ROW_BYTES, aligned
-from llave_kernels.backends.strip_gemm import ALIGNMENT, gradients, strip_workspace
+from llave_kernels.backends.strip_gemm import ALIGNMENT, strip_workspace
 from llave_kernels.precision import float32_matmul
 from llave_kernels.rules import Rules
 
@@ -37,6 +37,7 @@ if INSTALLED:
 SUPER_TILE = 16  # most tiles per program along each side; fewer if the GPU would not be full
 PROGRAMS_PER_SM = 4
 COMBINE_BLOCK = 128
+SUM_TILE = 64 * 128  # pairs of the largest tile that sums the scale's gradient; larger ones spill
 LOSS_BLOCK = 1024
 # Set here, because TRITON_DEFAULT_FP_FUSION in the environment would change the results.
 COMPILE = {"enable_fp_fusion": True}
@@ -79,8 +80,8 @@ def margin_limit(query: Tensor, target: Tensor, labels: Tensor | None, margin: f
 
 
 def kept_shape(query: Tensor, target: Tensor, rules: Rules) -> tuple[int, ...]:
-    """(0,): nothing is kept. The backward computes the similarities again."""
-    return (0,)
+    """As ``Backend.kept_shape``."""
+    return strip_gemm.kept_shape(query, target)
 
 
 def forward(
@@ -88,28 +89,37 @@ def forward(
 ) -> LogSumExps:
     """The log-sum-exps, in float32."""
     call = _Forward(query, target, logit_scale, rules)
-    sizes = (len(query), len(query), len(target) if rules.symmetric else 0)
-    outputs = LogSumExps(*(query.new_empty(k, dtype=torch.float32) for k in sizes))
-    call.run(call.tile(), outputs)
-    torch.mul(call.positive_similarity(), logit_scale, out=outputs.positive)
-    return outputs
+    lse = call.log_sum_exps()
+    call.run(call.tile(), lse, kept)
+    positive = call.positive_similarity().mul_(logit_scale)
+    rows, columns = lse.unbind()
+    # An operator's outputs may not share memory.
+    columns = columns[: len(target)].clone() if rules.symmetric else rows.new_empty(0)
+    return LogSumExps(positive, rows[: len(query)], columns)
 
 
 def total_loss(
-    query: Tensor, target: Tensor, scale: float | Tensor, rules: Rules, weight: float
+    query: Tensor,
+    target: Tensor,
+    scale: float | Tensor,
+    rules: Rules,
+    weight: float,
+    *,
+    keep: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...], None]:
     """As ``FusedLoss.total_loss``. It saves the results, as ``loss_kernel`` lays them out."""
     n, m = query.shape[0], target.shape[0]
-    length = -(-max(n, m) // ALIGNMENT) * ALIGNMENT  # so that every row is aligned
-    results = query.new_empty((7, length), dtype=torch.float32)
-    total = query.new_empty((), dtype=torch.float32)
     call = _Forward(query, target, scale, rules)
-    call.run(call.tile(), _outputs(results, n, m, rules))
+    results = call.log_sum_exps(7)
+    length = results.shape[1]
+    total = query.new_empty((), dtype=torch.float32)
+    kept = strip_gemm.new_kept(query, target) if keep else None
+    call.run(call.tile(), results[1:3], kept)
     loss.loss_kernel[(1,)](
         call.positive_similarity(), scale, call.pairs.label, results, total, length, weight, n, m,
         SYMMETRIC=rules.symmetric, BLOCK=LOSS_BLOCK, num_warps=8, **COMPILE,
     )  # fmt: skip
-    return total, (results,), None
+    return total, (results,) if kept is None else (results, kept), None
 
 
 def _outputs(results: Tensor, n: int, m: int, rules: Rules) -> LogSumExps:
@@ -131,9 +141,11 @@ def backward(
 ) -> Gradients:
     """The gradients. That of logit_scale is uninitialised unless ``scale_gradient``."""
     factor = gain(logit_scale, *upstream) if query.dtype == torch.float16 else None
-    call = _Backward(query, target, logit_scale, rules, outputs, upstream, factor)
-    fill = partial(call.fill, call.tile())
-    return gradients(query, target, logit_scale, fill, factor, scale_gradient=scale_gradient)
+    call = _Backward(query, target, logit_scale, rules, outputs, upstream, factor, kept)
+    fill = partial(call.fill, call.tile(), sums=scale_gradient)
+    return strip_gemm.gradients(
+        query, target, logit_scale, fill, factor, scale_gradient=scale_gradient
+    )
 
 
 def total_gradients(
@@ -148,13 +160,14 @@ def total_gradients(
     scale_gradient: bool,
 ) -> Gradients:
     """As ``FusedLoss.total_gradients``."""
-    (results,) = saved
+    results, *kept = saved
     n, m = query.shape[0], target.shape[0]
     outputs, slopes = (_outputs(x, n, m, rules) for x in (results, results[3:]))
     factor, divisor = factors(query.dtype, results[6, 0], d_total)
-    call = _Backward(query, target, scale, rules, outputs, slopes, factor)
-    fill = partial(call.fill, call.tile())
-    return gradients(query, target, scale, fill, divisor, scale_gradient=scale_gradient)
+    similarities = kept[0] if kept else None
+    call = _Backward(query, target, scale, rules, outputs, slopes, factor, similarities)
+    fill = partial(call.fill, call.tile(), sums=scale_gradient)
+    return strip_gemm.gradients(query, target, scale, fill, divisor, scale_gradient=scale_gradient)
 
 
 def pairs(query: Tensor, target: Tensor, rules: Rules) -> Pairs:
@@ -260,22 +273,30 @@ class _Forward(_Call):
         )  # fmt: skip
         return out
 
-    def run(self, tile: tiles.Tile, outputs: LogSumExps) -> None:
-        """Fill the log-sum-exps of the rows and of the columns."""
+    def log_sum_exps(self, rows: int = 2) -> Tensor:
+        """(rows, length) uninitialised, for log-sum-exps of the rows and of the columns."""
+        length = -(-max(self.sizes[:2]) // ALIGNMENT) * ALIGNMENT  # so that every row is aligned
+        return self.query.new_empty((rows, length), dtype=torch.float32)
+
+    def run(self, tile: tiles.Tile, lse: Tensor, kept: Tensor | None) -> None:
+        """Fill the log-sum-exps (2, length), and ``kept`` if there is room in it."""
         n, m = self.sizes[:2]
         rows, columns = _super_tile(
             triton.cdiv(n, tile.bm), triton.cdiv(m, tile.bn), self.query.device
         )
         grid = (triton.cdiv(m, tile.bn * columns), triton.cdiv(n, tile.bm * rows))
         by_row = self._partial(grid[0], n)
-        by_column = self._partial(grid[1], m) if self.rules.symmetric else None
+        symmetric = self.rules.symmetric
+        by_column = self._partial(grid[1], m) if symmetric else (None, None)
+        kept, pitch = _kept(kept)
         kernels.forward_kernel[grid](
-            *self.inputs, *by_row, *(by_column or (None, None)), *self.sizes, rows, columns,
+            *self.inputs, *by_row, *by_column, kept, *self.sizes, pitch, rows, columns,
             **self.options(tile),
         )  # fmt: skip
-        _combine(*by_row, outputs.query_lse)
-        if by_column is not None:
-            _combine(*by_column, outputs.target_lse)
+        blocks = triton.cdiv(max(n, m) if symmetric else n, COMBINE_BLOCK)
+        kernels.combine_kernel[(blocks, 2 if symmetric else 1)](
+            *by_row, *by_column, lse, *grid, n, m, lse.shape[1], BLOCK=COMBINE_BLOCK, **COMPILE
+        )
 
     def _partial(self, parts: int, length: int) -> tuple[Tensor, Tensor]:
         """Maxima and sums, (parts, length) each and uninitialised.
@@ -288,9 +309,7 @@ class _Forward(_Call):
         return maximum, total
 
     def trial(self, tile: tiles.Tile) -> None:
-        n, m = len(self.query), len(self.target)
-        lses = (self.query.new_empty(k, dtype=torch.float32) for k in (n, n, m))
-        self.run(tile, LogSumExps(*lses))
+        self.run(tile, self.log_sum_exps(), None)
 
 
 class _Backward(_Call):
@@ -305,25 +324,36 @@ class _Backward(_Call):
         outputs: LogSumExps,
         upstream: LogSumExps,
         gain: Tensor | None,
+        kept: Tensor | None,
     ) -> None:
         super().__init__(query, target, scale, rules)
         target_lse, d_target_lse = outputs.target_lse, upstream.target_lse
         by_column = (target_lse, d_target_lse) if rules.symmetric else (None, None)
         self.gradients = (
             upstream.positive, outputs.query_lse, upstream.query_lse, *by_column, gain,
+            _kept(kept)[0],
         )  # fmt: skip
 
-    def fill(self, tile: tiles.Tile, ds: Tensor, start: int, stop: int) -> None:
+    def fill(
+        self, tile: tiles.Tile, ds: Tensor, start: int, stop: int, *, sums: bool
+    ) -> Tensor | None:
+        """Fill a strip of dS. With ``sums``, return its part of the scale's gradient (), if the
+        tile can sum it.
+        """
         n_m, n_n = triton.cdiv(stop - start, tile.bm), triton.cdiv(len(self.target), tile.bn)
         tiles_each = math.prod(_super_tile(n_m, n_n, self.query.device))
-        kernels.strip_kernel[(triton.cdiv(n_m * n_n, tiles_each),)](
-            *self.inputs, *self.gradients, ds, start, stop, *self.sizes[1:], ds.stride(0),
+        programs = triton.cdiv(n_m * n_n, tiles_each)
+        sums = sums and tile.bm * tile.bn <= SUM_TILE
+        parts = ds.new_empty(programs, dtype=torch.float32) if sums else None
+        kernels.strip_kernel[(programs,)](
+            *self.inputs, *self.gradients, ds, parts, start, stop, *self.sizes[1:], ds.stride(0),
             tiles_each, **self.options(tile),
         )  # fmt: skip
+        return None if parts is None else parts.sum()
 
     def trial(self, tile: tiles.Tile) -> None:
         ds = strip_workspace(self.query, self.target)
-        self.fill(tile, ds, 0, len(ds))
+        self.fill(tile, ds, 0, len(ds), sums=False)
 
 
 def _super_tile(n_m: int, n_n: int, device: torch.device) -> tuple[int, int]:
@@ -336,8 +366,6 @@ def _super_tile(n_m: int, n_n: int, device: torch.device) -> tuple[int, int]:
     return rows, columns
 
 
-def _combine(maximum: Tensor, total: Tensor, lse: Tensor) -> None:
-    parts, length = maximum.shape
-    kernels.combine_kernel[(triton.cdiv(length, COMBINE_BLOCK),)](
-        maximum, total, lse, parts, length, BLOCK=COMBINE_BLOCK, **COMPILE
-    )
+def _kept(kept: Tensor | None) -> tuple[Tensor | None, int]:
+    """The kept similarities and their pitch. (None, 0) without any."""
+    return (None, 0) if kept is None or not kept.numel() else (kept, kept.stride(0))

@@ -5,8 +5,8 @@ Names: ``p_`` pointer, ``b_`` block of values, ``o_`` offsets, ``m_`` mask, ``i_
 ``forward_kernel``   makes one tiled pass over S = Q T^T. Each tile is masked, weighted and reduced
                      in registers to a running (max, sum) per row and per column
 ``combine_kernel``   turns partial (max, sum) pairs into log-sum-exps
-``strip_kernel``     computes a tile again and writes its gradient dS to a workspace, for the
-                     gradient GEMMs
+``strip_kernel``     computes a tile again, or reads what the forward kept, and writes its gradient
+                     dS to a workspace, for the gradient GEMMs
 ``positive_kernel``  computes the positives' similarities s_{i, l_i}
 
 An argument is None if the call does not use its rule, direction or factor. The kernel is then
@@ -151,12 +151,18 @@ def positive_kernel(
     tl.store(p_similarity + o_m, tl.where(m_label, b_sum, float("nan")), mask=o_m < N)
 
 
+@triton.jit
+def _kept(p_similarity, o_m, o_n, s_s):
+    """Where a tile's similarities are kept."""
+    return p_similarity + o_m.to(tl.int64)[:, None] * s_s + o_n[None, :]
+
+
 @triton.jit(do_not_specialize=["N", "M", "D", "s_q", "s_t", "ROWS", "COLUMNS"])
 def forward_kernel(
     p_q, p_t, p_scale,
     p_label, p_owner, p_query_id, p_target_id, p_row_limit, p_column_limit, alpha, target_alpha,
-    p_row_max, p_row_sum, p_column_max, p_column_sum,
-    N, M, D, s_q, s_t, ROWS, COLUMNS,
+    p_row_max, p_row_sum, p_column_max, p_column_sum, p_similarity,
+    N, M, D, s_q, s_t, s_s, ROWS, COLUMNS,
     HARDNESS: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One program owns ROWS x COLUMNS tiles. It goes down the rows, then to the next column.
@@ -170,6 +176,8 @@ def forward_kernel(
     Neighbouring programs have the same rows and share them in the L2 cache. For N = M = 16,384 and
     132 programs at a time, 37 of the 264 blocks of a step are different, as counted. The 32 blocks
     of columns among them stay for the next step.
+
+    ``p_similarity`` takes the similarities, if the backward is to read them.
     """
     pairs = Pairs(
         p_label, p_owner, p_query_id, p_target_id, p_row_limit, p_column_limit, alpha, target_alpha
@@ -196,6 +204,9 @@ def forward_kernel(
         o_column = i_rows.to(tl.int64) * M + o_n
         b_label = labels(pairs.label, o_m, N, M)
         b_s = similarity(p_q, p_t, o_m, o_n, N, M, D, s_q, s_t, TILE, PRECISION)
+        if p_similarity is not None:
+            p_kept = _kept(p_similarity, o_m, o_n, s_s)
+            tl.store(p_kept, b_s, mask=m_m[:, None] & (o_n < s_s)[None, :])
         b_z = logits(b_s, b_label, pairs, scale, alpha, o_n, M, HARDNESS)
         if SHARED:
             if i == 0:  # one shift per program, near its first logits
@@ -245,10 +256,24 @@ def forward_kernel(
                 n_known = 0
 
 
-@triton.jit(do_not_specialize=["PARTS", "LENGTH"])
-def combine_kernel(p_max, p_sum, p_lse, PARTS, LENGTH, BLOCK: tl.constexpr):
-    """(PARTS, LENGTH) partial (max, sum) to (LENGTH,) log-sum-exps, in a fixed order."""
+@triton.jit(do_not_specialize=["ROW_PARTS", "COLUMN_PARTS", "N", "M", "LENGTH"])
+def combine_kernel(
+    p_row_max, p_row_sum, p_column_max, p_column_sum, p_lse, ROW_PARTS, COLUMN_PARTS, N, M, LENGTH,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(ROW_PARTS, N) and (COLUMN_PARTS, M) partial (max, sum) to log-sum-exps, in a fixed order.
+
+    ``p_lse`` (2, LENGTH) takes those of the rows, then those of the columns.
+    """
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(1) == 0:
+        _combine(p_row_max, p_row_sum, p_lse, o, ROW_PARTS, N, BLOCK)
+    elif p_column_max is not None:
+        _combine(p_column_max, p_column_sum, p_lse + LENGTH, o, COLUMN_PARTS, M, BLOCK)
+
+
+@triton.jit
+def _combine(p_max, p_sum, p_lse, o, PARTS, LENGTH, BLOCK: tl.constexpr):
     m = o < LENGTH
     b_max = tl.full((BLOCK,), -INF, tl.float32)
     b_sum = tl.zeros((BLOCK,), tl.float32)
@@ -297,7 +322,8 @@ def _each_direction(
 def strip_kernel(
     p_q, p_t, p_scale,
     p_label, p_owner, p_query_id, p_target_id, p_row_limit, p_column_limit, alpha, target_alpha,
-    p_d_positive, p_query_lse, p_d_query_lse, p_target_lse, p_d_target_lse, p_gain, p_ds,
+    p_d_positive, p_query_lse, p_d_query_lse, p_target_lse, p_d_target_lse, p_gain,
+    p_similarity, p_ds, p_row_sum,
     START, STOP, M, D, s_q, s_t, s_ds, TILES,
     HARDNESS: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -310,6 +336,10 @@ def strip_kernel(
 
     Stores go to the end of the workspace's rows. Their width ``s_ds`` is a multiple of 16, so the
     stores are wide for every M. What lies beyond the M-th column is arbitrary.
+
+    ``p_similarity`` has what the forward kept, in rows of the same width, if it did.
+    ``p_row_sum``, if the scale learns, takes each program's part of the scale's gradient: the sum
+    of dS times s over its rows, over the scale.
     """
     pairs = Pairs(
         p_label, p_owner, p_query_id, p_target_id, p_row_limit, p_column_limit, alpha, target_alpha
@@ -330,6 +360,7 @@ def strip_kernel(
     shift = 0.0
     column_spread = 0.0
     b_weight_column = tl.zeros((BN,), tl.float32)
+    b_scale_sum = tl.zeros((BM,), tl.float32)
     for i in range(first, last):
         i_first = i // n_m * BN
         o_n = i_first + tl.arange(0, BN)
@@ -345,7 +376,11 @@ def strip_kernel(
                 column_spread = tl.max(tl.abs(b_above), 0)
                 b_weight_column = b_d_column * exp(-b_above)
         b_label = labels(pairs.label, o_m, STOP, M)
-        b_s = similarity(p_q, p_t, o_m, o_n, STOP, M, D, s_q, s_t, TILE, PRECISION)
+        if p_similarity is None:
+            b_s = similarity(p_q, p_t, o_m, o_n, STOP, M, D, s_q, s_t, TILE, PRECISION)
+        else:
+            m_kept = m_m[:, None] & (o_n < s_ds)[None, :]
+            b_s = tl.load(_kept(p_similarity, o_m, o_n, s_ds), mask=m_kept, other=0.0)
         b_z = logits(b_s, b_label, pairs, scale, alpha, o_n, M, HARDNESS)
         b_lse = tl.load(p_query_lse + o_m, mask=m_m, other=-INF)
         b_d = tl.load(p_d_query_lse + o_m, mask=m_m, other=0.0) * gain
@@ -374,5 +409,10 @@ def strip_kernel(
                 b_s, b_z, b_label, pairs, scale, gain, o_m, o_n, STOP, M, HARDNESS,
                 b_lse, b_d, b_d_positive, p_target_lse, p_d_target_lse,
             )  # fmt: skip
+        if p_row_sum is not None:
+            inside = m_m[:, None] & (o_n < M)[None, :]
+            b_scale_sum += tl.sum(tl.where(inside, b_ds * b_s, 0.0), 1)
         p = p_ds + (o_m - START).to(tl.int64)[:, None] * s_ds + o_n[None, :]
         tl.store(p, b_ds.to(p_ds.dtype.element_ty), mask=m_m[:, None] & (o_n < s_ds)[None, :])
+    if p_row_sum is not None:
+        tl.store(p_row_sum + tl.program_id(0), tl.sum(b_scale_sum, 0) / scale)

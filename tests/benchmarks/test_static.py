@@ -75,12 +75,20 @@ def test_the_model_is_bounded_by_its_parts() -> None:
     for d in (384, 1536, 3584):
         free = prediction.Kernel(128, 192, 128, 0, 2, 2)
         slow = prediction.Kernel(128, 192, 128, 100000, 2, 2)
-        figures = [prediction.step(free, kernel, 16384, 16384, d) for kernel in (free, slow)]
+        figures = [prediction.step(free, kernel, slow, 16384, 16384, d) for kernel in (free, slow)]
         assert 0.8e-12 * prediction.PRODUCT < figures[0]["tflops"] < 1e-12 * prediction.PRODUCT
         assert figures[1]["backward_ms"] > 1.5 * figures[0]["backward_ms"]
         assert figures[1]["forward_ms"] == figures[0]["forward_ms"]
         parts = sum(value for name, value in figures[0].items() if name.endswith("_ms")) / 2
         assert parts == pytest.approx(figures[0]["step_ms"])
+
+
+def test_kept_similarities_are_read_instead_of_computed() -> None:
+    free, slow = (prediction.Kernel(128, 192, 128, count, 2, 2) for count in (0, 100000))
+    kept, again = (prediction.step(free, slow, free, 4096, 4096, d) for d in (1536, 384))
+    # Four bytes for a similarity and two for dS.
+    assert kept["backward_ms"] == pytest.approx(6e3 * 4096**2 / prediction.MEMORY)
+    assert again["backward_ms"] > 10 * kept["backward_ms"]
 
 
 def test_a_resident_tile_hides_another_ones_epilogue() -> None:
@@ -96,7 +104,7 @@ def test_the_extensions_kernels_are_read() -> None:
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     rows = json.loads(run.stdout)
-    assert {row["kernel"] for row in rows} == {"forward", "backward"}
+    assert {row["kernel"] for row in rows} == {"forward", "backward", "kept"}
     assert {row["element"] for row in rows} == {"bfloat16", "float16", "tf32"}
     for row in rows:
         assert row["label"] == "counted"

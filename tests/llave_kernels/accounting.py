@@ -105,6 +105,12 @@ def pretend(monkeypatch: pytest.MonkeyPatch, backend: str) -> Accounts:
     monkeypatch.setattr(products, "multiplies_halves", lambda device_type: True)
     if backend == "cuda":
         launch = accounts.launches.append
+
+        def backward(**given: Any) -> int:
+            launch("backward")
+            # As in csrc: only small tiles write parts of the scale's gradient.
+            return 8 if given["scale_parts"] is not None and given["problem"].n <= 1024 else 0
+
         stub = SimpleNamespace(
             device="meta",
             architectures=(80, 90),
@@ -113,7 +119,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, backend: str) -> Accounts:
             forward_workspace=lambda problem, rows: rows * problem.m * 2 // 10 + (1 << 20),
             forward=lambda **given: launch("forward"),
             loss=lambda **given: launch("loss"),
-            backward=lambda **given: launch("backward"),
+            most_scale_parts=lambda problem, rows: -(-rows // 64) * -(-problem.m // 128) * 8,
+            backward=backward,
         )
         monkeypatch.setattr(cuda, "_cuda", stub)
         monkeypatch.setattr(cuda, "_missing", None)

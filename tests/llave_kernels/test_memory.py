@@ -81,3 +81,22 @@ def test_extra_memory_on_a_gpu(
     if dtype == torch.float16 or learnable:
         bound += 2048 * 1536 * 4
     assert bound < extra < bound + 5e6 < 1e9
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_extra_memory_with_similarities_that_are_kept(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most the workspace once for the similarities and once for dS."""
+    accounts = accounting.pretend(monkeypatch, backend)
+    query, target = (
+        torch.empty(8192, 1536, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        for _ in range(2)
+    )
+    with accounts:
+        hardness_weighted_contrastive_loss(query, target, backend=backend).backward()
+    assert query.grad is not None
+    assert target.grad is not None
+    extra = accounts.peak(without=[query.grad, target.grad])
+    bound = 8192 * 8192 * (4 + 2)
+    assert bound < extra < bound + 5e6 < 2 * (256 << 20)

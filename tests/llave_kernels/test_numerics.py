@@ -15,7 +15,7 @@ from llave_kernels import (
     hardness_weighted_contrastive_loss,
 )
 from llave_kernels.backends import products, strip_gemm, torch_backend
-from llave_kernels.reference import reference_logsumexp
+from llave_kernels.reference import reference_logsumexp, similarity_loss
 from tests.conftest import BACKENDS
 from tests.helpers import (
     assert_contract,
@@ -188,6 +188,34 @@ def test_converged_batch_keeps_its_digits(backend: str) -> None:
     assert float(exact[0]) > 0
     assert relative_error(ours[0], exact[0]) < 5e-4
     assert max(relative_error(a, b) for a, b in zip(ours[1:], exact[1:], strict=True)) < 1e-3
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_scales_gradient_where_its_terms_cancel(backend: str, symmetric: bool) -> None:
+    """At the best scale for a batch, the terms add up to 0. They are not rounded before."""
+    query, target = embeddings(60, 100, 24, torch.float16)
+    target[:60] = (target[:60] + query) / 2
+    s = (query.double() @ target.double().T).requires_grad_()
+
+    def terms(scale: float) -> torch.Tensor:
+        loss = similarity_loss(s, logit_scale=scale, symmetric=symmetric, alpha=0.0)
+        return torch.autograd.grad(loss, s)[0] * s.detach() / scale
+
+    low, high = 0.1, 100.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(terms(middle).sum()) < 0 else (low, middle)
+    # A scale that float32 holds, and a batch in which each row has the weight 1 / N.
+    scale = torch.tensor(middle, requires_grad=True)
+    exact = terms(float(scale.detach()))
+    size = float(exact.abs().sum())
+    assert abs(float(exact.sum())) < 1e-6 * size
+    loss = hardness_weighted_contrastive_loss(
+        query, target, logit_scale=scale, symmetric=symmetric, alpha=0.0, backend=backend
+    )
+    (found,) = torch.autograd.grad(loss, scale)
+    # Rounding dS to float16 costs 1e-6 to 1e-5 here.
+    assert abs(float(found) - float(exact.sum())) < 1e-7 * size
 
 
 def test_rows_without_negatives_have_no_loss_and_no_gradient(backend: str) -> None:

@@ -28,43 +28,68 @@ std::vector<float> operand(const void* data, int rows, int d, int64_t stride) {
   return values;
 }
 
-template <class Tile, class Epilogue, class Element, class Outputs>
-void run(const Problem& p, const Outputs& outputs) {
+// Calls `fill(accumulators, thread, down, across)`, then the epilogue, for each thread of each tile.
+template <class Tile, class Epilogue, class Outputs, class Prepare, class Fill>
+void run_tiles(const Problem& p, const Outputs& outputs, Prepare prepare, Fill fill) {
   using namespace cute;
-  const auto query = operand<Element>(p.query, p.n, p.d, p.query_stride);
-  const auto target = operand<Element>(p.target, p.m, p.d, p.target_stride);
-  std::vector<float> products(size_t(Tile::kRows) * Tile::kColumns);
   std::vector<char> shared(sizeof(typename Epilogue::SharedStorage) + 1);
   const typename Epilogue::Params params = {p, outputs};
   // The loop runs one extra row of tiles, because a cluster may reach beyond the last row.
   for (int down = 0; down <= tiles_over(p.n, Tile::kRows); ++down) {
     for (int across = 0; across < tiles_over(p.m, Tile::kColumns); ++across) {
-      std::fill(products.begin(), products.end(), 0.0f);  // products beyond the edges are 0
-      for (int i = 0; i < Tile::kRows && down * Tile::kRows + i < p.n; ++i) {
-        for (int j = 0; j < Tile::kColumns && across * Tile::kColumns + j < p.m; ++j) {
-          const float* q = &query[size_t(down * Tile::kRows + i) * p.d];
-          const float* t = &target[size_t(across * Tile::kColumns + j) * p.d];
-          float sum = 0.0f;
-          for (int k = 0; k < p.d; ++k) sum += q[k] * t[k];
-          products[size_t(i) * Tile::kColumns + j] = sum;
-        }
-      }
+      prepare(down, across);
       std::memset(shared.data(), 0xff, shared.size());  // NaN
       Block::run(size(typename Tile::Mma{}), [&](int thread) {
         typename Tile::Mma mma;
-        auto coordinates = mma.get_thread_slice(thread).partition_C(
-            make_identity_tensor(select<0, 1>(typename Tile::Shape{})));
         auto accumulators = partition_fragment_C(mma, select<0, 1>(typename Tile::Shape{}));
-        for (int k = 0; k < size(accumulators); ++k) {
-          const auto [i, j] = coordinates(k);
-          accumulators(k) = products[size_t(i) * Tile::kColumns + j];
-        }
+        fill(accumulators, thread, down, across);
         Epilogue epilogue(params);
         epilogue(make_shape(p.n, p.m, p.d, 1), typename Tile::Shape{},
                  make_coord(down, across, 0, 0), accumulators, mma, 0, thread, shared.data());
       });
     }
   }
+}
+
+// The products fill the accumulators, as in a GEMM.
+template <class Tile, class Epilogue, class Element, class Outputs>
+void run(const Problem& p, const Outputs& outputs) {
+  using namespace cute;
+  const auto query = operand<Element>(p.query, p.n, p.d, p.query_stride);
+  const auto target = operand<Element>(p.target, p.m, p.d, p.target_stride);
+  std::vector<float> products(size_t(Tile::kRows) * Tile::kColumns);
+  const auto multiply = [&](int down, int across) {
+    std::fill(products.begin(), products.end(), 0.0f);  // products beyond the edges are 0
+    for (int i = 0; i < Tile::kRows && down * Tile::kRows + i < p.n; ++i) {
+      for (int j = 0; j < Tile::kColumns && across * Tile::kColumns + j < p.m; ++j) {
+        const float* q = &query[size_t(down * Tile::kRows + i) * p.d];
+        const float* t = &target[size_t(across * Tile::kColumns + j) * p.d];
+        float sum = 0.0f;
+        for (int k = 0; k < p.d; ++k) sum += q[k] * t[k];
+        products[size_t(i) * Tile::kColumns + j] = sum;
+      }
+    }
+  };
+  const auto fill = [&](auto& accumulators, int thread, int, int) {
+    auto coordinates = typename Tile::Mma().get_thread_slice(thread).partition_C(
+        make_identity_tensor(select<0, 1>(typename Tile::Shape{})));
+    for (int k = 0; k < size(accumulators); ++k) {
+      const auto [i, j] = coordinates(k);
+      accumulators(k) = products[size_t(i) * Tile::kColumns + j];
+    }
+  };
+  run_tiles<Tile, Epilogue>(p, outputs, multiply, fill);
+}
+
+// What the forward has kept fills the accumulators.
+template <class Tile, class Epilogue>
+void run_kept(const Problem& p, const BackwardOutputs& outputs) {
+  const auto load = [&](auto& accumulators, int thread, int down, int across) {
+    auto s = cute::make_tensor(accumulators.data(), matrix_layout(accumulators.layout()));
+    load_kept(s, Place<Tile>(thread), outputs.kept, p.n, down * Tile::kRows,
+              across * Tile::kColumns);
+  };
+  run_tiles<Tile, Epilogue>(p, outputs, [](int, int) {}, load);
 }
 
 template <int Architecture, class Element, Size largest,
@@ -94,9 +119,15 @@ Size launch_forward(const Problem& p, const ForwardOutputs& outputs, cudaStream_
 }
 
 template <int Architecture, class Element>
-void launch_backward(const Problem& p, const BackwardOutputs& outputs, cudaStream_t) {
+int64_t launch_backward(const Problem& p, const BackwardOutputs& outputs, cudaStream_t) {
+  if (outputs.kept.similarities != nullptr) {
+    using Tile = KeptTile<Element>;
+    run_kept<Tile, BackwardEpilogue<SimulatedWarp, Element, Tile>>(p, outputs);
+    return scale_parts<80, Element>(p, Size::small);
+  }
   constexpr Size largest = kLargestBackward<Architecture, Element>;
-  run_size<Architecture, Element, largest, BackwardEpilogue>(p, outputs);
+  const Size size = run_size<Architecture, Element, largest, BackwardEpilogue>(p, outputs);
+  return scale_parts<Architecture, Element>(p, size);
 }
 
 void select_device(int) {
@@ -118,8 +149,8 @@ void launch_loss(const LossCall& call, cudaStream_t) {
 #define LLAVE_INSTANTIATE(architecture, element)                                               \
   template Size launch_forward<architecture, element>(const Problem&, const ForwardOutputs&,    \
                                                      cudaStream_t);                            \
-  template void launch_backward<architecture, element>(const Problem&, const BackwardOutputs&, \
-                                                       cudaStream_t);
+  template int64_t launch_backward<architecture, element>(                                      \
+      const Problem&, const BackwardOutputs&, cudaStream_t);
 LLAVE_INSTANTIATE(80, float)
 LLAVE_INSTANTIATE(80, cutlass::bfloat16_t)
 LLAVE_INSTANTIATE(80, cutlass::half_t)

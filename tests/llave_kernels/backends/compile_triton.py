@@ -27,6 +27,11 @@ RULES = (
     "p_label", "p_owner", "p_query_id", "p_target_id", "p_row_limit", "p_column_limit",
     "target_alpha",
 )  # fmt: skip
+# And these unless similarities are kept and the scale learns.
+OPTIONS = {
+    "forward_kernel": ("p_similarity",),
+    "strip_kernel": ("p_similarity", "p_row_sum"),
+}
 INTEGERS = {"p_label", "p_owner", "p_query_id", "p_target_id"}
 
 
@@ -47,11 +52,18 @@ def compiled(
     tile: tiles.Tile,
     *,
     absent: Collection[str] = (),
+    options: Collection[str] = (),
     hardness: str = "in_batch",
     precision: str = "tf32",
 ) -> Any:
-    """The kernel, compiled as a launch does it. ``absent``: arguments that are None."""
+    """The kernel, compiled as a launch does it.
+
+    Args:
+        absent: arguments that are None.
+        options: those of ``OPTIONS`` that are not.
+    """
     kernel = getattr(triton_kernels, name)
+    absent = [*absent, *(a for a in OPTIONS.get(name, ()) if a not in options)]
     values = dict.fromkeys(absent) | {
         "HARDNESS": hardness, "PRECISION": precision, "TILE": tile,
         "BM": tile.bm, "BK": tile.bk, "BLOCK": 128,

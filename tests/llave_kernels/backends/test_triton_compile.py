@@ -18,7 +18,7 @@ import pytest
 import torch
 import triton
 
-from llave_kernels.backends import tiles
+from llave_kernels.backends import tiles, triton_backend
 from tests.llave_kernels.backends.compile_triton import RULES
 
 ROOT = Path(__file__).parents[3]
@@ -42,7 +42,12 @@ def compiler() -> subprocess.Popen[str]:
 
 
 def machine_code(
-    kernel: str, arch: int, dtype: str, tile: tiles.Tile, absent: Sequence[str] = RULES, **more: str
+    kernel: str,
+    arch: int,
+    dtype: str,
+    tile: tiles.Tile,
+    absent: Sequence[str] = RULES,
+    **more: str | Sequence[str],
 ) -> dict[str, int]:
     if dtype != "fp16":
         absent = [*absent, "p_gain"]
@@ -152,6 +157,31 @@ def test_exact_float32(kernel: str, which: str, arch: int) -> None:
     """torch's default float32 precision has no tensor-core instruction."""
     tile = getattr(tiles.TABLE[tiles.Kind(arch // 10, 4)], which)
     assert machine_code(kernel, arch, "fp32", tile, precision="ieee")["spills"] == 0
+
+
+KEPT = [("forward_kernel", ("p_similarity",)), ("strip_kernel", ("p_similarity",))]
+
+
+@pytest.mark.parametrize(
+    ("which", "absent"),
+    [("small", RULES), ("masked", ()), ("plain", RULES), ("plain", LARGEST[-1])],
+    ids=["small", "every rule", "largest", "rules on the largest"],
+)
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("kernel", "options"), [*KEPT, ("strip_kernel", ("p_row_sum",))], ids=str)
+def test_similarities_that_are_kept_and_a_scale_that_learns(
+    kernel: str, options: Sequence[str], arch: int, which: str, absent: Sequence[str]
+) -> None:
+    tile = getattr(tiles.TABLE[tiles.Kind(arch // 10, 2)], which)
+    if which == "plain" and "p_row_sum" in options:
+        assert tile.bm * tile.bn > triton_backend.SUM_TILE  # the products make that sum
+        return
+    if absent == LARGEST[-1]:
+        absent = [name for name in RULES if name not in absent]
+    found = machine_code(kernel, arch, "bf16", tile, absent, options=options)
+    assert found["spills"] == 0
+    reads = kernel == "strip_kernel" and "p_similarity" in options
+    assert (found["tensor_core"] == 0) == reads
 
 
 @pytest.mark.parametrize("kernel", ["combine_kernel", "positive_kernel"])
