@@ -68,10 +68,9 @@ def search(
     Raises:
         ImportError: ``backend="faiss"`` without faiss.
         ValueError: ``folder`` has no embeddings or no index, or has damaged or missing files;
-            ``queries`` have
-            another dimension, are not finite or came without ``model``; ``model`` refuses one of
-            them (the message names it), or is not the folder's model; ``k`` or ``backend`` is out
-            of range.
+            ``queries`` have another dimension, are not finite or came without ``model``; ``model``
+            refuses one of them (the message names it), or is not the folder's model; ``k`` or
+            ``backend`` is out of range.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
