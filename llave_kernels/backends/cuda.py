@@ -250,7 +250,9 @@ class _Call:
         start = results.data_ptr()
         return [start + 4 * size for size in sizes]
 
-    def forward(self, positive: int, query_lse: int, target_lse: int, kept: Tensor | None) -> None:
+    def forward(
+        self, positive: int, query_lse: int, target_lse: int, *, kept: Tensor | None
+    ) -> None:
         """Fill the log-sum-exps at these addresses, and ``kept`` if there is room in it."""
         n, m, itemsize = self.query.shape[0], self.target.shape[0], self.query.dtype.itemsize
         rows = strip_gemm.strip_rows(n, m, itemsize)
