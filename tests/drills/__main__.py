@@ -14,7 +14,11 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
-    settings = {"kills": options.kills, "seed": options.seed, "processes": options.processes}
+    settings = {"kills": options.kills, "seed": options.seed}
+    if options.processes > 1:
+        if options.command in ("compress", "index"):
+            parser.error(f"{options.command} runs in one process")
+        settings["processes"] = options.processes
     with tempfile.TemporaryDirectory() as folder:
         run = import_module(f"tests.drills.{options.command}").run
         done = run(Path(folder), **settings)
