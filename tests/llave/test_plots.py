@@ -26,8 +26,8 @@ TASKS = ["first", "second $x$"]
 
 
 class Untrained(ByColour):
-    def encode(self, items: list[Any], **settings: Any) -> np.ndarray:
-        return np.full_like(super().encode(items, **settings), 3**-0.5)
+    def vector(self, item: Any) -> np.ndarray:
+        return np.full_like(super().vector(item), 3**-0.5)
 
 
 @pytest.fixture
