@@ -24,7 +24,8 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
   static constexpr int kWarps = Place_::kThreads / 32;
   static constexpr float kWindow = 40.0f, kLargest = 1e30f;
   static constexpr float kLargestSimilarity = std::numeric_limits<float>::max();
-  // Whether it sums the scale's gradient. In larger tiles the sum takes registers that are not left.
+  // Whether it sums the scale's gradient. In larger tiles the sum takes registers that are not
+  // left.
   static constexpr bool kSumsScale = kRows == tile_rows(Size::small);
 
   // Of a tile's rows or columns: the log-sum-exp, the upstream gradient, and what the gradient
@@ -57,8 +58,8 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
   template <class Shape, class Block, class Coordinate, class Engine, class Layout, class Mma,
             class Residue>
   CUTE_DEVICE void operator()(Shape, Block, Coordinate tile,
-                              cute::Tensor<Engine, Layout> accumulators, Mma, Residue,
-                              int thread, char* storage) {
+                              cute::Tensor<Engine, Layout> accumulators, Mma, Residue, int thread,
+                              char* storage) {
     using namespace cute;
     const Problem& p = params.problem;
     const Rules& rules = p.rules;
@@ -123,8 +124,8 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
           const bool mine = shared.pairs.owners[j] == label;
           float d = gradient * exponential(logit(s(r, c), mine, limit, own.row, other.row) - lse);
           if (rules.symmetric) {
-            const float z = logit(s(r, c), mine, shared.pairs.column_limits[j], own.column,
-                                  other.column);
+            const float z =
+                logit(s(r, c), mine, shared.pairs.column_limits[j], own.column, other.column);
             d += shared.columns.gradient[j] * exponential(z - shared.columns.lse[j]);
           }
           add(d, fmaxf(s(r, c), -kLargestSimilarity));  // d is 0 at -infinity
@@ -193,7 +194,8 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
     }
   }
 
-  // d logit_scale is the sum of dS_ij s_ij over the scale. `sum` is the thread's sum over negatives.
+  // d logit_scale is the sum of dS_ij s_ij over the scale. `sum` is the thread's sum over
+  // negatives.
   CUTE_DEVICE void store_scale_part(float sum, SharedStorage const& shared, int thread, int i0,
                                     int j0, float scale) const {
     const BackwardOutputs& out = params.outputs;

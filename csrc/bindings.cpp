@@ -254,12 +254,24 @@ void forward(int device, int architecture, const Problem& whole, int start, int 
     select_device(device);
     return launch_forward<decltype(number)::value, decltype(element)>(p, outputs, cuda_stream);
   });
-  const Combination rows = {row_parts, tiles_over(p.m, tile_columns(size)), p.n,      nullptr,
-                            true,      pointer<float>(query_lse) + start, p.rules.labels, p.m,
+  const Combination rows = {row_parts,
+                            tiles_over(p.m, tile_columns(size)),
+                            p.n,
+                            nullptr,
+                            true,
+                            pointer<float>(query_lse) + start,
+                            p.rules.labels,
+                            p.m,
                             outputs.positive};
-  const Combination columns = {
-      column_parts, tiles_over(p.n, tile_rows(size)), p.rules.symmetric ? p.m : 0, state,
-      start == 0,   pointer<float>(target_lse), nullptr, 0, nullptr};
+  const Combination columns = {column_parts,
+                               tiles_over(p.n, tile_rows(size)),
+                               p.rules.symmetric ? p.m : 0,
+                               state,
+                               start == 0,
+                               pointer<float>(target_lse),
+                               nullptr,
+                               0,
+                               nullptr};
   launch_combine(rows, columns, cuda_stream);
 }
 
@@ -356,18 +368,19 @@ PYBIND11_MODULE(_cuda, m) {
         "Positive logits and log-sum-exps of rows start to stop. The strips of a call go from "
         "the first row on with one workspace; target_lse is complete after the last. The "
         "similarities go into kept (n, kept_pitch) unless that is 0.");
-  m.def("loss", &loss, py::kw_only(), py::arg("device"), py::arg("problem"), py::arg("positive"),
-        py::arg("query_lse"), py::arg("target_lse"), py::arg("weight"), py::arg("total"),
-        py::arg("gain"), py::arg("d_positive"), py::arg("d_query_lse"), py::arg("d_target_lse"),
-        py::arg("stream"),
-        "`weight` times the sum of the rows' losses, its gradients with respect to the log-sum-exps, "
-        "and the `gain` for the backward in float16.");
+  m.def(
+      "loss", &loss, py::kw_only(), py::arg("device"), py::arg("problem"), py::arg("positive"),
+      py::arg("query_lse"), py::arg("target_lse"), py::arg("weight"), py::arg("total"),
+      py::arg("gain"), py::arg("d_positive"), py::arg("d_query_lse"), py::arg("d_target_lse"),
+      py::arg("stream"),
+      "`weight` times the sum of the rows' losses, its gradients with respect to the log-sum-exps, "
+      "and the `gain` for the backward in float16.");
   m.def("backward", &backward, py::kw_only(), py::arg("device"), py::arg("architecture"),
         py::arg("problem"), py::arg("start"), py::arg("stop"), py::arg("query_lse"),
         py::arg("target_lse"), py::arg("d_positive"), py::arg("d_query_lse"),
         py::arg("d_target_lse"), py::arg("gain"), py::arg("ds"), py::arg("pitch"),
-        py::arg("stream"), py::arg("kept") = 0, py::arg("kept_pitch") = 0,
-        py::arg("positive") = 0, py::arg("scale_parts") = 0,
+        py::arg("stream"), py::arg("kept") = 0, py::arg("kept_pitch") = 0, py::arg("positive") = 0,
+        py::arg("scale_parts") = 0,
         "dS of rows start to stop, times `gain` (0: 1), into ds (stop - start, pitch). It computes "
         "no similarities if the forward has kept them. `scale_parts` takes parts that sum to the "
         "gradient of the scale, times `gain`, from these rows. It returns how many, or 0 if the "

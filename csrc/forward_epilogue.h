@@ -31,8 +31,8 @@ class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
   template <class Shape, class Block, class Coordinate, class Engine, class Layout, class Mma,
             class Residue>
   CUTE_DEVICE void operator()(Shape, Block, Coordinate tile,
-                              cute::Tensor<Engine, Layout> accumulators, Mma, Residue,
-                              int thread, char* storage) {
+                              cute::Tensor<Engine, Layout> accumulators, Mma, Residue, int thread,
+                              char* storage) {
     using namespace cute;
     const Problem& p = params.problem;
     const Rules& rules = p.rules;
@@ -110,8 +110,7 @@ class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
     } else {
       sum_rows(s, place, shared, shift, row_logit);
       if (rules.symmetric) {
-        sum_columns(s, place, shared, shift,
-                    [&](int r, int c) { return s(r, c) * other.column; });
+        sum_columns(s, place, shared, shift, [&](int r, int c) { return s(r, c) * other.column; });
       }
     }
   }

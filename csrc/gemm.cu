@@ -122,8 +122,7 @@ int64_t launch_backward<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>(const Problem& p,
   if (outputs.kept.similarities != nullptr) {
     using Tile = KeptTile<LLAVE_ELEMENT>;
     using Epilogue = BackwardEpilogue<Warp, LLAVE_ELEMENT, Tile>;
-    const int64_t blocks =
-        int64_t(tiles_over(p.n, Tile::kRows)) * tiles_over(p.m, Tile::kColumns);
+    const int64_t blocks = int64_t(tiles_over(p.n, Tile::kRows)) * tiles_over(p.m, Tile::kColumns);
     kept_kernel<Epilogue, Tile>
         <<<static_cast<unsigned>(blocks), Place<Tile>::kThreads, 0, stream>>>({p, outputs});
     check(cudaGetLastError(), "backward");

@@ -47,10 +47,10 @@ struct LossPart {
 
 struct LossCall {
   Problem problem;
-  const float *positive, *query_lse, *target_lse;      // (n,), (n,), (m,)
-  float weight;                                        // of a row's loss
-  float *total, *gain;                                 // ()
-  float *d_positive, *d_query_lse, *d_target_lse;      // (n,), (n,), (m,); the last is set to 0
+  const float *positive, *query_lse, *target_lse;  // (n,), (n,), (m,)
+  float weight;                                    // of a row's loss
+  float *total, *gain;                             // ()
+  float *d_positive, *d_query_lse, *d_target_lse;  // (n,), (n,), (m,); the last is set to 0
 
   // The part of row i. Writes the row's slopes.
   CUTE_HOST_DEVICE LossPart row(int i) const {
@@ -62,8 +62,7 @@ struct LossCall {
       d_positive[i] = -slope;
       return {row.value, size(slope), size(slope), 0.0f};
     }
-    const int label =
-        rules.labels == nullptr ? i : column_or(rules.labels[i], problem.m, kNowhere);
+    const int label = rules.labels == nullptr ? i : column_or(rules.labels[i], problem.m, kNowhere);
     // Without a label, the row's positive is NaN.
     const Softplus column((label == kNowhere ? query_lse[i] : target_lse[label]) - positive[i]);
     const float row_slope = 0.5f * weight * row.slope;

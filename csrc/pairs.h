@@ -34,8 +34,7 @@ CUTE_HOST_DEVICE int column_or(int64_t column, int m, int otherwise) {
 CUTE_HOST_DEVICE Row load_row(const Problem& p, int i) {
   const Rules& rules = p.rules;
   if (i >= p.n) return {kOutside, kInfinity, kNoRowId};
-  return {rules.labels == nullptr ? rules.first_row + i
-                                  : column_or(rules.labels[i], p.m, kNowhere),
+  return {rules.labels == nullptr ? rules.first_row + i : column_or(rules.labels[i], p.m, kNowhere),
           rules.row_limit == nullptr ? kInfinity : rules.row_limit[i],
           rules.query_ids == nullptr ? kNoRowId : rules.query_ids[i]};
 }

@@ -24,7 +24,9 @@ CUTE_HOST_DEVICE float power_of_two(float x) {
 #endif
 }
 
-CUTE_HOST_DEVICE float exponential(float x) { return power_of_two(x * kLog2E); }
+CUTE_HOST_DEVICE float exponential(float x) {
+  return power_of_two(x * kLog2E);
+}
 
 // 0 in place of -infinity, so that (-infinity) - shift stays -infinity where nothing is summed.
 CUTE_HOST_DEVICE float finite(float shift) {

@@ -105,9 +105,8 @@ struct TilePairs {
       return positive_offset(place, j0, place.row(r)) == place.column_offset(c);
     });
     if (p.rules.query_ids != nullptr) {
-      replace(s, [&](int r, int c) {
-        return row_ids[place.row(r)] == column_ids[place.column(c)];
-      });
+      replace(s,
+              [&](int r, int c) { return row_ids[place.row(r)] == column_ids[place.column(c)]; });
     }
     if (i0 + kRows > p.n || j0 + kColumns > p.m) {
       const int rows = p.n - i0 - place.row(0), columns = p.m - j0 - place.column(0);

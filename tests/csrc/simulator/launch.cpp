@@ -28,7 +28,8 @@ std::vector<float> operand(const void* data, int rows, int d, int64_t stride) {
   return values;
 }
 
-// Calls `fill(accumulators, thread, down, across)`, then the epilogue, for each thread of each tile.
+// Calls `fill(accumulators, thread, down, across)`, then the epilogue, for each thread of each
+// tile.
 template <class Tile, class Epilogue, class Outputs, class Prepare, class Fill>
 void run_tiles(const Problem& p, const Outputs& outputs, Prepare prepare, Fill fill) {
   using namespace cute;
@@ -146,11 +147,11 @@ void launch_loss(const LossCall& call, cudaStream_t) {
   call.finish(all);
 }
 
-#define LLAVE_INSTANTIATE(architecture, element)                                               \
-  template Size launch_forward<architecture, element>(const Problem&, const ForwardOutputs&,    \
-                                                     cudaStream_t);                            \
-  template int64_t launch_backward<architecture, element>(                                      \
-      const Problem&, const BackwardOutputs&, cudaStream_t);
+#define LLAVE_INSTANTIATE(architecture, element)                                                  \
+  template Size launch_forward<architecture, element>(const Problem&, const ForwardOutputs&,      \
+                                                      cudaStream_t);                              \
+  template int64_t launch_backward<architecture, element>(const Problem&, const BackwardOutputs&, \
+                                                          cudaStream_t);
 LLAVE_INSTANTIATE(80, float)
 LLAVE_INSTANTIATE(80, cutlass::bfloat16_t)
 LLAVE_INSTANTIATE(80, cutlass::half_t)
