@@ -181,7 +181,9 @@ def _parser() -> argparse.ArgumentParser:
         "torchrun --nproc_per_node 8 -m llave embed llave-0.5b corpus.jsonl --out embeddings",
     )
     embed.add_argument("model", help="a model folder or hub name")
-    embed.add_argument("input", help="JSONL or parquet of id, text, image; or a folder of images")
+    embed.add_argument(
+        "input", help="JSONL or parquet of id, text, image; a .txt of texts; or images"
+    )
     embed.add_argument("--out", required=True, help="folder of the shards")
     embed.add_argument("--batch-size", type=int, default=32)
     workers(embed)

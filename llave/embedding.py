@@ -105,9 +105,10 @@ def embed(
 
     Args:
         model: a model on the device to use.
-        source: a ``.jsonl`` or ``.parquet`` file, or a folder of images. A file has the fields
-            ``text`` and/or ``image`` (a path) and optionally ``id`` (default: the row number). In
-            parquet an image may also be its file's content, or ``{bytes, path}`` as in the hub's
+        source: a ``.jsonl`` or ``.parquet`` file, a ``.txt`` file with a text in each line, or a
+            folder of images. A ``.jsonl`` or ``.parquet`` file has the fields ``text`` and/or
+            ``image`` (a path) and optionally ``id`` (default: the row number). In parquet an image
+            may also be its file's content, or ``{bytes, path}`` as in the hub's
             data sets. A folder is read recursively and sorted, and the relative path is the id.
             Images are taken as a person sees them (``llave.images``). A later call does not notice
             that an image file changed, unless its size changed in a folder.

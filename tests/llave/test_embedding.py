@@ -230,6 +230,15 @@ def test_parquet_equals_jsonl(source: Path, pictures: Path, tmp_path: Path) -> N
     np.testing.assert_array_equal(read(tmp_path / "a")[1], read(tmp_path / "b")[1])
 
 
+def test_a_file_of_texts_equals_jsonl(tmp_path: Path) -> None:
+    records = [{"text": f"line {n} é"} for n in range(20)]
+    (tmp_path / "same.txt").write_bytes("\r\n\n".join(r["text"] for r in records).encode())
+    quick(tmp_path / "same.txt", tmp_path / "a")
+    quick(write_jsonl(tmp_path / "same.jsonl", records), tmp_path / "b")
+    assert read(tmp_path / "a")[0] == read(tmp_path / "b")[0] == [str(n) for n in range(20)]
+    np.testing.assert_array_equal(read(tmp_path / "a")[1], read(tmp_path / "b")[1])
+
+
 def test_folder_of_images(pictures: Path, tmp_path: Path) -> None:
     quick(pictures, tmp_path / "out", shard_rows=2)
     ids, vectors = read(tmp_path / "out")
@@ -429,8 +438,9 @@ def test_other_misuse(source: Path, pictures: Path, tmp_path: Path) -> None:
         embed("model", source, tmp_path / "out")  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl does not exist"):
         quick(tmp_path / "nothing.jsonl", tmp_path / "out")
-    with pytest.raises(ValueError, match=r"source must be a \.jsonl file"):
-        quick(pictures / "notes.txt", tmp_path / "out")
+    (pictures / "notes.md").write_text("no corpus")
+    with pytest.raises(ValueError, match=r"source must be a \.jsonl, \.parquet or \.txt file"):
+        quick(pictures / "notes.md", tmp_path / "out")
     with pytest.raises(ValueError, match=r"image_root=.* has no meaning with the folder"):
         quick(pictures, tmp_path / "out", image_root=tmp_path)
     source.write_text('{"text": "a"}\n\n{"text": \n')
