@@ -131,6 +131,10 @@ def pretend(monkeypatch: pytest.MonkeyPatch, backend: str) -> Accounts:
         monkeypatch.setattr(triton_backend.loss, "loss_kernel", _Kernel(accounts, "loss_kernel"))
         monkeypatch.setattr(triton_backend, "unavailable", lambda: None)
         monkeypatch.setattr(triton_backend, "supports", lambda query, target, rules: None)
-        plain = tiles.TABLE[tiles.Kind(9, 2)].plain
-        monkeypatch.setattr(triton_backend._Call, "tile", lambda self: plain)
+
+        def tile(call: Any) -> tiles.Tile:
+            n, d = call.query.shape
+            return tiles.table(9, call.query.dtype, d, n)
+
+        monkeypatch.setattr(triton_backend._Call, "tile", tile)
     return accounts
