@@ -344,8 +344,7 @@ class _Backward(_Call):
         n_m, n_n = triton.cdiv(stop - start, tile.bm), triton.cdiv(len(self.target), tile.bn)
         tiles_each = math.prod(_super_tile(n_m, n_n, self.query.device))
         programs = triton.cdiv(n_m * n_n, tiles_each)
-        # With kept similarities the sum may differ by its last bit from run to run.
-        sums = sums and tile.bm * tile.bn <= SUM_TILE and self.gradients[-1] is None
+        sums = sums and tile.bm * tile.bn <= SUM_TILE
         parts = ds.new_empty(programs, dtype=torch.float32) if sums else None
         kernels.strip_kernel[(programs,)](
             *self.inputs, *self.gradients, ds, parts, start, stop, *self.sizes[1:], ds.stride(0),
