@@ -37,13 +37,14 @@ COLUMNS = [
 def stub_launches() -> None:
     """Let the ``cuda`` backend prepare its launches on a CPU, and launch nothing."""
 
-    def nothing(**_: object) -> None:
-        pass
+    def nothing(**_: object) -> int:
+        return 1  # part of the scale's gradient, of a backward
 
     cuda._missing = None
     cuda._cuda = SimpleNamespace(
         device="cpu", architectures=(80, 90), Problem=SimpleNamespace,
         forward_workspace=lambda problem, rows: 1024,
+        most_scale_parts=lambda problem, rows: 1,
         forward=nothing, loss=nothing, backward=nothing,
     )  # fmt: skip
     torch.set_float32_matmul_precision("high")
