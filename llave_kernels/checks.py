@@ -258,7 +258,8 @@ def columns(
             raise ValueError(
                 f"{name} must be columns from {least} to {m - 1}, got values from {low} to {high}"
             )
-        if unique and int(value[value >= 0].bincount(minlength=1).max()) > 1:
+        named = value if low >= 0 else value[value >= 0]
+        if unique and len(named) and int(named.bincount().max()) > 1:
             raise ValueError(
                 f"{name} must not repeat a column when symmetric=True, where a column has one "
                 "positive row; pass symmetric=False where queries share a target"
