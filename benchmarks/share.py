@@ -28,6 +28,7 @@ from llave_kernels import hardness_weighted_contrastive_loss
 
 PAIRS, TURNS, SIZES, WIDTH = 64, 5, (1024, 8192), 384
 USED, PASSES = 0.4, 20
+PREDICTIONS = Path(__file__).parent / "results" / "static" / "predictions.csv"
 COUNTED = (  # encoder, parameters, tokens of a pair, gradient caching, N of a process, M, D
     ("MiniLM (22M)", 10.7e6, 128, False, 8192, 8192, 384),
     ("MiniLM (22M)", 10.7e6, 128, False, 32768, 32768, 384),
@@ -83,9 +84,9 @@ def measured() -> list[Row]:
     ]  # fmt: skip
 
 
-def counted(predictions: Path) -> list[Row]:
+def counted() -> list[Row]:
     """The same for an H100, from the model."""
-    with predictions.open(newline="") as file:
+    with PREDICTIONS.open(newline="") as file:
         rates = {
             (int(row["d"]), int(row["n"])): float(row["tflops"]) * 1e12
             for row in csv.DictReader(file)
@@ -145,15 +146,12 @@ def main(given: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, help="folder for share.csv")
     parser.add_argument("--markdown", type=Path, metavar="CSV", help="print the table of this file")
-    parser.add_argument(
-        "--predictions", type=Path, default=Path("benchmarks/results/static/predictions.csv")
-    )
     options = parser.parse_args(given)
     if options.markdown:
         with options.markdown.open(newline="") as file:
             print(markdown(list(csv.DictReader(file))))
         return
-    rows = measured() + counted(options.predictions)
+    rows = measured() + counted()
     print(markdown(rows))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -166,8 +166,8 @@ def backward(
     gain = products.gain(logit_scale, *upstream) if query.dtype == torch.float16 else None
     call = _Call(query, target, logit_scale, rules)
     vectors = [x.data_ptr() for x in (*outputs, *upstream)]
-    # What launches a loss composed from log-sum-exps has many launches anyway. So the scale's
-    # gradient is left to the products.
+    # A loss composed from log-sum-exps has many launches anyway. So the scale's gradient is left to
+    # the products.
     return call.gradients(
         vectors, gain, gain, kept, scale_gradient=scale_gradient, scale_parts=False
     )
