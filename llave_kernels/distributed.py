@@ -60,8 +60,9 @@ def distributed_contrastive_loss(
         logit_scale, backend: as in ``hardness_weighted_contrastive_loss``.
         rules: as in ``hardness_weighted_contrastive_loss``. ``labels`` (N_local,) and ``owners``
             (M_local,) are columns of this process's own ``target``. ``query_ids`` (N_local,) and
-            ``target_ids`` (M_local,) are compared across processes. All settings must be the same
-            on every process.
+            ``target_ids`` (M_local,) are compared across processes. ``query_bias`` (N_local,) and
+            ``target_bias`` (M_local,) are of this process's rows. All settings must be the same on
+            every process.
 
     Returns:
         0-d tensor or (N_local,). float32, or float64 for float64 inputs.
@@ -146,6 +147,10 @@ def checked(
         "requires_grad of target": learns(target),
         "requires_grad of logit_scale": isinstance(scale, Tensor) and learns(scale),
         "presence of ids": rules.query_ids is not None,
+        "presence of query_bias": rules.query_bias is not None,
+        "presence of target_bias": rules.target_bias is not None,
+        "requires_grad of query_bias": rules.query_bias is not None and learns(rules.query_bias),
+        "requires_grad of target_bias": rules.target_bias is not None and learns(rules.target_bias),
         "reduction": reduction,
         "backend": backend,
     }
@@ -182,6 +187,7 @@ def _block_rules(query: Tensor, target: Tensor, own: Rules, backend: str, block:
         if own.symmetric:
             column_limit = exchange.gathered(own.column_limits(limits, len(target)), columns)
     query_ids, target_ids = own.query_ids, own.target_ids
+    query_bias, target_bias = own.biases
     return own._replace(
         labels=labels,
         owners=owners,
@@ -189,4 +195,6 @@ def _block_rules(query: Tensor, target: Tensor, own: Rules, backend: str, block:
         target_ids=None if target_ids is None else exchange.gathered(target_ids, columns),
         row_limit=row_limit,
         column_limit=column_limit,
+        query_bias=None if query_bias is None else exchange.gathered(query_bias, rows),
+        target_bias=None if target_bias is None else exchange.gathered(target_bias, columns),
     )
