@@ -9,6 +9,7 @@ from llave_kernels.functional import (
 )
 from llave_kernels.modules import HardnessWeightedContrastiveLoss
 from llave_kernels.rules import RuleArguments, RuleSettings, RuleTensors
+from llave_kernels.supervised import supervised_contrastive_loss
 from llave_kernels.version import __version__
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "contrastive_logsumexp",
     "hardness_weighted_contrastive_loss",
     "similarity_statistics",
+    "supervised_contrastive_loss",
 ]

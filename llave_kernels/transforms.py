@@ -50,8 +50,10 @@ def support(
             pairs = zip(arguments, in_dims, strict=True)
             return [x if dim is None else x.select(dim, i) for x, dim in pairs]
 
-        outputs = zip(*(operator(*sample(i)) for i in range(info.batch_size)), strict=True)
-        stacked = tuple(torch.stack(each) for each in outputs)
+        found = [operator(*sample(i)) for i in range(info.batch_size)]
+        if isinstance(found[0], Tensor):
+            return torch.stack(found), 0
+        stacked = tuple(torch.stack(each) for each in zip(*found, strict=True))
         return stacked, (0,) * len(stacked)
 
     rules = {
