@@ -21,7 +21,8 @@ from llave_kernels.atomic_files import publish
 
 OUT_OF_MEMORY = "out of memory"
 COLUMNS = [
-    "data", "impl", "n", "m", "d", "dtype", "directions", "query_alpha", "target_alpha", "status",
+    "loss_name", "data", "impl", "n", "m", "d",
+    "dtype", "directions", "query_alpha", "target_alpha", "status",
     "forward_ms", "step_ms", "step_p20_ms", "step_p80_ms", "steps", "extra_mib",
     "tflops", "flops_convention", "floor_ms", "share", "ceiling_tflops", "ceiling_gb_s",
     "product_tflops", "loss", "loss_error", "gradient_error",
@@ -81,10 +82,14 @@ def write_csv(rows: list[Row], path: Path, columns: list[str] = COLUMNS) -> None
 def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a run's CSV.
 
-    Those of early runs lack columns. They have as many targets as queries.
+    Those of early runs lack columns. They are of the contrastive loss, with as many targets as
+    queries.
     """
     with path.open(newline="") as file:
-        return [dict.fromkeys(COLUMNS, "") | {"m": row["n"]} | row for row in csv.DictReader(file)]
+        return [
+            dict.fromkeys(COLUMNS, "") | {"loss_name": "contrastive", "m": row["n"]} | row
+            for row in csv.DictReader(file)
+        ]
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
@@ -97,6 +102,8 @@ def markdown(rows: list[dict[str, str]]) -> str:
         way = {"1": "one direction", "2": "both"}[row["directions"]]
         n, m, d = (f"{int(row[name]):,}" for name in ("n", "m", "d"))
         size = f"{way}, N = {n}{'' if m == n else f', M = {m}'}, D = {d}"
+        if row["loss_name"] != "contrastive":
+            size = f"{row['loss_name']}, {size}"
         figures = row["status"]
         if row["step_ms"]:
             figures = f"{float(row['step_ms']):,.0f} ms, {float(row['extra_mib']):,.0f} MiB"
