@@ -7,8 +7,9 @@ from llave_kernels.functional import (
     contrastive_logsumexp,
     hardness_weighted_contrastive_loss,
 )
-from llave_kernels.modules import HardnessWeightedContrastiveLoss
+from llave_kernels.modules import HardnessWeightedContrastiveLoss, SigmoidContrastiveLoss
 from llave_kernels.rules import RuleArguments, RuleSettings, RuleTensors
+from llave_kernels.sigmoid import SigmoidPairs, sigmoid_contrastive_loss
 from llave_kernels.version import __version__
 
 __all__ = [
@@ -17,10 +18,13 @@ __all__ = [
     "RuleArguments",
     "RuleSettings",
     "RuleTensors",
+    "SigmoidContrastiveLoss",
+    "SigmoidPairs",
     "SimilarityStatistics",
     "__version__",
     "available_backends",
     "contrastive_logsumexp",
     "hardness_weighted_contrastive_loss",
+    "sigmoid_contrastive_loss",
     "similarity_statistics",
 ]

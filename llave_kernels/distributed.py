@@ -111,7 +111,7 @@ def own_logsumexps(call: Call, block: Block) -> tuple[Tensor, Tensor, Tensor | N
     """What the losses of this process's rows are made from: ``losses.loss_of_rows``."""
     query, target, scale, own, _, name = call
     inputs = exchange.Inputs(query, target, block)
-    rules = _block_rules(query, target, own, name, block)
+    rules = block_rules(query, target, own, name, block)
     queries, targets = inputs.result()
     del inputs  # and the padded rows of an uneven batch
     logits = functional.logsumexp(queries, targets, scale, rules, name)
@@ -138,17 +138,8 @@ def checked(
     query, target = autocast(query, target)
     scale, rules = functional.resolve(query, target, logit_scale, **given)
     name = dispatch.choose(backend, query, target, rules)
-    told: dict[str, Any] = {
-        "the loss": "distributed_contrastive_loss",
-        "the width of the embeddings": query.shape[1],
-        "their dtype": query.dtype,
-        "requires_grad of query": learns(query),
-        "requires_grad of target": learns(target),
-        "requires_grad of logit_scale": isinstance(scale, Tensor) and learns(scale),
-        "presence of ids": rules.query_ids is not None,
-        "reduction": reduction,
-        "backend": backend,
-    }
+    ids = rules.query_ids is not None
+    told = told_of("distributed_contrastive_loss", query, target, scale, ids, reduction, backend)
     held = RuleSettings.__annotations__
     told |= {name: value for name, value in rules.arguments(len(target)).items() if name in held}
     # A number is compared without a look at the device.
@@ -158,7 +149,30 @@ def checked(
     return call, Terms(part, told | dict(settings), known)
 
 
-def _block_rules(query: Tensor, target: Tensor, own: Rules, backend: str, block: Block) -> Rules:
+def told_of(
+    loss: str,
+    query: Tensor,
+    target: Tensor,
+    scale: float | Tensor,
+    ids: bool,
+    reduction: str,
+    backend: str,
+) -> dict[str, Any]:
+    """What the processes compare for every loss."""
+    return {
+        "the loss": loss,
+        "the width of the embeddings": query.shape[1],
+        "their dtype": query.dtype,
+        "requires_grad of query": learns(query),
+        "requires_grad of target": learns(target),
+        "requires_grad of logit_scale": isinstance(scale, Tensor) and learns(scale),
+        "presence of ids": ids,
+        "reduction": reduction,
+        "backend": backend,
+    }
+
+
+def block_rules(query: Tensor, target: Tensor, own: Rules, backend: str, block: Block) -> Rules:
     """The rules of a block, from this process's own. Columns are numbered over the block's."""
     rows, columns, any_owners = block
 

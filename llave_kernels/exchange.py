@@ -121,10 +121,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, partial: Tensor, side: Side) -> Tensor:
-        world, own = len(side.sizes), side.sizes[side.rank]
-        parts = partial.new_empty(world * own)
-        dist.all_to_all_single(parts, partial.contiguous(), [own] * world, side.sizes, side.group)
-        parts = parts.view(world, own)
+        parts = _to_owners(partial, side)
         lse = torch.logsumexp(parts, 0)
         # A row or column without a negative gets no gradient.
         share = torch.exp(parts - lse.masked_fill(lse == -math.inf, 0.0))
@@ -135,10 +132,41 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (share,) = ctx.saved_tensors
-        side: Side = ctx.side
-        world, own = share.shape
-        out = gradient.new_empty(sum(side.sizes))
-        dist.all_to_all_single(
-            out, (share * gradient).flatten(), side.sizes, [own] * world, side.group
-        )
-        return out, None
+        return _from_owners(share * gradient, ctx.side), None
+
+
+def summed(partial: Tensor, side: Side) -> Tensor:
+    """The sums of this process's rows, from the parts of all processes. As ``combined``."""
+    if not side.shared:
+        return partial
+    found: Tensor = _Sum.apply(partial, side)
+    return found
+
+
+class _Sum(torch.autograd.Function):
+    jvp = staticmethod(transforms.refuse_forward_mode)
+
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, side: Side) -> Tensor:
+        ctx.side = side
+        return _to_owners(partial, side).sum(0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _from_owners(gradient.expand(len(ctx.side.sizes), -1), ctx.side), None
+
+
+def _to_owners(partial: Tensor, side: Side) -> Tensor:
+    """(processes of the side, own rows): what each process has of this process's rows."""
+    world, own = len(side.sizes), side.sizes[side.rank]
+    parts = partial.new_empty(world * own)
+    dist.all_to_all_single(parts, partial.contiguous(), [own] * world, side.sizes, side.group)
+    return parts.view(world, own)
+
+
+def _from_owners(parts: Tensor, side: Side) -> Tensor:
+    """The way back of ``_to_owners``."""
+    world, own = parts.shape
+    out = parts.new_empty(sum(side.sizes))
+    dist.all_to_all_single(out, parts.flatten(), side.sizes, [own] * world, side.group)
+    return out

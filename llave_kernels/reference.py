@@ -107,3 +107,25 @@ def similarity_loss(s: Tensor, *, reduction: str = "mean", **rules: object) -> T
         own = columns[: len(s)] if labels is None else columns[labels]  # type: ignore[index]
         loss = (loss - torch.nn.functional.logsigmoid(positive - own)) / 2
     return {"mean": loss.mean(), "sum": loss.sum(), "none": loss}[reduction]
+
+
+def reference_sigmoid_loss(
+    query: Tensor,
+    target: Tensor,
+    *,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    labels: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    target_ids: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The sigmoid loss of SigLIP (arXiv 2303.15343). ``mean`` is over the rows."""
+    z = logit_scale * query @ target.T + logit_bias
+    labels = torch.arange(len(z), device=z.device) if labels is None else labels
+    positive = labels[:, None] == torch.arange(z.shape[1], device=z.device)
+    loss = -torch.nn.functional.logsigmoid(torch.where(positive, z, -z))
+    if query_ids is not None and target_ids is not None:
+        loss = loss.masked_fill(~positive & (query_ids[:, None] == target_ids), 0.0)
+    rows = loss.sum(1)
+    return {"mean": rows.mean(), "sum": rows.sum(), "none": rows}[reduction]
