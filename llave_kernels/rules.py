@@ -123,6 +123,13 @@ class Rules(NamedTuple):
             "target_ids": self.target_ids,
         }
 
+    def of_prefix(self, k: int) -> Rules:
+        """The rules of prefix ``k``, if the limits are (K, N) and (K, M) for K prefixes."""
+        if self.row_limit is None:
+            return self
+        columns = None if self.column_limit is None else self.column_limit[k]
+        return self._replace(row_limit=self.row_limit[k], column_limit=columns)
+
     def labels_of(self, query: Tensor) -> Tensor:
         """(N,) labels. Where they are None, row i's is i."""
         if self.labels is not None:
@@ -178,11 +185,11 @@ def inside(labels: Tensor, m: int) -> tuple[Tensor, Tensor]:
 
 
 def at_labels(columns: Tensor, labels: Tensor | None, n: int) -> Tensor:
-    """(N,) values of the columns (M,) at the rows' labels. NaN for a label outside."""
+    """(..., N) values of the columns (..., M) at the rows' labels. NaN for a label outside."""
     if labels is None:
-        return columns[:n]
-    known, safe = inside(labels, len(columns))
-    return torch.where(known, columns[safe], math.nan)
+        return columns[..., :n]
+    known, safe = inside(labels, columns.shape[-1])
+    return torch.where(known, columns[..., safe], math.nan)
 
 
 def default_owners(n: int, m: int, device: torch.device) -> Tensor | None:
