@@ -107,8 +107,8 @@ def combined(partial: Tensor, side: Side) -> Tensor:
     """The log-sum-exps of this process's rows or columns, from the parts of all processes.
 
     Args:
-        partial: those of the block: over all rows or columns of ``side``, and over what the block
-            has of the other side.
+        partial: (R,) or (R, K) those of the block: over all rows or columns of ``side``, and over
+            what the block has of the other side.
     """
     if not side.shared:
         return partial
@@ -122,9 +122,9 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, partial: Tensor, side: Side) -> Tensor:
         world, own = len(side.sizes), side.sizes[side.rank]
-        parts = partial.new_empty(world * own)
+        parts = partial.new_empty((world * own, *partial.shape[1:]))
         dist.all_to_all_single(parts, partial.contiguous(), [own] * world, side.sizes, side.group)
-        parts = parts.view(world, own)
+        parts = parts.view(world, own, *partial.shape[1:])
         lse = torch.logsumexp(parts, 0)
         # A row or column without a negative gets no gradient.
         share = torch.exp(parts - lse.masked_fill(lse == -math.inf, 0.0))
@@ -136,9 +136,13 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (share,) = ctx.saved_tensors
         side: Side = ctx.side
-        world, own = share.shape
-        out = gradient.new_empty(sum(side.sizes))
+        world, own = share.shape[:2]
+        out = gradient.new_empty((sum(side.sizes), *gradient.shape[1:]))
         dist.all_to_all_single(
-            out, (share * gradient).flatten(), side.sizes, [own] * world, side.group
+            out,
+            (share * gradient).flatten(0, 1).contiguous(),
+            side.sizes,
+            [own] * world,
+            side.group,
         )
         return out, None

@@ -268,6 +268,19 @@ def logsumexp(
     return ContrastiveLogits(positive, rows, columns if rules.symmetric else None)
 
 
+def margin_limits(
+    query: Tensor,
+    target: Tensor,
+    rules: Rules,
+    backend: str,
+    dims: tuple[int, ...] | None,
+) -> Tensor | None:
+    """(N,) ``rules.row_limits``, or (K, N) for the prefixes of ``dims``. None without a margin."""
+    if dims is not None:
+        return matryoshka.margin_limits(query, target, rules, dims, backend)
+    return rules.row_limits(query, target, dispatch.named(backend).margin_limit)
+
+
 def _prefix_by_prefix(
     query: Tensor,
     target: Tensor,

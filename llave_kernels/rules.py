@@ -150,19 +150,20 @@ class Rules(NamedTuple):
         return limit(query, target, self.labels, self.margin)
 
     def column_limits(self, rows: Tensor, m: int) -> Tensor:
-        """(M,) limits of the columns, from the limits of the rows (N,).
+        """(..., M) limits of the columns, from the limits of the rows (..., N).
 
         A column takes the limit of the row whose positive it is. Without such a row it is infinite.
         """
         if self.column_limit is not None:
             return self.column_limit
-        limits = rows.new_full((m + 1,), math.inf)
+        limits = rows.new_full((*rows.shape[:-1], m + 1), math.inf)
         if self.labels is None:
-            limits[: len(rows)] = rows
+            limits[..., : rows.shape[-1]] = rows
         else:
             known, safe = inside(self.labels, m)
-            limits.scatter_(0, torch.where(known, safe, m), rows)  # labels outside go to entry m
-        return limits[:m]
+            columns = torch.where(known, safe, m).expand_as(rows)  # labels outside go to entry m
+            limits.scatter_(-1, columns, rows)
+        return limits[..., :m]
 
 
 # The fields of ``Rules`` as an operator schema. Tensors come first.
