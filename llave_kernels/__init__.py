@@ -6,6 +6,7 @@ from llave_kernels.functional import (
     ContrastiveLogits,
     contrastive_logsumexp,
     hardness_weighted_contrastive_loss,
+    matryoshka_logsumexp,
 )
 from llave_kernels.modules import HardnessWeightedContrastiveLoss, SigmoidContrastiveLoss
 from llave_kernels.rules import RuleArguments, RuleSettings, RuleTensors
@@ -25,6 +26,7 @@ __all__ = [
     "available_backends",
     "contrastive_logsumexp",
     "hardness_weighted_contrastive_loss",
+    "matryoshka_logsumexp",
     "sigmoid_contrastive_loss",
     "similarity_statistics",
 ]

@@ -6,6 +6,8 @@ any float dtype. Run it in float64. It is not a backend.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -96,6 +98,23 @@ def reference_loss(query: Tensor, target: Tensor, **rules: object) -> Tensor:
     """The hardness-weighted contrastive loss. ``rules`` are as in ``similarity_loss``."""
     allowance = tie_allowance(query, target, rules.get("labels"))  # type: ignore[arg-type]
     return similarity_loss(query @ target.T, allowance=allowance, **rules)  # type: ignore[arg-type]
+
+
+def reference_matryoshka(
+    query: Tensor,
+    target: Tensor,
+    *,
+    matryoshka_dims: Sequence[int],
+    matryoshka_weights: Sequence[float] | None = None,
+    **rules: object,
+) -> Tensor:
+    """The weighted sum of the losses of the truncated, normalised rows (arXiv 2205.13147)."""
+    weights = [1.0] * len(matryoshka_dims) if matryoshka_weights is None else matryoshka_weights
+    losses = []
+    for d, weight in zip(matryoshka_dims, weights, strict=True):
+        q, t = (torch.nn.functional.normalize(x[:, :d], dim=1) for x in (query, target))
+        losses.append(weight * reference_loss(q, t, **rules))
+    return torch.stack(losses).sum(0)
 
 
 def similarity_loss(s: Tensor, *, reduction: str = "mean", **rules: object) -> Tensor:
