@@ -11,6 +11,7 @@ from llave_kernels.functional import (
 from llave_kernels.modules import HardnessWeightedContrastiveLoss, SigmoidContrastiveLoss
 from llave_kernels.rules import RuleArguments, RuleSettings, RuleTensors
 from llave_kernels.sigmoid import SigmoidPairs, sigmoid_contrastive_loss
+from llave_kernels.supervised import supervised_contrastive_loss
 from llave_kernels.version import __version__
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "matryoshka_logsumexp",
     "sigmoid_contrastive_loss",
     "similarity_statistics",
+    "supervised_contrastive_loss",
 ]

@@ -323,9 +323,13 @@ def ids(query: Tensor | None, target: Tensor | None, n: int, m: int, device: tor
             continue
         if (target if other == "target_ids" else query) is None:
             raise ValueError(f"{name} needs {other}: ids are compared between rows and columns")
-        _integers(name, value, length, device)
-        if value.dtype != torch.int64:
-            raise TypeError(f"{name} must be int64, got {value.dtype}; use to(torch.int64)")
+        int64(name, value, length, device)
+
+
+def int64(name: str, value: Tensor, length: int, device: torch.device) -> None:
+    _integers(name, value, length, device)
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {value.dtype}; use to(torch.int64)")
 
 
 def _integers(name: str, value: Tensor, length: int, device: torch.device) -> None:

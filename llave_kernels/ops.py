@@ -167,9 +167,11 @@ def checked(
         expect("row_limit", rules.row_limit, (*prefixes, len(query)), query)
     if rules.column_limit is not None:
         expect("column_limit", rules.column_limit, (*prefixes, len(target)), query)
+    # A column has one limit, but a log-sum-exp over the negatives of any number of positive rows.
+    unique = rules.symmetric and rules.margin is not None
     labels, owners = checks.rule_tensors(
         query, target, labels=rules.labels, owners=rules.owners, query_ids=rules.query_ids,
-        target_ids=rules.target_ids, symmetric=rules.symmetric, least_label=ELSEWHERE,
+        target_ids=rules.target_ids, symmetric=unique, least_label=ELSEWHERE,
     )  # fmt: skip
     return rules._replace(labels=labels, owners=owners)
 
