@@ -35,7 +35,7 @@ def contrastive_logsumexp(
     query: Tensor, target: Tensor, logit_scale: Tensor, backend: str, *given: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The backend's ``LogSumExps``, and the tensor that it keeps for its backward."""
-    rules = _checked(query, target, logit_scale, given)
+    rules = checked(query, target, logit_scale, given)
     module = dispatch.supporting(backend, query, target, rules)
     transforms.refuse_tangents(query, target, logit_scale)
     with dispatch.running_on(query):
@@ -92,11 +92,11 @@ def contrastive_logsumexp_backward(
     *given: Any,
 ) -> tuple[Tensor, ...]:
     """The backend's ``Gradients``. The scale's is any number unless ``scale_gradient``."""
-    rules = _checked(query, target, logit_scale, given)
+    rules = checked(query, target, logit_scale, given)
     module = dispatch.named(backend)
-    upstream = _like_outputs(rules, query, target, "d_", d_positive, d_query_lse, d_target_lse)
-    outputs = _like_outputs(rules, query, target, "", positive, query_lse, target_lse)
-    _expect("kept", kept, module.kept_shape(query, target, rules), query)
+    upstream = like_outputs(rules, query, target, "d_", d_positive, d_query_lse, d_target_lse)
+    outputs = like_outputs(rules, query, target, "", positive, query_lse, target_lse)
+    expect("kept", kept, module.kept_shape(query, target, rules), query)
     transforms.refuse_tangents(query, target, logit_scale)
     with dispatch.running_on(query):
         found = module.backward(
@@ -109,8 +109,8 @@ def contrastive_logsumexp_backward(
 @contrastive_logsumexp_backward.register_fake
 def _(*arguments: Any) -> Any:
     bias_gradients, query, target = arguments[8:11]
-    rules = Rules(*arguments[13:])
-    return _gradients_like(query, target, rules, query.dtype, bias_gradients=bias_gradients)
+    of_biases = Rules(*arguments[13:]).bias_gradients(bias_gradients)
+    return _tensors(gradients_like(query, target, query.dtype, *of_biases))
 
 
 @torch.library.custom_op(
@@ -124,7 +124,7 @@ def one_direction_loss(
     All are in the accumulation dtype. The upstream gradient is not applied yet, and without it the
     gradients may not fit the inputs' dtype. Those of the biases are computed if there are biases.
     """
-    rules = _checked(query, target, logit_scale, given)
+    rules = checked(query, target, logit_scale, given)
     module = dispatch.one_direction(backend, query)
     if module is None or rules.symmetric:
         raise ValueError(
@@ -142,16 +142,16 @@ def one_direction_loss(
 @one_direction_loss.register_fake
 def _(query: Tensor, target: Tensor, scale: Tensor, backend: str, *given: Any) -> Any:
     dtype = accumulation_dtype(query.dtype)
-    gradients = _gradients_like(query, target, Rules(*given), dtype, bias_gradients=True)
-    return query.new_empty((), dtype=dtype), *gradients
+    gradients = gradients_like(query, target, dtype, *Rules(*given).bias_gradients(True))
+    return query.new_empty((), dtype=dtype), *_tensors(gradients)
 
 
-def _gradients_like(
-    query: Tensor, target: Tensor, rules: Rules, dtype: torch.dtype, *, bias_gradients: bool
-) -> tuple[Tensor, ...]:
+def gradients_like(
+    query: Tensor, target: Tensor, dtype: torch.dtype, *of_biases: Tensor | None
+) -> Gradients:
     dq, dt = (x.new_empty(x.shape, dtype=dtype) for x in (query, target))
     d_scale = query.new_empty((), dtype=accumulation_dtype(query.dtype))
-    return _tensors(Gradients(dq, dt, d_scale, *rules.bias_gradients(bias_gradients)))
+    return Gradients(dq, dt, d_scale, *of_biases)
 
 
 def _tensors(gradients: Gradients) -> tuple[Tensor, ...]:
@@ -159,38 +159,55 @@ def _tensors(gradients: Gradients) -> tuple[Tensor, ...]:
     return tuple(gradients.query.new_empty(0) if x is None else x for x in gradients)
 
 
-def _checked(query: Tensor, target: Tensor, logit_scale: Tensor, given: tuple[Any, ...]) -> Rules:
+def checked(
+    query: Tensor,
+    target: Tensor,
+    logit_scale: Tensor,
+    given: tuple[Any, ...],
+    *,
+    prefixes: tuple[int, ...] = (),
+) -> Rules:
     """Check the arguments. Return the rules, with labels and owners as int64.
 
     Anyone may call an operator directly. Backends do not check what ``Rules`` promises.
+
+    Args:
+        prefixes: (K,) if the limits and the outputs are those of K prefixes.
     """
     rules = Rules(*given)
     checks.embeddings(query, target)
-    _expect("logit_scale", logit_scale, (), query)
+    expect("logit_scale", logit_scale, (), query)
     checks.one_of("hardness", rules.hardness, HARDNESS_MODES)
     if rules.row_limit is not None:
-        _expect("row_limit", rules.row_limit, (len(query),), query)
+        expect("row_limit", rules.row_limit, (*prefixes, len(query)), query)
     if rules.column_limit is not None:
-        _expect("column_limit", rules.column_limit, (len(target),), query)
+        expect("column_limit", rules.column_limit, (*prefixes, len(target)), query)
+    # A column has one limit, but a log-sum-exp over the negatives of any number of positive rows.
+    unique = rules.symmetric and rules.margin is not None
     labels, owners = checks.rule_tensors(
         query, target, labels=rules.labels, owners=rules.owners, query_ids=rules.query_ids,
         target_ids=rules.target_ids, query_bias=rules.query_bias, target_bias=rules.target_bias,
-        symmetric=rules.symmetric, least_label=ELSEWHERE,
+        symmetric=unique, least_label=ELSEWHERE,
     )  # fmt: skip
     return rules._replace(labels=labels, owners=owners)
 
 
-def _like_outputs(
-    rules: Rules, query: Tensor, target: Tensor, prefix: str, *values: Tensor
+def like_outputs(
+    rules: Rules,
+    query: Tensor,
+    target: Tensor,
+    prefix: str,
+    *values: Tensor,
+    prefixes: tuple[int, ...] = (),
 ) -> LogSumExps:
     """Check values against the shapes of the forward's ``LogSumExps``. Return them contiguous."""
     sizes = len(query), len(query), len(target) if rules.symmetric else 0
     for name, value, size in zip(LogSumExps._fields, values, sizes, strict=True):
-        _expect(prefix + name, value, (size,), query)
+        expect(prefix + name, value, (*prefixes, size), query)
     return LogSumExps(*(value.contiguous() for value in values))
 
 
-def _expect(name: str, value: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
+def expect(name: str, value: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
     """Check that a tensor has this shape, the device of ``query`` and its accumulation dtype."""
     dtype = accumulation_dtype(query.dtype)
     if (value.shape, value.dtype, value.device) != (shape, dtype, query.device):
@@ -200,7 +217,7 @@ def _expect(name: str, value: Tensor, shape: tuple[int, ...], query: Tensor) -> 
         )
 
 
-def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     pass
 
 
@@ -234,7 +251,7 @@ def _of_inputs(ctx: Any, found: Iterable[Tensor | None]) -> tuple[Tensor | None,
 
 
 transforms.support(
-    contrastive_logsumexp_backward, _setup_backward, transforms.refuse_second_derivative
+    contrastive_logsumexp_backward, setup_nothing, transforms.refuse_second_derivative
 )
 transforms.support(contrastive_logsumexp, _setup_logsumexp, _backward_logsumexp)
 
