@@ -19,8 +19,11 @@ def gather_rows(x: Tensor, sizes: list[int], group: Any) -> Tensor:
 
 
 def gathered(x: Tensor, side: Side) -> Tensor:
-    """``gather_rows`` over a side of a block, without a gradient."""
-    return gather_rows(x, side.sizes, side.group) if side.shared else x
+    """``gather_rows`` over a side of a block. A gradient goes back to the processes' own rows."""
+    if not side.shared:
+        return x
+    found: tuple[Tensor] = _Gather.apply([Gathering(x, side.sizes, side.group)], x)
+    return found[0]
 
 
 class Gathering:
@@ -107,8 +110,8 @@ def combined(partial: Tensor, side: Side) -> Tensor:
     """The log-sum-exps of this process's rows or columns, from the parts of all processes.
 
     Args:
-        partial: those of the block: over all rows or columns of ``side``, and over what the block
-            has of the other side.
+        partial: (R,) or (R, K) those of the block: over all rows or columns of ``side``, and over
+            what the block has of the other side.
     """
     if not side.shared:
         return partial
@@ -153,20 +156,22 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _from_owners(gradient.expand(len(ctx.side.sizes), -1), ctx.side), None
+        parts = gradient.expand(len(ctx.side.sizes), *gradient.shape)
+        return _from_owners(parts, ctx.side), None
 
 
 def _to_owners(partial: Tensor, side: Side) -> Tensor:
-    """(processes of the side, own rows): what each process has of this process's rows."""
+    """(processes of the side, own rows, ...): what each process has of this process's rows."""
     world, own = len(side.sizes), side.sizes[side.rank]
-    parts = partial.new_empty(world * own)
+    parts = partial.new_empty((world * own, *partial.shape[1:]))
     dist.all_to_all_single(parts, partial.contiguous(), [own] * world, side.sizes, side.group)
-    return parts.view(world, own)
+    return parts.view(world, own, *partial.shape[1:])
 
 
 def _from_owners(parts: Tensor, side: Side) -> Tensor:
     """The way back of ``_to_owners``."""
-    world, own = parts.shape
-    out = parts.new_empty(sum(side.sizes))
-    dist.all_to_all_single(out, parts.flatten(), side.sizes, [own] * world, side.group)
+    world, own = parts.shape[:2]
+    out = parts.new_empty((sum(side.sizes), *parts.shape[2:]))
+    given = parts.flatten(0, 1).contiguous()
+    dist.all_to_all_single(out, given, side.sizes, [own] * world, side.group)
     return out

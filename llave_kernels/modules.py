@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from typing_extensions import Unpack
 
-from llave_kernels import checks, dispatch
+from llave_kernels import checks, dispatch, matryoshka
 from llave_kernels.agreement import group_of
 from llave_kernels.distributed import distributed_contrastive_loss
 from llave_kernels.distributed_sigmoid import distributed_sigmoid_loss
@@ -30,8 +31,8 @@ class HardnessWeightedContrastiveLoss(nn.Module):
 
     Args:
         logit_scale: kappa = 1 / temperature, positive.
-        alpha, hardness, symmetric, target_alpha, false_negative_margin, reduction, backend: as in
-            ``hardness_weighted_contrastive_loss``.
+        alpha, hardness, symmetric, target_alpha, false_negative_margin, reduction, backend,
+            matryoshka_dims, matryoshka_weights: as in ``hardness_weighted_contrastive_loss``.
         learnable: train the scale. The parameter ``log_logit_scale`` is its logarithm (0-d,
             float32), as in CLIP. That keeps the scale positive.
         max_logit_scale: upper bound of a learnable scale (CLIP: 100). The next call clamps a
@@ -63,6 +64,8 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         learnable: bool = False,
         max_logit_scale: float = 100.0,
         gather_group: Gather = None,
+        matryoshka_dims: Sequence[int] | None = None,
+        matryoshka_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         logit_scale = checks.positive("logit_scale", logit_scale)
@@ -78,6 +81,7 @@ class HardnessWeightedContrastiveLoss(nn.Module):
             raise ValueError(
                 f"logit_scale={logit_scale} is above max_logit_scale={max_logit_scale}; raise that"
             )
+        matryoshka.checked(matryoshka_dims, matryoshka_weights)
         self.initial_logit_scale = logit_scale
         self.max_logit_scale = max_logit_scale
         for name, value in settings.items():  # attributes, which a training loop may change
@@ -85,6 +89,7 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         self.reduction = reduction
         self.backend = dispatch.known(backend)
         self.gather_group = gather_group
+        self.matryoshka_dims, self.matryoshka_weights = matryoshka_dims, matryoshka_weights
         log_scale = nn.Parameter(torch.tensor(math.log(logit_scale))) if learnable else None
         self.register_parameter("log_logit_scale", log_scale)
 
@@ -105,8 +110,8 @@ class HardnessWeightedContrastiveLoss(nn.Module):
     ) -> Tensor:
         """Loss of queries (N, D) and targets (M, D). 0-d, or (N,) with ``reduction="none"``.
 
-        ``tensors`` are ``labels``, ``owners``, ``query_ids`` and ``target_ids``. See
-        ``RuleTensors``.
+        ``tensors`` are ``labels``, ``owners``, ``query_ids``, ``target_ids``, ``query_bias`` and
+        ``target_bias``. See ``RuleTensors``.
         """
         if self.log_logit_scale is not None:
             with torch.no_grad():
@@ -122,6 +127,8 @@ class HardnessWeightedContrastiveLoss(nn.Module):
             **tensors,
             reduction=self.reduction,
             backend=self.backend,
+            matryoshka_dims=self.matryoshka_dims,
+            matryoshka_weights=self.matryoshka_weights,
         )
 
     def _settings(self) -> RuleSettings:
@@ -135,6 +142,10 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         for name, value in self._settings().items():
             if value is not None:
                 shown.append(f"{name}={value:g}" if type(value) is float else f"{name}={value!r}")
+        if self.matryoshka_dims is not None:
+            shown.append(f"matryoshka_dims={tuple(self.matryoshka_dims)}")
+        if self.matryoshka_weights is not None:
+            shown.append(f"matryoshka_weights={tuple(self.matryoshka_weights)}")
         return ", ".join([*shown, f"reduction={self.reduction!r}", f"backend={self.backend!r}"])
 
 

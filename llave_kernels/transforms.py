@@ -48,7 +48,8 @@ def support(
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
         def sample(i: int) -> list[Any]:
             pairs = zip(arguments, in_dims, strict=True)
-            return [x if dim is None else x.select(dim, i) for x, dim in pairs]
+            # A list has a list of dims, all None.
+            return [x.select(dim, i) if isinstance(dim, int) else x for x, dim in pairs]
 
         found = [operator(*sample(i)) for i in range(info.batch_size)]
         if isinstance(found[0], Tensor):

@@ -62,6 +62,7 @@ def gradients(
     logit_scale: float | Tensor,
     fill: Callable[[Tensor, int, int], Tensor | None],
     gain: Tensor | None,
+    d_biases: tuple[Tensor | None, Tensor | None] = (None, None),
     *,
     scale_gradient: bool,
     dtype: torch.dtype | None = None,
@@ -73,7 +74,8 @@ def gradients(
     ``fill(ds, start, stop)`` writes ``gain * dS`` of those rows into the first M columns of ``ds``.
     ``ds`` is contiguous, and its width is a multiple of 16. ``gain`` is 0-d, or None for 1. If
     ``fill`` returns a tensor (), that is the strip's part of the scale's gradient, times ``gain``.
-    If it returns None, the part is summed from the strip of dQ.
+    If it returns None, the part is summed from the strip of dQ. ``d_biases`` are zeros for the
+    gradients of the biases, or None. They are summed from dS as it is stored.
     """
     n, m = query.shape[0], target.shape[0]  # len(x) takes three times as long on the host
     workspace = strip_workspace(query, target)
@@ -89,6 +91,10 @@ def gradients(
             ds, queries, out = workspace[: stop - start], query[start:stop], d_query[start:stop]
         d_scale = fill(ds, start, stop)
         ds = ds[:, :m]
+        if d_biases[0] is not None:
+            d_biases[0][start:stop] = ds.sum(1, dtype=torch.float32)
+        if d_biases[1] is not None:
+            d_biases[1].add_(ds.sum(0, dtype=torch.float32))
         sums_products = scale_gradient and d_scale is None
         if gain is None and not sums_products:
             store_product(out, ds, target)
@@ -108,10 +114,18 @@ def gradients(
         _round(d_target, total, gain)
     elif gain is not None:
         d_target.div_(gain)
+    for x in d_biases:
+        if x is not None:
+            _divide(x.div_(logit_scale), gain)
     if not sums:
-        return Gradients(d_query, d_target, query.new_empty((), dtype=torch.float32))
+        return Gradients(d_query, d_target, query.new_empty((), dtype=torch.float32), *d_biases)
     d_scale = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
-    return Gradients(d_query, d_target, d_scale if gain is None else d_scale.div_(gain))
+    return Gradients(d_query, d_target, _divide(d_scale, gain), *d_biases)
+
+
+def _divide(x: Tensor, gain: Tensor | None) -> Tensor:
+    """``x / gain`` in place."""
+    return x if gain is None else x.div_(gain)
 
 
 def _round(out: Tensor, x: Tensor, gain: Tensor | None) -> None:

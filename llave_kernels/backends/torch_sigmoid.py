@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 
 from llave_kernels.backends.products import gain
 from llave_kernels.backends.protocol import SigmoidGradients
-from llave_kernels.backends.torch_backend import INF, _Gradients, _Strips, rounds_gradients
+from llave_kernels.backends.torch_backend import INF, Strips, _Gradients, rounds_gradients
 from llave_kernels.precision import accumulation_dtype
 from llave_kernels.rules import ELSEWHERE, Rules
 
@@ -33,7 +33,7 @@ def sigmoid_loss(
     """As ``SigmoidLoss.sigmoid_loss``."""
     dtype = accumulation_dtype(query.dtype)
     kept = query.new_empty((len(target), 0), dtype=dtype)
-    strips = _Strips(query, target, logit_scale, rules, kept)
+    strips = Strips(query, target, logit_scale, rules, kept)
     positive = strips.positive * logit_scale + logit_bias
     loss, slope = softplus(-positive, threshold=LINEAR), -torch.sigmoid(-positive)
     if rules.labels is not None:
@@ -60,4 +60,4 @@ def sigmoid_loss(
         accumulate(strip)
     if sums is None:
         return loss, None
-    return loss, SigmoidGradients(*sums.result(), (slope * ones).sum())
+    return loss, SigmoidGradients(*sums.result()[:3], (slope * ones).sum())

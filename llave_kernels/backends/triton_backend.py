@@ -91,7 +91,7 @@ def forward(
     call = _Forward(query, target, logit_scale, rules)
     lse = call.log_sum_exps()
     call.run(call.tile(), lse, kept)
-    positive = call.positive_similarity().mul_(logit_scale)
+    positive = rules.add_biases(call.positive_similarity().mul_(logit_scale))
     rows, columns = lse.unbind()
     # An operator's outputs may not share memory.
     columns = columns[: len(target)].clone() if rules.symmetric else rows.new_empty(0)
@@ -114,9 +114,11 @@ def total_loss(
     length = results.shape[1]
     total = query.new_empty((), dtype=torch.float32)
     kept = strip_gemm.new_kept(query, target) if keep else None
+    pairs = call.pairs
     call.run(call.tile(), results[1:3], kept)
     loss.loss_kernel[(1,)](
-        call.positive_similarity(), scale, call.pairs.label, results, total, length, weight, n, m,
+        call.positive_similarity(), scale, pairs.label, pairs.query_bias, pairs.target_bias,
+        results, total, length, weight, n, m,
         SYMMETRIC=rules.symmetric, BLOCK=LOSS_BLOCK, num_warps=8, **COMPILE,
     )  # fmt: skip
     return total, (results,) if kept is None else (results, kept), None
@@ -138,14 +140,16 @@ def backward(
     rules: Rules,
     *,
     scale_gradient: bool,
+    bias_gradients: bool = False,
 ) -> Gradients:
     """The gradients. That of logit_scale is uninitialised unless ``scale_gradient``."""
     factor = gain(logit_scale, *upstream) if query.dtype == torch.float16 else None
     call = _Backward(query, target, logit_scale, rules, outputs, upstream, factor, kept)
     fill = partial(call.fill, call.tile(), sums=scale_gradient)
     return strip_gemm.gradients(
-        query, target, logit_scale, fill, factor, scale_gradient=scale_gradient
-    )
+        query, target, logit_scale, fill, factor, rules.bias_gradients(bias_gradients),
+        scale_gradient=scale_gradient,
+    )  # fmt: skip
 
 
 def total_gradients(
@@ -158,6 +162,7 @@ def total_gradients(
     prepared: object,
     *,
     scale_gradient: bool,
+    bias_gradients: bool = False,
 ) -> Gradients:
     """As ``FusedLoss.total_gradients``."""
     results, *kept = saved
@@ -167,7 +172,10 @@ def total_gradients(
     similarities = kept[0] if kept else None
     call = _Backward(query, target, scale, rules, outputs, slopes, factor, similarities)
     fill = partial(call.fill, call.tile(), sums=scale_gradient)
-    return strip_gemm.gradients(query, target, scale, fill, divisor, scale_gradient=scale_gradient)
+    return strip_gemm.gradients(
+        query, target, scale, fill, divisor, rules.bias_gradients(bias_gradients),
+        scale_gradient=scale_gradient,
+    )  # fmt: skip
 
 
 def pairs(query: Tensor, target: Tensor, rules: Rules) -> Pairs:
@@ -184,6 +192,8 @@ def pairs(query: Tensor, target: Tensor, rules: Rules) -> Pairs:
         target_id=_contiguous(rules.target_ids),
         row_limit=_contiguous(row_limit),
         column_limit=_contiguous(column_limit),
+        query_bias=_contiguous(rules.query_bias),
+        target_bias=_contiguous(rules.target_bias),
         alpha=rules.alpha,
         target_alpha=None if one_alpha else rules.target_alpha,
     )

@@ -36,7 +36,8 @@ def _largest(x):
 
 @triton.jit(do_not_specialize=["N", "M"])
 def loss_kernel(
-    p_similarity, p_scale, p_label, p_lse, p_row_sum, LENGTH, weight, N, M,
+    p_similarity, p_scale, p_label, p_query_bias, p_target_bias, p_lse, p_row_sum, LENGTH, weight,
+    N, M,
     SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The loss of all rows and its slopes, by one program, which sums in a fixed order.
@@ -65,11 +66,15 @@ def loss_kernel(
         o_m = start + o
         m_m = o_m < N
         b_positive = tl.load(p_similarity + o_m, mask=m_m, other=0.0) * scale
+        b_label = labels(p_label, o_m, N, M)
+        m_label = m_m & (b_label >= 0) & (b_label < M)
+        if p_query_bias is not None:
+            b_positive += tl.load(p_query_bias + o_m, mask=m_m, other=0.0)
+        if p_target_bias is not None:
+            b_positive += tl.load(p_target_bias + b_label, mask=m_label, other=0.0)
         b_row = tl.load(p_row + o_m, mask=m_m, other=-INF) - b_positive
         b_term, b_slope = _softplus_and_slope(b_row)
         if SYMMETRIC:
-            b_label = labels(p_label, o_m, N, M)
-            m_label = m_m & (b_label >= 0) & (b_label < M)
             b_column = tl.load(p_column + b_label, mask=m_label, other=-INF) - b_positive
             b_term_column, b_slope_column = _softplus_and_slope(b_column)
             b_term = 0.5 * (b_term + b_term_column)

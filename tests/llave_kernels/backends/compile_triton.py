@@ -25,7 +25,7 @@ from llave_kernels.backends import tiles, triton_kernels, triton_sigmoid_kernel
 # These arguments are None unless a call has such rules.
 RULES = (
     "p_label", "p_owner", "p_query_id", "p_target_id", "p_row_limit", "p_column_limit",
-    "target_alpha",
+    "p_query_bias", "p_target_bias", "target_alpha",
 )  # fmt: skip
 # And these unless similarities are kept, the scale learns or gradients are asked for.
 OPTIONS = {
