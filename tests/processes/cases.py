@@ -85,13 +85,16 @@ def combinations() -> Iterator[tuple[Any, ...]]:
             yield kinds, uneven, symmetric, hardness
 
 
-def of_one_process(world: int, case: tuple[Any, ...]) -> Tensor:
+def of_one_process(
+    world: int, case: tuple[Any, ...], dense: Callable[..., Tensor] = reference_loss, **more: Any
+) -> Tensor:
     """The loss and the gradients of encoder and scale over the whole batch, in one vector."""
     kinds, uneven, symmetric, hardness = case
     query, target, rules = Batch(world, kinds, uneven=uneven).whole()
     model, scale = encoder(), torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
     pair = (normalize(model(x), dim=1) for x in (query, target))
-    loss = reference_loss(*pair, logit_scale=scale, symmetric=symmetric, hardness=hardness, **rules)
+    rules |= {"symmetric": symmetric, "hardness": hardness, **more}
+    loss = dense(*pair, logit_scale=scale, **rules)
     loss.backward()
     return vector(loss, model, scale)
 
@@ -110,7 +113,7 @@ def vector(loss: Tensor, model: nn.Linear, scale: Tensor) -> Tensor:
     return torch.cat([x.flatten() for x in found if x is not None])
 
 
-def outcome(case: tuple[Any, ...], group: Any, rank: int, world: int) -> Tensor:
+def outcome(case: tuple[Any, ...], group: Any, rank: int, world: int, **more: Any) -> Tensor:
     """The same of one process. The average over the processes is that of DDP."""
     kinds, uneven, symmetric, hardness = case
     batch, model = Batch(world, kinds, uneven=uneven), encoder()
@@ -124,6 +127,7 @@ def outcome(case: tuple[Any, ...], group: Any, rank: int, world: int) -> Tensor:
         hardness=hardness,
         **batch.rules[rank],
         **batch.settings,
+        **more,
     )
     loss.backward()
     return vector(loss, model, scale)
