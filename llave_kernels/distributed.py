@@ -124,7 +124,7 @@ def own_logsumexps(call: Call, block: Block) -> tuple[Tensor, Tensor, Tensor | N
     query, target, scale, own, _, name, nested = call
     dims = nested and nested.dims
     inputs = exchange.Inputs(query, target, block)
-    rules = _block_rules(query, target, own, name, block, dims)
+    rules = block_rules(query, target, own, name, block, dims)
     queries, targets = inputs.result()
     del inputs  # and the padded rows of an uneven batch
     logits = functional.logsumexp(queries, targets, scale, rules, name, dims)
@@ -160,16 +160,9 @@ def checked(
     scale, rules = functional.resolve(query, target, logit_scale, **given)
     nested = matryoshka.checked(matryoshka_dims, matryoshka_weights, query.shape[1])
     name = dispatch.choose(backend, query, target, rules)
-    told: dict[str, Any] = {
-        "the loss": "distributed_contrastive_loss",
-        "the width of the embeddings": query.shape[1],
-        "their dtype": query.dtype,
-        "requires_grad of query": learns(query),
-        "requires_grad of target": learns(target),
-        "requires_grad of logit_scale": isinstance(scale, Tensor) and learns(scale),
-        "presence of ids": rules.query_ids is not None,
-        "reduction": reduction,
-        "backend": backend,
+    ids = rules.query_ids is not None
+    told = told_of("distributed_contrastive_loss", query, target, scale, ids, reduction, backend)
+    told |= {
         "matryoshka_dims": nested and nested.dims,
         "matryoshka_weights": nested and nested.weights,
     }
@@ -182,13 +175,36 @@ def checked(
     return call, Terms(part, told | dict(settings), known)
 
 
-def _block_rules(
+def told_of(
+    loss: str,
+    query: Tensor,
+    target: Tensor,
+    scale: float | Tensor,
+    ids: bool,
+    reduction: str,
+    backend: str,
+) -> dict[str, Any]:
+    """What the processes compare for every loss."""
+    return {
+        "the loss": loss,
+        "the width of the embeddings": query.shape[1],
+        "their dtype": query.dtype,
+        "requires_grad of query": learns(query),
+        "requires_grad of target": learns(target),
+        "requires_grad of logit_scale": isinstance(scale, Tensor) and learns(scale),
+        "presence of ids": ids,
+        "reduction": reduction,
+        "backend": backend,
+    }
+
+
+def block_rules(
     query: Tensor,
     target: Tensor,
     own: Rules,
     backend: str,
     block: Block,
-    dims: tuple[int, ...] | None,
+    dims: tuple[int, ...] | None = None,
 ) -> Rules:
     """The rules of a block, from this process's own. Columns are numbered over the block's."""
     rows, columns, any_owners = block

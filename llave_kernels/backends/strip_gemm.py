@@ -64,8 +64,11 @@ def gradients(
     gain: Tensor | None,
     *,
     scale_gradient: bool,
+    dtype: torch.dtype | None = None,
 ) -> Gradients:
     """The gradients. That of logit_scale is uninitialised unless ``scale_gradient``.
+
+    Those of query and target are in ``dtype``, by default the inputs'.
 
     ``fill(ds, start, stop)`` writes ``gain * dS`` of those rows into the first M columns of ``ds``.
     ``ds`` is contiguous, and its width is a multiple of 16. ``gain`` is 0-d, or None for 1. If
@@ -75,9 +78,9 @@ def gradients(
     n, m = query.shape[0], target.shape[0]  # len(x) takes three times as long on the host
     workspace = strip_workspace(query, target)
     rows = workspace.shape[0]
-    d_query = query.new_empty(query.shape)
+    d_query = query.new_empty(query.shape, dtype=dtype)
     final = rows >= n and gain is None  # the first product is dT itself
-    d_target = target.new_empty(target.shape, dtype=target.dtype if final else torch.float32)
+    d_target = target.new_empty(target.shape, dtype=d_query.dtype if final else torch.float32)
     sums: list[Tensor] = []
     for start in range(0, n, rows):
         stop = min(start + rows, n)
@@ -100,9 +103,11 @@ def gradients(
         put = add_product if start else store_product
         put(d_target, ds.T, queries)
     del workspace, ds  # before the last allocation
-    if d_target.dtype != target.dtype or gain is not None:
-        total, d_target = d_target, target.new_empty(target.shape)
+    if d_target.dtype != d_query.dtype:
+        total, d_target = d_target, target.new_empty(target.shape, dtype=d_query.dtype)
         _round(d_target, total, gain)
+    elif gain is not None:
+        d_target.div_(gain)
     if not sums:
         return Gradients(d_query, d_target, query.new_empty((), dtype=torch.float32))
     d_scale = sums[0] if len(sums) == 1 else torch.stack(sums).sum()

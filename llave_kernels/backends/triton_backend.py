@@ -214,18 +214,27 @@ class _Call:
 
     def options(self, tile: tiles.Tile) -> dict[str, Any]:
         """The kernel's constants and its launch and compile options."""
-        constants = {"HARDNESS": self.rules.hardness, "PRECISION": _precision(self.query)}
+        constants = {"PRECISION": _precision(self.query)}
         launch = {"num_warps": tile.warps, "num_stages": tile.stages}
         return constants | {"TILE": tile} | launch | COMPILE
+
+    @property
+    def hardness(self) -> dict[str, str]:
+        """The constant of the kernels that weigh pairs."""
+        return {"HARDNESS": self.rules.hardness}
+
+    @property
+    def masked(self) -> bool:
+        """Whether the largest tile would spill registers."""
+        ids, margin = self.rules.query_ids is not None, self.rules.margin is not None
+        return tiles.masked(self.query.dtype, ids=ids, margin=margin)
 
     def tile(self) -> tiles.Tile:
         query, d = self.query, self.query.shape[1]
         if query.device.type != "cuda":
             return tiles.INTERPRETER
         major = torch.cuda.get_device_capability(query.device)[0]
-        ids, margin = self.rules.query_ids is not None, self.rules.margin is not None
-        masked = tiles.masked(query.dtype, ids=ids, margin=margin)
-        untimed = tiles.table(major, query.dtype, d, len(query), masked=masked)
+        untimed = tiles.table(major, query.dtype, d, len(query), masked=self.masked)
         if not tiles.autotuning():
             return untimed
         key = self._key()
@@ -291,7 +300,7 @@ class _Forward(_Call):
         kept, pitch = _kept(kept)
         kernels.forward_kernel[grid](
             *self.inputs, *by_row, *by_column, kept, *self.sizes, pitch, rows, columns,
-            **self.options(tile),
+            **self.hardness, **self.options(tile),
         )  # fmt: skip
         blocks = triton.cdiv(max(n, m) if symmetric else n, COMBINE_BLOCK)
         kernels.combine_kernel[(blocks, 2 if symmetric else 1)](
@@ -347,7 +356,7 @@ class _Backward(_Call):
         parts = ds.new_empty(programs, dtype=torch.float32) if sums else None
         kernels.strip_kernel[(programs,)](
             *self.inputs, *self.gradients, ds, parts, start, stop, *self.sizes[1:], ds.stride(0),
-            tiles_each, **self.options(tile),
+            tiles_each, **self.hardness, **self.options(tile),
         )  # fmt: skip
         return None if parts is None else parts.sum()
 

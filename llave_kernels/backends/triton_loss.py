@@ -6,26 +6,12 @@ import triton
 import triton.language as tl
 
 from llave_kernels.backends import products
-from llave_kernels.backends.triton_tile import INF, LOG2E, exp, labels, load_scale
+from llave_kernels.backends.triton_tile import INF, LOG2E, exp, labels, load_scale, log1p
 
 LN2_HIGH = tl.constexpr(0.693145751953125)  # log(2) = LN2_HIGH + LN2_LOW, the first with few bits
 LN2_LOW = tl.constexpr(1.42860677e-06)
 LARGEST = tl.constexpr(products.LARGEST)
 SMALLEST = tl.constexpr(2.0**products.SMALLEST)
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) for 0 <= x <= 1, from the series of 2 atanh(x / (2 + x)).
-
-    The fast logarithm is accurate relative to 1, and a small loss is not.
-    """
-    b = x / (2.0 + x)
-    b_square = b * b
-    b_sum = tl.full(x.shape, 1 / 17, tl.float32)
-    for k in tl.static_range(7, -1, -1):
-        b_sum = b_sum * b_square + 1 / (2 * k + 1)
-    return 2.0 * b * b_sum
 
 
 @triton.jit
@@ -38,7 +24,7 @@ def _softplus_and_slope(x):
     b_rest = (b_size - b_whole * LN2_HIGH) - b_whole * LN2_LOW
     b = tl.exp2(-b_whole) * exp(-b_rest)
     b_slope = tl.where(x < 0, b, 1.0) / (1.0 + b)
-    return tl.where(x > 0, x, 0.0) + _log1p(b), b_slope
+    return tl.where(x > 0, x, 0.0) + log1p(b), b_slope
 
 
 @triton.jit

@@ -43,6 +43,24 @@ def exp(x):
 
 
 @triton.jit
+def log1p(x):
+    """log(1 + x) for 0 <= x <= 1, with the relative error of a few roundings.
+
+    The fast logarithm is accurate relative to 1, and a small loss is not. The polynomial is the
+    best one of its degree for log(1 + x) / x.
+    """
+    b_sum = x * 0.00523268804 - 0.0295052137
+    b_sum = b_sum * x + 0.0782259107
+    b_sum = b_sum * x - 0.136632428
+    b_sum = b_sum * x + 0.191060051
+    b_sum = b_sum * x - 0.24842982
+    b_sum = b_sum * x + 0.333190978
+    b_sum = b_sum * x - 0.499994934
+    b_sum = b_sum * x + 0.99999994
+    return x * b_sum
+
+
+@triton.jit
 def load_scale(p_scale):
     """The logit scale, from a pointer or as the number that it is."""
     scale = p_scale
