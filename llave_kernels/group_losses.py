@@ -28,7 +28,7 @@ from llave_kernels.groups import (
 from llave_kernels.losses import direction_loss
 from llave_kernels.positive_pairs import pair_losses
 from llave_kernels.precision import accumulation_dtype, scale_tensor
-from llave_kernels.rules import ELSEWHERE, Rules
+from llave_kernels.rules import ELSEWHERE, Rules, plain_rules
 
 DENOMINATORS = ("all", "negatives", "pair")
 
@@ -155,10 +155,9 @@ def group_losses(call: Call, block: Block | None = None) -> list[GroupLosses]:
 def _negatives(call: Call, query_groups: Tensor, target_groups: Tensor) -> Rules:
     """The rules of sums over the negatives: the groups are content ids."""
     labels = torch.full_like(query_groups, ELSEWHERE)
-    return Rules(
-        labels=labels, owners=None, query_ids=query_groups, target_ids=target_groups,
-        row_limit=None, column_limit=None, alpha=call.alpha, target_alpha=call.alpha,
-        hardness="all", margin=None, symmetric=call.symmetric,
+    return plain_rules(
+        labels=labels, query_ids=query_groups, target_ids=target_groups, alpha=call.alpha,
+        target_alpha=call.alpha, hardness="all", symmetric=call.symmetric,
     )  # fmt: skip
 
 
@@ -178,11 +177,10 @@ def _all_pairs(call: Call, groups: Groups, counts: Tensor, own: Tensor | None) -
         query_ids, target_ids = own, torch.arange(m, device=own.device)
     if call.alpha:
         owners = groups.order[groups.columns]
-    return Rules(
+    return plain_rules(
         labels=torch.where(counts > 0, first, ELSEWHERE), owners=owners, query_ids=query_ids,
-        target_ids=target_ids, row_limit=None, column_limit=None, alpha=call.alpha,
-        target_alpha=call.alpha, hardness="in_batch" if call.alpha else "all", margin=None,
-        symmetric=call.symmetric,
+        target_ids=target_ids, alpha=call.alpha, target_alpha=call.alpha,
+        hardness="in_batch" if call.alpha else "all", symmetric=call.symmetric,
     )  # fmt: skip
 
 
