@@ -112,15 +112,16 @@ def combinations() -> Iterator[tuple[Any, ...]]:
             yield kinds, uneven, symmetric, hardness
 
 
-def of_one_process(world: int, case: tuple[Any, ...]) -> Tensor:
+def of_one_process(
+    world: int, case: tuple[Any, ...], dense: Callable[..., Tensor] = reference_loss, **more: Any
+) -> Tensor:
     """The loss and the gradients over the whole batch, in one vector."""
     kinds, uneven, symmetric, hardness = case
     batch, learned = Batch(world, kinds, uneven=uneven), Learned()
     *pair, rules = batch.whole()
     arguments = learned.arguments(*pair, biased=batch.biased)
-    return learned.vector(
-        reference_loss(**arguments, symmetric=symmetric, hardness=hardness, **rules)
-    )
+    rules |= {"symmetric": symmetric, "hardness": hardness, **more}
+    return learned.vector(dense(**arguments, **rules))
 
 
 # Where the parts of the vector are.
@@ -133,7 +134,7 @@ PARTS = {
 }
 
 
-def outcome(case: tuple[Any, ...], group: Any, rank: int, world: int) -> Tensor:
+def outcome(case: tuple[Any, ...], group: Any, rank: int, world: int, **more: Any) -> Tensor:
     """The same of one process. The average over the processes is that of DDP."""
     kinds, uneven, symmetric, hardness = case
     batch, learned = Batch(world, kinds, uneven=uneven), Learned()
@@ -144,6 +145,7 @@ def outcome(case: tuple[Any, ...], group: Any, rank: int, world: int) -> Tensor:
         hardness=hardness,
         **batch.rules[rank],
         **batch.settings,
+        **more,
     )
     return learned.vector(loss)
 
