@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from llave_kernels import autograd, checks, dispatch, losses, ops, transforms
+from llave_kernels import within as within_sides
 from llave_kernels.precision import accumulation_dtype, autocast, scale_tensor
 from llave_kernels.rules import HARDNESS_MODES, RuleArguments, Rules, at_labels, default_owners
 
@@ -25,11 +26,14 @@ class ContrastiveLogits(NamedTuple):
         query: (N,) log-sum-exp of each row over its valid negatives, -inf without any.
         target: (M,) log-sum-exp of each column over its valid negatives, the rows whose positive it
             is not. None when not symmetric. The loss reads it at ``labels`` only.
+        within: (N,) log-sum-exp of each row's negatives within the sides, -inf without any. None
+            without ``within``.
     """
 
     positive: Tensor
     query: Tensor
     target: Tensor | None
+    within: Tensor | None = None
 
 
 def resolve(
@@ -97,6 +101,7 @@ def contrastive_logsumexp(
     target: Tensor,
     *,
     logit_scale: float | Tensor = 50.0,
+    within: Sequence[str] = (),
     backend: str = "auto",
     **rules: Unpack[RuleArguments],
 ) -> ContrastiveLogits:
@@ -106,9 +111,10 @@ def contrastive_logsumexp(
     Arguments and errors are as in ``hardness_weighted_contrastive_loss``.
     """
     query, target = autocast(query, target)
+    sides = checks.sides("within", within)
     scale, resolved = resolve(query, target, logit_scale, **rules)
     name = dispatch.choose(backend, query, target, resolved)
-    return logsumexp(query, target, scale, resolved, name)
+    return logsumexp(query, target, scale, resolved, name, sides)
 
 
 @shows_rules
@@ -117,6 +123,7 @@ def hardness_weighted_contrastive_loss(
     target: Tensor,
     *,
     logit_scale: float | Tensor = 50.0,
+    within: Sequence[str] = (),
     reduction: str = "mean",
     backend: str = "auto",
     **rules: Unpack[RuleArguments],
@@ -139,6 +146,15 @@ def hardness_weighted_contrastive_loss(
             ``labels``, M must be at least N.
         logit_scale: kappa = 1 / temperature, a positive number or a tensor of one element, which
             may require grad. kappa, alpha and their sum must be finite in the dtype of the loss.
+        within: sides whose own pairs are negatives too, of ``"query"`` and ``"target"``
+            (Qwen3-Embedding: both). Each direction's sum then also has, for row i,
+
+            - ``"query"``: query i with every query that has another id.
+            - ``"target"``: row i's positive with every target that has another id, but not with
+              those that it owns: itself and row i's mined negatives.
+
+            These pairs carry no hardness weight. The margin leaves one out if its similarity
+            exceeds that of row i's positive by more. Default: none.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (a loss per row).
         backend: ``"auto"`` or a name from ``available_backends()``.
         rules: which pairs count and how they are weighted: ``alpha``, ``hardness``, ``symmetric``,
@@ -164,10 +180,11 @@ def hardness_weighted_contrastive_loss(
         error.
     """
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
+    sides = checks.sides("within", within)
     query, target = autocast(query, target)
     scale, resolved = resolve(query, target, logit_scale, **rules)
     name = dispatch.choose(backend, query, target, resolved)
-    if reduction != "none":
+    if reduction != "none" and not sides:
         weight = 1 / query.shape[0] if reduction == "mean" else 1.0
         merges = _merges_gradients(name, query, target, scale, resolved)
         if autograd.serves(query, target, scale):
@@ -176,11 +193,11 @@ def hardness_weighted_contrastive_loss(
         if merges:
             scale = scale_tensor(scale, query)
             return weight * ops.one_direction_loss(query, target, scale, name, *resolved)[0]
-    logits = logsumexp(query, target, scale, resolved, name)
+    logits = logsumexp(query, target, scale, resolved, name, sides)
     target_lse = logits.target
     if target_lse is not None:
         target_lse = at_labels(target_lse, resolved.labels, len(query))
-    loss = losses.loss_of_rows(logits.positive, logits.query, target_lse)
+    loss = losses.loss_of_rows(logits.positive, logits.query, target_lse, logits.within)
     return losses.reduce(loss, reduction)
 
 
@@ -195,13 +212,21 @@ def _merges_gradients(
 
 
 def logsumexp(
-    query: Tensor, target: Tensor, scale: float | Tensor, rules: Rules, backend: str
+    query: Tensor,
+    target: Tensor,
+    scale: float | Tensor,
+    rules: Rules,
+    backend: str,
+    sides: Sequence[str] = (),
 ) -> ContrastiveLogits:
     """``contrastive_logsumexp`` of resolved arguments, on the named backend."""
     scale = scale_tensor(scale, query)
-    if autograd.serves(query, target, scale):
+    within = None
+    if sides:
+        outputs, within = within_sides.logsumexp(query, target, scale, backend, rules, sides)
+    elif autograd.serves(query, target, scale):
         outputs = autograd.logsumexp(query, target, scale, dispatch.named(backend), rules)
     else:
         outputs = ops.contrastive_logsumexp(query, target, scale, backend, *rules)[:3]
     positive, rows, columns = outputs
-    return ContrastiveLogits(positive, rows, columns if rules.symmetric else None)
+    return ContrastiveLogits(positive, rows, columns if rules.symmetric else None, within)

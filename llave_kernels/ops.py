@@ -15,7 +15,7 @@ from torch import Tensor
 from llave_kernels import checks, dispatch, transforms
 from llave_kernels.backends.protocol import Backend, Gradients, LogSumExps
 from llave_kernels.precision import accumulation_dtype
-from llave_kernels.rules import ELSEWHERE, HARDNESS_MODES, SCHEMA, TENSORS, Rules
+from llave_kernels.rules import ELSEWHERE, HARDNESS_MODES, SCHEMA, TENSORS, WITHIN, Rules
 
 # An operator's schema takes only tensors and scalars. So the rules are passed flat, field by field.
 INPUTS = "Tensor query, Tensor target, Tensor logit_scale"
@@ -34,7 +34,7 @@ def contrastive_logsumexp(
     query: Tensor, target: Tensor, logit_scale: Tensor, backend: str, *given: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The backend's ``LogSumExps``, and the tensor that it keeps for its backward."""
-    rules = _checked(query, target, logit_scale, given)
+    rules = checked(query, target, logit_scale, given)
     module = dispatch.supporting(backend, query, target, rules)
     transforms.refuse_tangents(query, target, logit_scale)
     with dispatch.running_on(query):
@@ -62,6 +62,11 @@ def forward(
 
 @contrastive_logsumexp.register_fake
 def _(query: Tensor, target: Tensor, logit_scale: Tensor, backend: str, *given: Any) -> Any:
+    return fake_logsumexp(query, target, backend, *given)
+
+
+def fake_logsumexp(query: Tensor, target: Tensor, backend: str, *given: Any) -> Any:
+    """Empty outputs of ``contrastive_logsumexp``."""
     rules, n, m = Rules(*given), query.shape[0], target.shape[0]
     kept = dispatch.named(backend).kept_shape(query, target, rules)
     shapes = (n,), (n,), (m if rules.symmetric else 0,), kept
@@ -90,10 +95,10 @@ def contrastive_logsumexp_backward(
     *given: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backend's ``Gradients``. The scale's is any number unless ``scale_gradient``."""
-    rules = _checked(query, target, logit_scale, given)
+    rules = checked(query, target, logit_scale, given)
     module = dispatch.named(backend)
-    upstream = _like_outputs(rules, query, target, "d_", d_positive, d_query_lse, d_target_lse)
-    outputs = _like_outputs(rules, query, target, "", positive, query_lse, target_lse)
+    upstream = like_outputs(rules, query, target, "d_", d_positive, d_query_lse, d_target_lse)
+    outputs = like_outputs(rules, query, target, "", positive, query_lse, target_lse)
     _expect("kept", kept, module.kept_shape(query, target, rules), query)
     transforms.refuse_tangents(query, target, logit_scale)
     with dispatch.running_on(query):
@@ -106,7 +111,7 @@ def contrastive_logsumexp_backward(
 @contrastive_logsumexp_backward.register_fake
 def _(*arguments: Any) -> Any:
     query, target = arguments[8:10]
-    return _gradients_like(query, target, query.dtype)
+    return gradients_like(query, target, query.dtype)
 
 
 @torch.library.custom_op(
@@ -120,7 +125,7 @@ def one_direction_loss(
     All are in the accumulation dtype. The upstream gradient is not applied yet, and without it the
     gradients may not fit the inputs' dtype.
     """
-    rules = _checked(query, target, logit_scale, given)
+    rules = checked(query, target, logit_scale, given)
     module = dispatch.one_direction(backend, query)
     if module is None or rules.symmetric:
         raise ValueError(
@@ -136,15 +141,15 @@ def one_direction_loss(
 @one_direction_loss.register_fake
 def _(query: Tensor, target: Tensor, *rest: Any) -> Any:
     dtype = accumulation_dtype(query.dtype)
-    return query.new_empty((), dtype=dtype), *_gradients_like(query, target, dtype)
+    return query.new_empty((), dtype=dtype), *gradients_like(query, target, dtype)
 
 
-def _gradients_like(query: Tensor, target: Tensor, dtype: torch.dtype) -> Gradients:
+def gradients_like(query: Tensor, target: Tensor, dtype: torch.dtype) -> Gradients:
     dq, dt = (x.new_empty(x.shape, dtype=dtype) for x in (query, target))
     return Gradients(dq, dt, query.new_empty((), dtype=accumulation_dtype(query.dtype)))
 
 
-def _checked(query: Tensor, target: Tensor, logit_scale: Tensor, given: tuple[Any, ...]) -> Rules:
+def checked(query: Tensor, target: Tensor, logit_scale: Tensor, given: tuple[Any, ...]) -> Rules:
     """Check the arguments. Return the rules, with labels and owners as int64.
 
     Anyone may call an operator directly. Backends do not check what ``Rules`` promises.
@@ -152,7 +157,7 @@ def _checked(query: Tensor, target: Tensor, logit_scale: Tensor, given: tuple[An
     rules = Rules(*given)
     checks.embeddings(query, target)
     _expect("logit_scale", logit_scale, (), query)
-    checks.one_of("hardness", rules.hardness, HARDNESS_MODES)
+    checks.one_of("hardness", rules.hardness, (*HARDNESS_MODES, WITHIN))
     if rules.row_limit is not None:
         _expect("row_limit", rules.row_limit, (len(query),), query)
     if rules.column_limit is not None:
@@ -164,7 +169,7 @@ def _checked(query: Tensor, target: Tensor, logit_scale: Tensor, given: tuple[An
     return rules._replace(labels=labels, owners=owners)
 
 
-def _like_outputs(
+def like_outputs(
     rules: Rules, query: Tensor, target: Tensor, prefix: str, *values: Tensor
 ) -> LogSumExps:
     """Check values against the shapes of the forward's ``LogSumExps``. Return them contiguous."""
@@ -184,7 +189,7 @@ def _expect(name: str, value: Tensor, shape: tuple[int, ...], query: Tensor) -> 
         )
 
 
-def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     pass
 
 
@@ -209,7 +214,7 @@ def _backward_logsumexp(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | No
 
 
 transforms.support(
-    contrastive_logsumexp_backward, _setup_backward, transforms.refuse_second_derivative
+    contrastive_logsumexp_backward, setup_nothing, transforms.refuse_second_derivative
 )
 transforms.support(contrastive_logsumexp, _setup_logsumexp, _backward_logsumexp)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import sysconfig
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llave_kernels.backends import positives, products, strip_gemm
-from llave_kernels.backends.protocol import Gradients, LogSumExps
+from llave_kernels.backends.protocol import Gradients, LogSumExps, Sums
 from llave_kernels.backends.rows import aligned
 from llave_kernels.precision import float32_matmul
 from llave_kernels.rules import Rules
@@ -161,11 +162,15 @@ def backward(
     rules: Rules,
     *,
     scale_gradient: bool,
+    sums: Sums | None = None,
 ) -> Gradients:
     """The gradients. That of logit_scale is uninitialised unless ``scale_gradient``."""
     gain = products.gain(logit_scale, *upstream) if query.dtype == torch.float16 else None
     call = _Call(query, target, logit_scale, rules)
     vectors = [x.data_ptr() for x in (*outputs, *upstream)]
+    if sums is not None:
+        fill = call.strips(vectors, sums.gain, kept, scale_parts=False)
+        return strip_gemm.add_gradients(query, target, fill, sums)
     # A loss composed from log-sum-exps has many launches anyway. So the scale's gradient is left to
     # the products.
     return call.gradients(
@@ -283,6 +288,18 @@ class _Call:
     ) -> Gradients:
         """The gradients, from dS times ``factor``, over ``divisor``. None is 1.
 
+        ``vectors`` and ``scale_parts`` are as in ``strips``.
+        """
+        fill = self.strips(vectors, factor, kept, scale_parts=scale_parts)
+        return strip_gemm.gradients(
+            self.query, self.target, self.scale, fill, divisor, scale_gradient=scale_gradient
+        )
+
+    def strips(
+        self, vectors: list[int], factor: Tensor | None, kept: Tensor | None, *, scale_parts: bool
+    ) -> Callable[[Tensor, int, int], Tensor | None]:
+        """The ``fill`` of ``strip_gemm.gradients``, with dS times ``factor``. None is 1.
+
         ``vectors``: the addresses of the log-sum-exps and of their upstream gradients.
         ``scale_parts``: whether the kernel sums the scale's gradient, where its tiles can.
         """
@@ -309,9 +326,7 @@ class _Call:
             )
             return parts[:count].sum() if parts is not None and count else None
 
-        return strip_gemm.gradients(
-            self.query, self.target, self.scale, fill, divisor, scale_gradient=scale_gradient
-        )
+        return fill
 
 
 def _address(x: Tensor | None) -> int:

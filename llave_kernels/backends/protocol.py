@@ -36,6 +36,19 @@ class Gradients(NamedTuple):
     logit_scale: Tensor
 
 
+class Sums(NamedTuple):
+    """Gradients in the accumulation dtype, to which several backwards add.
+
+    Attributes:
+        query, target: (N, D) and (M, D), times ``gain``. Their memory may overlap.
+        gain: () the power of two by which the backwards multiply dS.
+    """
+
+    query: Tensor
+    target: Tensor
+    gain: Tensor
+
+
 class Backend(Protocol):
     """Computes the log-sum-exps of a batch, and their gradients.
 
@@ -85,11 +98,13 @@ class Backend(Protocol):
         rules: Rules,
         *,
         scale_gradient: bool,
+        sums: Sums | None = None,
     ) -> Gradients:
         """The gradients. Those of query and target have the inputs' dtype.
 
         ``upstream`` and ``outputs`` are contiguous. Without ``scale_gradient``, the gradient of the
-        scale may be any number.
+        scale may be any number. With ``sums``, the gradients of query and target are added there
+        and nowhere else, and what is returned has no meaning.
         """
 
 

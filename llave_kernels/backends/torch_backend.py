@@ -33,10 +33,10 @@ from llave_kernels.backends.products import (
     product,
     rounding,
 )
-from llave_kernels.backends.protocol import Gradients, LogSumExps
+from llave_kernels.backends.protocol import Gradients, LogSumExps, Sums
 from llave_kernels.losses import direction_loss
 from llave_kernels.precision import accumulation_dtype
-from llave_kernels.rules import ELSEWHERE, Rules, inside
+from llave_kernels.rules import ELSEWHERE, WITHIN, Rules, inside
 
 NAME = "torch"
 STRIP_BUDGET = 8 << 20  # bytes of one strip; up to two are alive
@@ -207,7 +207,7 @@ class _Strips:
         own = None
         if self.owners is not None:
             own = self.owners[:, None] == rules.labels_of(self.query)[strip]
-        if own is None or rules.hardness == "all":
+        if own is None or rules.hardness in ("all", WITHIN):
             factor = plain if rules.hardness == "hard_negatives" else weighted
         elif rules.hardness == "in_batch":
             factor = torch.where(own, plain, weighted)
@@ -217,6 +217,8 @@ class _Strips:
         z = torch.mul(similarity, factor, out=out)
         if suspect is not None:
             z.masked_fill_(suspect if own is None else suspect & ~own, -INF)
+        if own is not None and rules.hardness == WITHIN:
+            z.masked_fill_(own, -INF)
         if rules.query_ids is not None and rules.target_ids is not None:
             z.masked_fill_(rules.target_ids[:, None] == rules.query_ids[strip], -INF)
         self.put_positives(strip, z, -INF)
@@ -296,12 +298,13 @@ def backward(
     rules: Rules,
     *,
     scale_gradient: bool,
+    sums: Sums | None = None,
 ) -> Gradients:
     """As ``Backend.backward``. The scale's gradient is cheap and is always computed."""
     strips = _Strips(query, target, logit_scale, rules, kept)
     # Used for float32 dS too, because exp(z) and the factors below have very different sizes.
-    factor = gain(strips.scale, *upstream)
-    gradients = _Gradients(strips, query.dtype, factor)
+    factor = gain(strips.scale, *upstream) if sums is None else sums.gain
+    gradients = _Gradients(strips, query.dtype, factor, sums)
     scale = strips.scale * factor
     row_shift, row_factor = _finite(outputs.query_lse), upstream.query_lse * scale
     column_shift, column_factor = _finite(outputs.target_lse), upstream.target_lse * scale
@@ -358,10 +361,21 @@ def one_direction(
 
 
 class _Gradients:
-    """dQ, dT (both in ``dtype``) and d logit_scale, summed over strips of ``factor * dS``."""
+    """dQ, dT (both in ``dtype``) and d logit_scale, summed over strips of ``factor * dS``.
 
-    def __init__(self, strips: _Strips, dtype: torch.dtype, factor: Tensor | None) -> None:
-        self.strips, self.factor = strips, factor
+    With ``sums`` they are added there.
+    """
+
+    def __init__(
+        self,
+        strips: _Strips,
+        dtype: torch.dtype,
+        factor: Tensor | None,
+        sums: Sums | None = None,
+    ) -> None:
+        self.strips, self.factor, self.sums = strips, factor, sums
+        if sums is not None:
+            return
         self.d_query = strips.query.new_empty(strips.query.shape, dtype=dtype)
         self.d_target = strips.target.new_zeros(strips.target.shape, dtype=strips.dtype)
         self.d_scales: list[Tensor] = []
@@ -372,6 +386,10 @@ class _Gradients:
         strips.put_positives(strip, ds, d_positive)
         if rounds_gradients(strips.query):
             ds = ds.to(queries.dtype)
+        if self.sums is not None:
+            add_product(self.sums.query[strip], ds.T, strips.target)
+            add_product(self.sums.target, ds, queries)
+            return
         d_query = product(ds.T, strips.target)
         add_product(self.d_target, ds, queries)
         # d logit_scale follows from dQ, because s has a gradient only through kappa s. It takes dQ
@@ -380,6 +398,8 @@ class _Gradients:
         self.d_query[strip] = d_query if self.factor is None else d_query.div_(self.factor)
 
     def result(self) -> Gradients:
+        if self.sums is not None:
+            return Gradients(*self.sums)
         d_scale = torch.stack(self.d_scales).sum() / self.strips.scale
         if self.factor is not None:
             self.d_target /= self.factor
