@@ -10,7 +10,7 @@ products, and traffic that grows with the number of processes instead of its squ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from llave_kernels.agreement import Group, Peer, Terms, agree, learns
 from llave_kernels.grid import Block, block_of
 from llave_kernels.precision import accumulation_dtype, autocast
 from llave_kernels.rules import ELSEWHERE, RuleArguments, Rules, RuleSettings, at_labels, inside
+from llave_kernels.within import blocks
 
 OUTSIDE = -2  # a label or an owner that is no column, and is not ``ELSEWHERE``
 
@@ -36,6 +37,7 @@ def distributed_contrastive_loss(
     *,
     group: Group = None,
     logit_scale: float | Tensor = 50.0,
+    within: Sequence[str] = (),
     reduction: str = "mean",
     backend: str = "auto",
     **rules: Unpack[RuleArguments],
@@ -58,6 +60,9 @@ def distributed_contrastive_loss(
             Averaged gradients are then those of the global sum divided by the number of processes.
             ``"none"``: (N_local,) one loss per row of this process.
         logit_scale, backend: as in ``hardness_weighted_contrastive_loss``.
+        within: as there. A process compares its own queries with all queries, and its positives
+            with all targets. So each of these pairs is computed for both of its rows, and the rows
+            of a side are received once more.
         rules: as in ``hardness_weighted_contrastive_loss``. ``labels`` (N_local,) and ``owners``
             (M_local,) are columns of this process's own ``target``. ``query_ids`` (N_local,) and
             ``target_ids`` (M_local,) are compared across processes. All settings must be the same
@@ -75,7 +80,12 @@ def distributed_contrastive_loss(
             between processes. A tensor ``logit_scale`` on a GPU is compared in a later call, once
             it has been copied. Waiting for it would synchronise.
     """
-    given = {"logit_scale": logit_scale, "reduction": reduction, "backend": backend}
+    given = {
+        "logit_scale": logit_scale,
+        "within": within,
+        "reduction": reduction,
+        "backend": backend,
+    }
     return loss_over(group, lambda: {"query": query, "target": target, **given, **rules}, {})
 
 
@@ -86,6 +96,7 @@ class Call(NamedTuple):
     target: Tensor
     scale: float | Tensor
     rules: Rules
+    within: tuple[str, ...]
     reduction: str
     backend: str
 
@@ -100,16 +111,33 @@ def loss_over(
         settings: what else must be the same on every process, keyed by the name used in messages.
     """
     call, peers = agree(lambda: checked(**arguments(), settings=settings), group)
-    found = own_logsumexps(call, block_of(group, peers, call.query.device))
+    found = own_logsumexps(call, group, peers)
     loss = losses.loss_of_rows(*found)
     if call.reduction == "mean":
         return loss.sum() * (len(peers) / sum(peer.rows for peer in peers))
     return losses.reduce(loss, call.reduction)
 
 
-def own_logsumexps(call: Call, block: Block) -> tuple[Tensor, Tensor, Tensor | None]:
+def own_logsumexps(
+    call: Call, group: Group, peers: list[Peer]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """What the losses of this process's rows are made from: ``losses.loss_of_rows``."""
-    query, target, scale, own, _, name = call
+    query, target, _, rules, sides, *_ = call
+    found = _logsumexps(call, block_of(group, peers, query.device))
+    limit = dispatch.named(call.backend).margin_limit
+    parts = []
+    for side, own in zip(sides, blocks(query, target, rules, sides, limit), strict=True):
+        places = peers
+        if side == "query":
+            places = [peer._replace(columns=peer.rows, owners=False) for peer in peers]
+        part = call._replace(query=own.query, target=own.target, rules=own.rules)
+        parts.append(_logsumexps(part, block_of(group, places, query.device))[1])
+    return *found, losses.joined(*parts) if parts else None
+
+
+def _logsumexps(call: Call, block: Block) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The logits of this process's positives, and the log-sum-exps of its rows and columns."""
+    query, target, scale, own, _, _, name = call
     inputs = exchange.Inputs(query, target, block)
     rules = _block_rules(query, target, own, name, block)
     queries, targets = inputs.result()
@@ -129,12 +157,14 @@ def checked(
     *,
     settings: Mapping[str, Any],
     logit_scale: float | Tensor = 50.0,
+    within: Sequence[str] = (),
     reduction: str = "mean",
     backend: str = "auto",
     **given: Unpack[RuleArguments],
 ) -> tuple[Call, Terms]:
     """Checked arguments of ``distributed_contrastive_loss``, and what other processes are told."""
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
+    sides = checks.sides("within", within)
     query, target = autocast(query, target)
     scale, rules = functional.resolve(query, target, logit_scale, **given)
     name = dispatch.choose(backend, query, target, rules)
@@ -146,6 +176,7 @@ def checked(
         "requires_grad of target": learns(target),
         "requires_grad of logit_scale": isinstance(scale, Tensor) and learns(scale),
         "presence of ids": rules.query_ids is not None,
+        "within": sides,
         "reduction": reduction,
         "backend": backend,
     }
@@ -154,7 +185,7 @@ def checked(
     # A number is compared without a look at the device.
     known = torch.as_tensor(scale, dtype=accumulation_dtype(query.dtype))
     part = Peer(len(query), len(target), rules.owners is not None)
-    call = Call(query, target, scale, rules, reduction, name)
+    call = Call(query, target, scale, rules, sides, reduction, name)
     return call, Terms(part, told | dict(settings), known)
 
 
@@ -177,7 +208,8 @@ def _block_rules(query: Tensor, target: Tensor, own: Rules, backend: str, block:
             given = torch.arange(len(target), device=target.device)
         owners = exchange.gathered(in_block(given), columns)
     if own.margin is not None:
-        limits = dispatch.named(backend).margin_limit(query, target, own.labels, own.margin)
+        limits = own.row_limits(query, target, dispatch.named(backend).margin_limit)
+        assert limits is not None
         row_limit = exchange.gathered(limits, rows)
         if own.symmetric:
             column_limit = exchange.gathered(own.column_limits(limits, len(target)), columns)

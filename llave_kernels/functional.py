@@ -11,9 +11,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from llave_kernels import autograd, checks, dispatch, losses, ops, transforms
-from llave_kernels import within as within_sides
 from llave_kernels.precision import accumulation_dtype, autocast, scale_tensor
 from llave_kernels.rules import HARDNESS_MODES, RuleArguments, Rules, at_labels, default_owners
+from llave_kernels.within import within_logsumexp
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -223,7 +223,7 @@ def logsumexp(
     scale = scale_tensor(scale, query)
     within = None
     if sides:
-        outputs, within = within_sides.logsumexp(query, target, scale, backend, rules, sides)
+        outputs, within = within_logsumexp(query, target, scale, backend, rules, sides)
     elif autograd.serves(query, target, scale):
         outputs = autograd.logsumexp(query, target, scale, dispatch.named(backend), rules)
     else:

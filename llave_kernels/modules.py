@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -26,8 +27,8 @@ class HardnessWeightedContrastiveLoss(nn.Module):
 
     Args:
         logit_scale: kappa = 1 / temperature, positive.
-        alpha, hardness, symmetric, target_alpha, false_negative_margin, reduction, backend: as in
-            ``hardness_weighted_contrastive_loss``.
+        alpha, hardness, symmetric, target_alpha, false_negative_margin, within, reduction, backend:
+            as in ``hardness_weighted_contrastive_loss``.
         learnable: train the scale. The parameter ``log_logit_scale`` is its logarithm (0-d,
             float32), as in CLIP. That keeps the scale positive.
         max_logit_scale: upper bound of a learnable scale (CLIP: 100). The next call clamps a
@@ -54,6 +55,7 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         symmetric: bool = True,
         target_alpha: float | None = None,
         false_negative_margin: float | None = None,
+        within: Sequence[str] = (),
         reduction: str = "mean",
         backend: str = "auto",
         learnable: bool = False,
@@ -81,6 +83,7 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         self.max_logit_scale = max_logit_scale
         for name, value in settings.items():  # attributes, which a training loop may change
             setattr(self, name, value)
+        self.within = checks.sides("within", within)
         self.reduction = reduction
         self.backend = dispatch.known(backend)
         self.gather_group = gather_group
@@ -120,6 +123,7 @@ class HardnessWeightedContrastiveLoss(nn.Module):
             logit_scale=self.logit_scale,
             **self._settings(),
             **tensors,
+            within=self.within,
             reduction=self.reduction,
             backend=self.backend,
         )
@@ -135,4 +139,6 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         for name, value in self._settings().items():
             if value is not None:
                 shown.append(f"{name}={value:g}" if type(value) is float else f"{name}={value!r}")
+        if self.within:
+            shown.append(f"within={self.within!r}")
         return ", ".join([*shown, f"reduction={self.reduction!r}", f"backend={self.backend!r}"])

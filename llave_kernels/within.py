@@ -244,7 +244,7 @@ def _sides(*flags: bool) -> list[str]:
     mutates_args=(),
     schema=f"({INPUTS}) -> ({ops.OUTPUTS}, Tensor within_lse, Tensor kept)",
 )
-def within_logsumexp(
+def operator(
     query: Tensor, target: Tensor, scale: Tensor, backend: str, *given: Any
 ) -> tuple[Tensor, ...]:
     """``contrastive_logsumexp`` with the log-sum-exps within the sides (N,) before ``kept``."""
@@ -256,7 +256,7 @@ def within_logsumexp(
         return *outputs, within, kept
 
 
-@within_logsumexp.register_fake
+@operator.register_fake
 def _(query: Tensor, target: Tensor, scale: Tensor, backend: str, *given: Any) -> Any:
     *outputs, kept = ops.fake_logsumexp(query, target, backend, *given[2:])
     return *outputs, outputs[1].new_empty(outputs[1].shape), kept
@@ -268,7 +268,7 @@ def _(query: Tensor, target: Tensor, scale: Tensor, backend: str, *given: Any) -
     schema=f"({ops.UPSTREAM}, Tensor d_within_lse, {ops.OUTPUTS}, Tensor within_lse, Tensor kept, "
     f"bool scale_gradient, {INPUTS}) -> ({ops.GRADIENTS})",
 )
-def within_logsumexp_backward(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+def backward_operator(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The ``Gradients``. The scale's is any number unless ``scale_gradient``."""
     *upstream, d_within = given[:4]
     *outputs, within, kept, learns = given[4:10]
@@ -284,7 +284,7 @@ def within_logsumexp_backward(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
         )  # fmt: skip
 
 
-@within_logsumexp_backward.register_fake
+@backward_operator.register_fake
 def _(*given: Any) -> Any:
     query, target = given[10:12]
     return ops.gradients_like(query, target, query.dtype)
@@ -302,17 +302,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     outputs, learns = saved[:4], ctx.needs_input_grad[2]
-    dq, dt, d_scale = within_logsumexp_backward(
+    dq, dt, d_scale = backward_operator(
         *(torch.zeros_like(x) if d is None else d for d, x in zip(upstream, outputs, strict=False)),
         *saved[:5], learns, *saved[5:8], *ctx.settings, *saved[8:], *ctx.constants,
     )  # fmt: skip
     return dq, dt, d_scale if learns else None, *[None] * (3 + len(Rules._fields))
 
 
-transforms.support(
-    within_logsumexp_backward, ops.setup_nothing, transforms.refuse_second_derivative
-)
-transforms.support(within_logsumexp, _setup, _backward)
+transforms.support(backward_operator, ops.setup_nothing, transforms.refuse_second_derivative)
+transforms.support(operator, _setup, _backward)
 
 
 class _Eager(Function):
@@ -334,11 +332,11 @@ class _Eager(Function):
         return *outputs, within, kept
 
 
-def logsumexp(
+def within_logsumexp(
     query: Tensor, target: Tensor, scale: Tensor, backend: str, rules: Rules, sides: Sequence[str]
 ) -> tuple[LogSumExps, Tensor]:
     """The differentiable log-sum-exps, and those within the sides (N,)."""
     flags = [side in sides for side in SIDES]
-    run = _Eager.apply if autograd.serves(query, target, scale) else within_logsumexp
+    run = _Eager.apply if autograd.serves(query, target, scale) else operator
     *outputs, within, _ = run(query, target, scale, backend, *flags, *rules)
     return LogSumExps(*outputs), within
