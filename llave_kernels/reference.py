@@ -7,6 +7,7 @@ any float dtype. Run it in float64. It is not a backend.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,14 @@ def reference_logsumexp(
     return similarity_logsumexp(query @ target.T, allowance=allowance, **rules)  # type: ignore[arg-type]
 
 
-def reference_within(
+def reference_within(query: Tensor, target: Tensor, **rules: object) -> Tensor:
+    """(N,) log-sum-exps of the negatives within the sides. ``rules``: see ``within_logits``."""
+    z = within_logits(query, target, **rules)  # type: ignore[arg-type]
+    empty = (z == -INF).all(1)  # stays finite, or autograd would return NaN
+    return torch.where(empty, -INF, z.masked_fill(empty[:, None], 0.0).logsumexp(1))
+
+
+def within_logits(
     query: Tensor,
     target: Tensor,
     *,
@@ -38,32 +46,32 @@ def reference_within(
     false_negative_margin: float | None = None,
     **_: object,
 ) -> Tensor:
-    """(N,) log-sum-exps of each row's negatives within the sides. They carry no weight."""
+    """(N, K) logits of each row's pairs within the sides: N of queries, then M of targets.
+
+    They carry no weight. A pair that does not count is -inf.
+    """
     n, m = len(query), len(target)
-    row_labels = torch.arange(n, device=query.device) if labels is None else labels
+    columns = torch.arange(m, device=query.device)
     if owners is None or isinstance(owners, range):
-        owners = torch.arange(m, device=query.device) % (n if owners is None else m)
-    positive = target[row_labels]
-    limit = query.new_full((n,), INF)
+        owners = columns % (n if owners is None else m)
+    rows = columns[:n] if labels is None else labels
+    positive = target[rows]
+    limit = query.new_full((n, 1), INF)
     if false_negative_margin is not None:
-        similarity, allowance = (query * positive).sum(1), tie_allowance(query, target, labels)
-        limit = margin_limits(similarity.detach(), allowance, false_negative_margin)
-    blocks = []
+        s, allowance = (query * positive).sum(1).detach(), tie_allowance(query, target, labels)
+        limit = margin_limits(s, allowance, false_negative_margin)[:, None]
+    blocks: list[tuple[Tensor, Tensor, Tensor | None, Any]] = []
     if "query" in within:
-        own, ids = torch.eye(n, dtype=torch.bool, device=query.device), query_ids
-        blocks.append((query @ query.T, own, ids, ids))
+        blocks.append((query @ query.T, columns[:n, None] == columns[:n], query_ids, slice(n)))
     if "target" in within:
-        own, ids = row_labels[:, None] == owners, target_ids
-        blocks.append((positive @ target.T, own, None if ids is None else ids[row_labels], ids))
+        blocks.append((positive @ target.T, rows[:, None] == owners, target_ids, rows))
     logits = []
-    for s, own, row_ids, ids in blocks:
-        left_out = own | (s > limit[:, None])
-        if row_ids is not None and ids is not None:
-            left_out = left_out | (row_ids[:, None] == ids)
+    for s, left_out, ids, own in blocks:
+        left_out = left_out | (s > limit)
+        if ids is not None:
+            left_out = left_out | (ids[own, None] == ids)
         logits.append((logit_scale * s).masked_fill(left_out, -INF))
-    z = torch.cat(logits, 1)
-    empty = (z == -INF).all(1)
-    return torch.where(empty, -INF, z.masked_fill(empty[:, None], 0.0).logsumexp(1))
+    return torch.cat(logits, 1)
 
 
 def margin_limits(positive: Tensor, allowance: Tensor, margin: float) -> Tensor:
@@ -147,7 +155,7 @@ def reference_loss(
 ) -> Tensor:
     """The hardness-weighted contrastive loss. ``rules`` are as in ``similarity_loss``."""
     allowance = tie_allowance(query, target, rules.get("labels"))  # type: ignore[arg-type]
-    more = reference_within(query, target, within=within, **rules) if within else None  # type: ignore[arg-type]
+    more = reference_within(query, target, within=within, **rules) if within else None
     return similarity_loss(query @ target.T, allowance=allowance, within=more, **rules)  # type: ignore[arg-type]
 
 
