@@ -78,19 +78,31 @@ def logit_scale(
         found = positive("logit_scale", value, dtype)
         _finite_sum(found, strength, dtype)
         return found
-    tensor("logit_scale", value)
+    for number in _one_element("logit_scale", value, device):
+        _finite_sum(positive("logit_scale", number, dtype), strength, dtype)
+    return value.reshape(()).to(dtype)
+
+
+def logit_bias(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> float | Tensor:
+    """The bias as a number, or as a tensor () on ``device``, which keeps its graph."""
+    if not isinstance(value, Tensor):
+        return finite("logit_bias", value, dtype)
+    for number in _one_element("logit_bias", value, device):
+        finite("logit_bias", number, dtype)
+    return value.reshape(()).to(dtype)
+
+
+def _one_element(name: str, value: Tensor, device: torch.device) -> list[float]:
+    """Check a tensor of one real number. Return the number if it can be read and is not NaN."""
+    tensor(name, value)
     if value.numel() != 1:
         raise ValueError(
-            "logit_scale must be a float or a tensor of one element, got shape "
-            f"{tuple(value.shape)}"
+            f"{name} must be a float or a tensor of one element, got shape {tuple(value.shape)}"
         )
     if value.dtype not in FLOATS + INTEGERS:
-        raise TypeError(f"logit_scale must be a tensor of real numbers, got {value.dtype}")
-    _device("logit_scale", value, device)
-    for number in read(value, Tensor.max):
-        if not math.isnan(number):  # NaN in, NaN out
-            _finite_sum(positive("logit_scale", number, dtype), strength, dtype)
-    return value.reshape(()).to(dtype)
+        raise TypeError(f"{name} must be a tensor of real numbers, got {value.dtype}")
+    _device(name, value, device)
+    return [x for x in read(value, Tensor.max) if not math.isnan(x)]  # NaN in, NaN out
 
 
 def _finite_sum(scale: float, strength: float, dtype: torch.dtype) -> None:
@@ -158,12 +170,13 @@ def rule_settings(
 def margin(value: Any, dtype: torch.dtype = torch.float32) -> float | None:
     if value is None:
         return None
-    found = number("false_negative_margin", value, dtype)
+    return finite("false_negative_margin", value, dtype, "; None turns it off")
+
+
+def finite(name: str, value: Any, dtype: torch.dtype = torch.float32, remedy: str = "") -> float:
+    found = number(name, value, dtype)
     if not math.isfinite(found):
-        raise ValueError(
-            f"false_negative_margin must be finite, got {short(value)} in {dtype}; None turns it "
-            "off"
-        )
+        raise ValueError(f"{name} must be finite, got {short(value)} in {dtype}{remedy}")
     return found
 
 
@@ -321,9 +334,13 @@ def ids(query: Tensor | None, target: Tensor | None, n: int, m: int, device: tor
             continue
         if (target if other == "target_ids" else query) is None:
             raise ValueError(f"{name} needs {other}: ids are compared between rows and columns")
-        _integers(name, value, length, device)
-        if value.dtype != torch.int64:
-            raise TypeError(f"{name} must be int64, got {value.dtype}; use to(torch.int64)")
+        int64(name, value, length, device)
+
+
+def int64(name: str, value: Tensor, length: int, device: torch.device) -> None:
+    _integers(name, value, length, device)
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {value.dtype}; use to(torch.int64)")
 
 
 def _integers(name: str, value: Tensor, length: int, device: torch.device) -> None:

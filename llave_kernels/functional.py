@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from llave_kernels import autograd, checks, dispatch, losses, ops, transforms
+from llave_kernels import autograd, checks, dispatch, losses, matryoshka, ops, transforms
 from llave_kernels.precision import accumulation_dtype, autocast, scale_tensor
 from llave_kernels.rules import HARDNESS_MODES, RuleArguments, Rules, at_labels, default_owners
 from llave_kernels.within import within_logsumexp
@@ -114,7 +114,47 @@ def contrastive_logsumexp(
     sides = checks.sides("within", within)
     scale, resolved = resolve(query, target, logit_scale, **rules)
     name = dispatch.choose(backend, query, target, resolved)
-    return logsumexp(query, target, scale, resolved, name, sides)
+    return logsumexp(query, target, scale, resolved, name, sides=sides)
+
+
+@shows_rules
+def matryoshka_logsumexp(
+    query: Tensor,
+    target: Tensor,
+    dims: Sequence[int],
+    *,
+    logit_scale: float | Tensor = 50.0,
+    backend: str = "auto",
+    **rules: Unpack[RuleArguments],
+) -> ContrastiveLogits:
+    """``contrastive_logsumexp`` of the first ``dims[k]`` columns of the embeddings, for each k.
+
+    The truncated rows are divided by their length, as ``torch.nn.functional.normalize`` does. The
+    ``torch`` backend computes one matrix product for all dims. The others compute dim after dim.
+
+    Args:
+        dims: K different lengths from 1 to D, in any order.
+        query, target, logit_scale, backend, rules: as in ``hardness_weighted_contrastive_loss``.
+            ``false_negative_margin`` is compared with the cosines of each dim.
+
+    Returns:
+        (K, N), (K, N) and (K, M), in the order of ``dims``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in ``hardness_weighted_contrastive_loss``.
+    """
+    query, target = autocast(query, target)
+    scale, resolved = resolve(query, target, logit_scale, **rules)
+    nested = matryoshka.checked(dims, None, query.shape[1])
+    if nested is None:
+        raise TypeError("dims must be a list or tuple of numbers, got None")
+    name = dispatch.choose(backend, query, target, resolved)
+    found = logsumexp(query, target, scale, resolved, name, nested.dims)
+    order = [nested.dims.index(int(d)) for d in dims]
+    positive, rows, columns, _ = found
+    return ContrastiveLogits(
+        positive[order], rows[order], None if columns is None else columns[order]
+    )
 
 
 @shows_rules
@@ -126,6 +166,8 @@ def hardness_weighted_contrastive_loss(
     within: Sequence[str] = (),
     reduction: str = "mean",
     backend: str = "auto",
+    matryoshka_dims: Sequence[int] | None = None,
+    matryoshka_weights: Sequence[float] | None = None,
     **rules: Unpack[RuleArguments],
 ) -> Tensor:
     """Hardness-weighted contrastive loss of LLaVE (arXiv 2503.04812, eq. 4-6), fused.
@@ -157,6 +199,10 @@ def hardness_weighted_contrastive_loss(
             exceeds that of row i's positive by more. Default: none.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (a loss per row).
         backend: ``"auto"`` or a name from ``available_backends()``.
+        matryoshka_dims: different lengths from 1 to D, such as ``(64, 256, 768)``, in any order.
+            The loss is then the weighted sum of the losses of the first 64, 256, 768 columns. They
+            are normalised for each. Default: the loss of the rows as they are.
+        matryoshka_weights: a number for each of ``matryoshka_dims``. Default: 1 each.
         rules: which pairs count and how they are weighted: ``alpha``, ``hardness``, ``symmetric``,
             ``target_alpha``, ``false_negative_margin``, ``labels``, ``owners``, ``query_ids``,
             ``target_ids``. See ``RuleSettings`` and ``RuleTensors``.
@@ -183,8 +229,9 @@ def hardness_weighted_contrastive_loss(
     sides = checks.sides("within", within)
     query, target = autocast(query, target)
     scale, resolved = resolve(query, target, logit_scale, **rules)
+    nested = matryoshka.checked(matryoshka_dims, matryoshka_weights, query.shape[1])
     name = dispatch.choose(backend, query, target, resolved)
-    if reduction != "none" and not sides:
+    if nested is None and reduction != "none" and not sides:
         weight = 1 / query.shape[0] if reduction == "mean" else 1.0
         merges = _merges_gradients(name, query, target, scale, resolved)
         if autograd.serves(query, target, scale):
@@ -193,11 +240,13 @@ def hardness_weighted_contrastive_loss(
         if merges:
             scale = scale_tensor(scale, query)
             return weight * ops.one_direction_loss(query, target, scale, name, *resolved)[0]
-    logits = logsumexp(query, target, scale, resolved, name, sides)
+    logits = logsumexp(query, target, scale, resolved, name, nested and nested.dims, sides)
     target_lse = logits.target
     if target_lse is not None:
         target_lse = at_labels(target_lse, resolved.labels, len(query))
     loss = losses.loss_of_rows(logits.positive, logits.query, target_lse, logits.within)
+    if nested is not None:
+        loss = nested.summed(loss)
     return losses.reduce(loss, reduction)
 
 
@@ -217,12 +266,20 @@ def logsumexp(
     scale: float | Tensor,
     rules: Rules,
     backend: str,
+    dims: tuple[int, ...] | None = None,
     sides: Sequence[str] = (),
 ) -> ContrastiveLogits:
-    """``contrastive_logsumexp`` of resolved arguments, on the named backend."""
+    """``contrastive_logsumexp`` of resolved arguments, on the named backend.
+
+    With ``dims``, which ascend, it is ``matryoshka_logsumexp``.
+    """
     scale = scale_tensor(scale, query)
     within = None
-    if sides:
+    if dims is not None and (backend != matryoshka.BACKEND or sides):
+        return _prefix_by_prefix(query, target, scale, rules, backend, dims, sides)
+    if dims is not None:
+        outputs = matryoshka.logsumexp(query, target, scale, dims, rules)
+    elif sides:
         outputs, within = within_logsumexp(query, target, scale, backend, rules, sides)
     elif autograd.serves(query, target, scale):
         outputs = autograd.logsumexp(query, target, scale, dispatch.named(backend), rules)
@@ -230,3 +287,44 @@ def logsumexp(
         outputs = ops.contrastive_logsumexp(query, target, scale, backend, *rules)[:3]
     positive, rows, columns = outputs
     return ContrastiveLogits(positive, rows, columns if rules.symmetric else None, within)
+
+
+def margin_limits(
+    query: Tensor,
+    target: Tensor,
+    rules: Rules,
+    backend: str,
+    dims: tuple[int, ...] | None,
+) -> Tensor | None:
+    """(N,) ``rules.row_limits``, or (K, N) for the prefixes of ``dims``. None without a margin."""
+    if dims is not None:
+        return matryoshka.margin_limits(query, target, rules, dims, backend)
+    return rules.row_limits(query, target, dispatch.named(backend).margin_limit)
+
+
+def _prefix_by_prefix(
+    query: Tensor,
+    target: Tensor,
+    scale: float | Tensor,
+    rules: Rules,
+    backend: str,
+    dims: tuple[int, ...],
+    sides: Sequence[str],
+) -> ContrastiveLogits:
+    """``matryoshka_logsumexp`` for a call that computes the logits of one prefix at a time."""
+    positives, rows, columns, within = [], [], [], []
+    for k, d in enumerate(dims):
+        q, t = matryoshka.truncated(query, d), matryoshka.truncated(target, d)
+        found = logsumexp(q, t, scale, rules.of_prefix(k), backend, sides=sides)
+        positives.append(found.positive)
+        rows.append(found.query)
+        if found.target is not None:
+            columns.append(found.target)
+        if found.within is not None:
+            within.append(found.within)
+    return ContrastiveLogits(
+        torch.stack(positives),
+        torch.stack(rows),
+        torch.stack(columns) if columns else None,
+        torch.stack(within) if within else None,
+    )

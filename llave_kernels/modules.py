@@ -5,21 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from typing_extensions import Unpack
 
-from llave_kernels import checks, dispatch
+from llave_kernels import checks, dispatch, matryoshka
 from llave_kernels.agreement import group_of
 from llave_kernels.distributed import distributed_contrastive_loss
+from llave_kernels.distributed_sigmoid import distributed_sigmoid_loss
 from llave_kernels.functional import hardness_weighted_contrastive_loss
 from llave_kernels.rules import RuleSettings, RuleTensors
+from llave_kernels.sigmoid import SigmoidPairs, sigmoid_contrastive_loss
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+Gather: TypeAlias = "ProcessGroup | DeviceMesh | Literal['world'] | None"
 
 
 class HardnessWeightedContrastiveLoss(nn.Module):
@@ -27,8 +31,8 @@ class HardnessWeightedContrastiveLoss(nn.Module):
 
     Args:
         logit_scale: kappa = 1 / temperature, positive.
-        alpha, hardness, symmetric, target_alpha, false_negative_margin, within, reduction, backend:
-            as in ``hardness_weighted_contrastive_loss``.
+        alpha, hardness, symmetric, target_alpha, false_negative_margin, within, reduction, backend,
+            matryoshka_dims, matryoshka_weights: as in ``hardness_weighted_contrastive_loss``.
         learnable: train the scale. The parameter ``log_logit_scale`` is its logarithm (0-d,
             float32), as in CLIP. That keeps the scale positive.
         max_logit_scale: upper bound of a learnable scale (CLIP: 100). The next call clamps a
@@ -60,7 +64,9 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         backend: str = "auto",
         learnable: bool = False,
         max_logit_scale: float = 100.0,
-        gather_group: ProcessGroup | DeviceMesh | Literal["world"] | None = None,
+        gather_group: Gather = None,
+        matryoshka_dims: Sequence[int] | None = None,
+        matryoshka_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         logit_scale = checks.positive("logit_scale", logit_scale)
@@ -71,14 +77,12 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         checks.one_of("reduction", reduction, checks.REDUCTIONS)
         learnable = checks.flag("learnable", learnable)
         max_logit_scale = checks.positive("max_logit_scale", max_logit_scale)
-        if isinstance(gather_group, str):
-            checks.one_of("gather_group", gather_group, ("world",))
-        else:
-            group_of("gather_group", gather_group)
+        _check_group(gather_group)
         if learnable and logit_scale > max_logit_scale:
             raise ValueError(
                 f"logit_scale={logit_scale} is above max_logit_scale={max_logit_scale}; raise that"
             )
+        matryoshka.checked(matryoshka_dims, matryoshka_weights)
         self.initial_logit_scale = logit_scale
         self.max_logit_scale = max_logit_scale
         for name, value in settings.items():  # attributes, which a training loop may change
@@ -87,6 +91,7 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         self.reduction = reduction
         self.backend = dispatch.known(backend)
         self.gather_group = gather_group
+        self.matryoshka_dims, self.matryoshka_weights = matryoshka_dims, matryoshka_weights
         log_scale = nn.Parameter(torch.tensor(math.log(logit_scale))) if learnable else None
         self.register_parameter("log_logit_scale", log_scale)
 
@@ -115,8 +120,7 @@ class HardnessWeightedContrastiveLoss(nn.Module):
                 self.log_logit_scale.clamp_(max=math.log(self.max_logit_scale))
         loss = hardness_weighted_contrastive_loss
         if self.gather_group is not None:
-            group = None if isinstance(self.gather_group, str) else self.gather_group
-            loss = partial(distributed_contrastive_loss, group=group)
+            loss = partial(distributed_contrastive_loss, group=_group(self.gather_group))
         return loss(
             query,
             target,
@@ -126,6 +130,8 @@ class HardnessWeightedContrastiveLoss(nn.Module):
             within=self.within,
             reduction=self.reduction,
             backend=self.backend,
+            matryoshka_dims=self.matryoshka_dims,
+            matryoshka_weights=self.matryoshka_weights,
         )
 
     def _settings(self) -> RuleSettings:
@@ -141,4 +147,100 @@ class HardnessWeightedContrastiveLoss(nn.Module):
                 shown.append(f"{name}={value:g}" if type(value) is float else f"{name}={value!r}")
         if self.within:
             shown.append(f"within={self.within!r}")
+        if self.matryoshka_dims is not None:
+            shown.append(f"matryoshka_dims={tuple(self.matryoshka_dims)}")
+        if self.matryoshka_weights is not None:
+            shown.append(f"matryoshka_weights={tuple(self.matryoshka_weights)}")
         return ", ".join([*shown, f"reduction={self.reduction!r}", f"backend={self.backend!r}"])
+
+
+class SigmoidContrastiveLoss(nn.Module):
+    """``sigmoid_contrastive_loss`` as a module. It learns scale and bias, as SigLIP does.
+
+    Args:
+        logit_scale: kappa at the start, positive. Default: 10, as in SigLIP.
+        logit_bias: b at the start, finite. Default: -10, as in SigLIP.
+        learnable: train both. The parameter ``log_logit_scale`` is the logarithm of the scale. Both
+            parameters are 0-d and float32. Default: True.
+        reduction, backend: as in ``sigmoid_contrastive_loss``.
+        gather_group: as in ``HardnessWeightedContrastiveLoss``, for
+            ``llave_kernels.distributed_sigmoid.distributed_sigmoid_loss``.
+
+    Example:
+        >>> loss_fn = SigmoidContrastiveLoss()
+        >>> query = torch.nn.functional.normalize(torch.randn(8, 32), dim=1).requires_grad_()
+        >>> target = torch.nn.functional.normalize(torch.randn(8, 32), dim=1)
+        >>> loss_fn(query, target).backward()
+    """
+
+    log_logit_scale: Tensor
+    logit_bias: Tensor
+
+    def __init__(
+        self,
+        logit_scale: float = 10.0,
+        logit_bias: float = -10.0,
+        *,
+        learnable: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+        gather_group: Gather = None,
+    ) -> None:
+        super().__init__()
+        log_scale = math.log(checks.positive("logit_scale", logit_scale))
+        bias = checks.finite("logit_bias", logit_bias)
+        learnable = checks.flag("learnable", learnable)
+        checks.one_of("reduction", reduction, checks.REDUCTIONS)
+        _check_group(gather_group)
+        self.reduction = reduction
+        self.backend = dispatch.known(backend)
+        self.gather_group = gather_group
+        for name, value in (("log_logit_scale", log_scale), ("logit_bias", bias)):
+            parameter = nn.Parameter(torch.tensor(value), requires_grad=learnable)
+            self.register_parameter(name, parameter)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """kappa, the exponential of the parameter."""
+        return self.log_logit_scale.exp()
+
+    def forward(
+        self,
+        query: Tensor,
+        target: Tensor,
+        **pairs: Unpack[SigmoidPairs],
+    ) -> Tensor:
+        """Loss of queries (N, D) and targets (M, D). 0-d, or (N,) with ``reduction="none"``.
+
+        ``pairs`` are ``labels``, ``query_ids`` and ``target_ids``. See ``SigmoidPairs``.
+        """
+        loss = sigmoid_contrastive_loss
+        if self.gather_group is not None:
+            loss = partial(distributed_sigmoid_loss, group=_group(self.gather_group))
+        return loss(
+            query,
+            target,
+            logit_scale=self.logit_scale,
+            logit_bias=self.logit_bias,
+            **pairs,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """The settings that shape the loss."""
+        values = {"logit_scale": self.logit_scale, "logit_bias": self.logit_bias}
+        shown = [f"{name}={float(value.detach()):g}" for name, value in values.items()]
+        return ", ".join([*shown, f"reduction={self.reduction!r}", f"backend={self.backend!r}"])
+
+
+def _check_group(value: Gather) -> None:
+    if isinstance(value, str):
+        checks.one_of("gather_group", value, ("world",))
+    else:
+        group_of("gather_group", value)
+
+
+def _group(value: Gather) -> ProcessGroup | DeviceMesh | None:
+    """The group of a distributed loss. None is all processes."""
+    return None if isinstance(value, str) else value

@@ -99,7 +99,7 @@ def contrastive_logsumexp_backward(
     module = dispatch.named(backend)
     upstream = like_outputs(rules, query, target, "d_", d_positive, d_query_lse, d_target_lse)
     outputs = like_outputs(rules, query, target, "", positive, query_lse, target_lse)
-    _expect("kept", kept, module.kept_shape(query, target, rules), query)
+    expect("kept", kept, module.kept_shape(query, target, rules), query)
     transforms.refuse_tangents(query, target, logit_scale)
     with dispatch.running_on(query):
         return module.backward(
@@ -149,37 +149,54 @@ def gradients_like(query: Tensor, target: Tensor, dtype: torch.dtype) -> Gradien
     return Gradients(dq, dt, query.new_empty((), dtype=accumulation_dtype(query.dtype)))
 
 
-def checked(query: Tensor, target: Tensor, logit_scale: Tensor, given: tuple[Any, ...]) -> Rules:
+def checked(
+    query: Tensor,
+    target: Tensor,
+    logit_scale: Tensor,
+    given: tuple[Any, ...],
+    *,
+    prefixes: tuple[int, ...] = (),
+) -> Rules:
     """Check the arguments. Return the rules, with labels and owners as int64.
 
     Anyone may call an operator directly. Backends do not check what ``Rules`` promises.
+
+    Args:
+        prefixes: (K,) if the limits and the outputs are those of K prefixes.
     """
     rules = Rules(*given)
     checks.embeddings(query, target)
-    _expect("logit_scale", logit_scale, (), query)
+    expect("logit_scale", logit_scale, (), query)
     checks.one_of("hardness", rules.hardness, (*HARDNESS_MODES, WITHIN))
     if rules.row_limit is not None:
-        _expect("row_limit", rules.row_limit, (len(query),), query)
+        expect("row_limit", rules.row_limit, (*prefixes, len(query)), query)
     if rules.column_limit is not None:
-        _expect("column_limit", rules.column_limit, (len(target),), query)
+        expect("column_limit", rules.column_limit, (*prefixes, len(target)), query)
+    # A column has one limit, but a log-sum-exp over the negatives of any number of positive rows.
+    unique = rules.symmetric and rules.margin is not None
     labels, owners = checks.rule_tensors(
         query, target, labels=rules.labels, owners=rules.owners, query_ids=rules.query_ids,
-        target_ids=rules.target_ids, symmetric=rules.symmetric, least_label=ELSEWHERE,
+        target_ids=rules.target_ids, symmetric=unique, least_label=ELSEWHERE,
     )  # fmt: skip
     return rules._replace(labels=labels, owners=owners)
 
 
 def like_outputs(
-    rules: Rules, query: Tensor, target: Tensor, prefix: str, *values: Tensor
+    rules: Rules,
+    query: Tensor,
+    target: Tensor,
+    prefix: str,
+    *values: Tensor,
+    prefixes: tuple[int, ...] = (),
 ) -> LogSumExps:
     """Check values against the shapes of the forward's ``LogSumExps``. Return them contiguous."""
     sizes = len(query), len(query), len(target) if rules.symmetric else 0
     for name, value, size in zip(LogSumExps._fields, values, sizes, strict=True):
-        _expect(prefix + name, value, (size,), query)
+        expect(prefix + name, value, (*prefixes, size), query)
     return LogSumExps(*(value.contiguous() for value in values))
 
 
-def _expect(name: str, value: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
+def expect(name: str, value: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
     """Check that a tensor has this shape, the device of ``query`` and its accumulation dtype."""
     dtype = accumulation_dtype(query.dtype)
     if (value.shape, value.dtype, value.device) != (shape, dtype, query.device):

@@ -159,6 +159,23 @@ def reference_loss(
     return similarity_loss(query @ target.T, allowance=allowance, within=more, **rules)  # type: ignore[arg-type]
 
 
+def reference_matryoshka(
+    query: Tensor,
+    target: Tensor,
+    *,
+    matryoshka_dims: Sequence[int],
+    matryoshka_weights: Sequence[float] | None = None,
+    **rules: object,
+) -> Tensor:
+    """The weighted sum of the losses of the truncated, normalised rows (arXiv 2205.13147)."""
+    weights = [1.0] * len(matryoshka_dims) if matryoshka_weights is None else matryoshka_weights
+    losses = []
+    for d, weight in zip(matryoshka_dims, weights, strict=True):
+        q, t = (torch.nn.functional.normalize(x[:, :d], dim=1) for x in (query, target))
+        losses.append(weight * reference_loss(q, t, **rules))  # type: ignore[arg-type]
+    return torch.stack(losses).sum(0)
+
+
 def similarity_loss(
     s: Tensor, *, reduction: str = "mean", within: Tensor | None = None, **rules: object
 ) -> Tensor:
@@ -181,3 +198,62 @@ def similarity_loss(
         own = with_more(columns[: len(s)] if labels is None else columns[labels])  # type: ignore[index]
         loss = (loss - torch.nn.functional.logsigmoid(positive - own)) / 2
     return {"mean": loss.mean(), "sum": loss.sum(), "none": loss}[reduction]
+
+
+def reference_sigmoid_loss(
+    query: Tensor,
+    target: Tensor,
+    *,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    labels: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    target_ids: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The sigmoid loss of SigLIP (arXiv 2303.15343). ``mean`` is over the rows."""
+    z = logit_scale * query @ target.T + logit_bias
+    labels = torch.arange(len(z), device=z.device) if labels is None else labels
+    positive = labels[:, None] == torch.arange(z.shape[1], device=z.device)
+    loss = -torch.nn.functional.logsigmoid(torch.where(positive, z, -z))
+    if query_ids is not None and target_ids is not None:
+        loss = loss.masked_fill(~positive & (query_ids[:, None] == target_ids), 0.0)
+    rows = loss.sum(1)
+    return {"mean": rows.mean(), "sum": rows.sum(), "none": rows}[reduction]
+
+
+def reference_supervised_loss(
+    query: Tensor,
+    target: Tensor | None = None,
+    *,
+    query_groups: Tensor,
+    target_groups: Tensor | None = None,
+    logit_scale: float | Tensor = 10.0,
+    alpha: float = 0.0,
+    denominator: str = "all",
+    symmetric: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """``llave_kernels.supervised_contrastive_loss``, row by row."""
+    own = torch.zeros(len(query), len(query if target is None else target), device=query.device)
+    if target is None:
+        target, own = query, own.fill_diagonal_(1)
+    groups = query_groups if target_groups is None else target_groups
+    s, equal = query @ target.T, query_groups[:, None] == groups
+    positives = equal & (own == 0)
+
+    def row(s: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
+        p = (logit_scale * s)[positives]
+        z = (logit_scale * s + alpha * s.detach())[negatives]
+        if not len(p) or (denominator != "all" and not len(z)):
+            return 0.0 * s.sum()
+        if denominator == "pair":
+            return -torch.nn.functional.logsigmoid(p - z.logsumexp(0)).mean()
+        return (torch.cat([p, z]) if denominator == "all" else z).logsumexp(0) - p.mean()
+
+    sides = [(s, positives, ~equal)] + ([(s.T, positives.T, ~equal.T)] if symmetric else [])
+    losses = [torch.stack([row(*x) for x in zip(*side, strict=True)]) for side in sides]
+    if reduction == "none":
+        return losses[0]
+    counts = [side[1].any(1).sum().clamp(min=1) if reduction == "mean" else 1 for side in sides]
+    return torch.stack([x.sum() / n for x, n in zip(losses, counts, strict=True)]).mean()

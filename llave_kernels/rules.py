@@ -126,6 +126,13 @@ class Rules(NamedTuple):
             "target_ids": self.target_ids,
         }
 
+    def of_prefix(self, k: int) -> Rules:
+        """The rules of prefix ``k``, if the limits are (K, N) and (K, M) for K prefixes."""
+        if self.row_limit is None:
+            return self
+        columns = None if self.column_limit is None else self.column_limit[k]
+        return self._replace(row_limit=self.row_limit[k], column_limit=columns)
+
     def labels_of(self, query: Tensor) -> Tensor:
         """(N,) labels. Where they are None, row i's is i."""
         if self.labels is not None:
@@ -146,19 +153,20 @@ class Rules(NamedTuple):
         return limit(query, target, self.labels, self.margin)
 
     def column_limits(self, rows: Tensor, m: int) -> Tensor:
-        """(M,) limits of the columns, from the limits of the rows (N,).
+        """(..., M) limits of the columns, from the limits of the rows (..., N).
 
         A column takes the limit of the row whose positive it is. Without such a row it is infinite.
         """
         if self.column_limit is not None:
             return self.column_limit
-        limits = rows.new_full((m + 1,), math.inf)
+        limits = rows.new_full((*rows.shape[:-1], m + 1), math.inf)
         if self.labels is None:
-            limits[: len(rows)] = rows
+            limits[..., : rows.shape[-1]] = rows
         else:
             known, safe = inside(self.labels, m)
-            limits.scatter_(0, torch.where(known, safe, m), rows)  # labels outside go to entry m
-        return limits[:m]
+            columns = torch.where(known, safe, m).expand_as(rows)  # labels outside go to entry m
+            limits.scatter_(-1, columns, rows)
+        return limits[..., :m]
 
 
 # The fields of ``Rules`` as an operator schema. Tensors come first.
@@ -181,11 +189,11 @@ def inside(labels: Tensor, m: int) -> tuple[Tensor, Tensor]:
 
 
 def at_labels(columns: Tensor, labels: Tensor | None, n: int) -> Tensor:
-    """(N,) values of the columns (M,) at the rows' labels. NaN for a label outside."""
+    """(..., N) values of the columns (..., M) at the rows' labels. NaN for a label outside."""
     if labels is None:
-        return columns[:n]
-    known, safe = inside(labels, len(columns))
-    return torch.where(known, columns[safe], math.nan)
+        return columns[..., :n]
+    known, safe = inside(labels, columns.shape[-1])
+    return torch.where(known, columns[..., safe], math.nan)
 
 
 def default_owners(n: int, m: int, device: torch.device) -> Tensor | None:

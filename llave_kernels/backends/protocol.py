@@ -170,3 +170,34 @@ class FusedLoss(Protocol):
 
         ``prepared`` is the third result of ``total_loss``, or None.
         """
+
+
+class SigmoidGradients(NamedTuple):
+    """Gradients of query (N, D), target (M, D), logit_scale () and logit_bias ()."""
+
+    query: Tensor
+    target: Tensor
+    logit_scale: Tensor
+    logit_bias: Tensor
+
+
+class SigmoidLoss(Protocol):
+    """The sigmoid loss of a backend. ``dispatch.SIGMOID`` lists them."""
+
+    def sigmoid_loss(
+        self,
+        query: Tensor,
+        target: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        rules: Rules,
+        weights: Tensor | None,
+        *,
+        gradients: bool,
+    ) -> tuple[Tensor, SigmoidGradients | None]:
+        """Per-row loss (N,), and with ``gradients`` those of its sum weighted by ``weights`` (N,).
+
+        ``logit_scale`` and ``logit_bias`` are tensors (). No weights are ones. All results are in
+        the accumulation dtype. The gradients of a sum over many rows may not fit the inputs' dtype.
+        ``rules`` have labels and ids only. A row whose label is ``ELSEWHERE`` has negatives only.
+        """

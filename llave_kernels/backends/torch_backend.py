@@ -97,7 +97,7 @@ def _clamp(x: int, low: int, high: int) -> int:
     return torch.sym_min(high, torch.sym_max(low, x))
 
 
-class _Strips:
+class Strips:
     """The similarity matrix of one call, ``rows`` rows at a time."""
 
     def __init__(
@@ -235,7 +235,7 @@ def _exp_(x: Tensor) -> Tensor:
     return x.mul_(LOG2E).exp2_()
 
 
-def _row_exponentials(strips: _Strips, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _row_exponentials(strips: Strips, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``e = exp(z - shift)`` in place, its sum over each row (rows,), and the shift."""
     shift = z.new_zeros(()) if strips.bounded else _finite(z.amax(0))
     e = _exp_(z if strips.bounded else z.sub_(shift))
@@ -243,11 +243,17 @@ def _row_exponentials(strips: _Strips, z: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 @dataclass
-class _ColumnSums:
+class ColumnSums:
     """Running maximum and sum of exponentials of each column, (M,)."""
 
     max: Tensor
     sum: Tensor
+
+    @classmethod
+    def of(cls, strips: Strips) -> ColumnSums:
+        """Those of no strip yet."""
+        zeros = strips.query.new_zeros(len(strips.target), dtype=strips.dtype)
+        return cls(zeros if strips.bounded else torch.full_like(zeros, -INF), zeros.clone())
 
     def add(self, z: Tensor, *, bounded: bool) -> None:
         """Add the logits of a strip (M, rows). They are overwritten."""
@@ -264,28 +270,60 @@ class _ColumnSums:
         return _finite(self.max) + self.sum.log()
 
 
+def reduced(strips: Strips, strip: slice, similarity: Tensor, columns: ColumnSums) -> Tensor:
+    """(rows,) log-sum-exps of the strip's rows. Adds to the columns' sums. Overwrites (M, rows)."""
+    e, total, shift = _row_exponentials(strips, strips.row_logits(strip, similarity))
+    if strips.together and strips.rules.symmetric:
+        columns.sum += e.sum(1)
+    elif strips.rules.symmetric:
+        columns.add(strips.column_logits(strip, similarity), bounded=strips.bounded)
+    return shift + total.log()
+
+
 def forward(
     query: Tensor, target: Tensor, logit_scale: Tensor, rules: Rules, kept: Tensor
 ) -> LogSumExps:
     """As ``Backend.forward``. ``kept`` (M, K) receives the similarities of the first K rows."""
-    dtype, m = accumulation_dtype(query.dtype), len(target)
-    strips = _Strips(query, target, logit_scale, rules, kept)
-    rows = query.new_empty(len(query), dtype=dtype)
-    columns = _ColumnSums(rows.new_full((m,), 0.0 if strips.bounded else -INF), rows.new_zeros(m))
-
-    def reduce(strip: slice) -> None:  # a function, to free a strip before the next is made
-        similarity = strips.similarity(strip, fresh=True)
-        e, total, shift = _row_exponentials(strips, strips.row_logits(strip, similarity))
-        rows[strip] = shift + total.log()
-        if strips.together and rules.symmetric:
-            columns.sum += e.sum(1)
-        elif rules.symmetric:
-            columns.add(strips.column_logits(strip, similarity), bounded=strips.bounded)
-
+    dtype = accumulation_dtype(query.dtype)
+    strips = Strips(query, target, logit_scale, rules, kept)
+    rows, columns = query.new_empty(len(query), dtype=dtype), ColumnSums.of(strips)
     for strip in strips:
-        reduce(strip)
+        rows[strip] = reduced(strips, strip, strips.similarity(strip, fresh=True), columns)
     target_lse = columns.logsumexp() if rules.symmetric else rows.new_empty(0)
     return LogSumExps(strips.positive * strips.scale, strips.nan_outside(rows), target_lse)
+
+
+class Slopes:
+    """dS of one call, from the upstream gradients, times ``scale``."""
+
+    def __init__(
+        self, strips: Strips, upstream: LogSumExps, outputs: LogSumExps, scale: Tensor
+    ) -> None:
+        self.strips, self.together = strips, strips.together and strips.rules.symmetric
+        self.positive, rows, columns = (d * scale for d in upstream)
+        self.row_shift, self.column_shift = (_finite(x) for x in outputs[1:])
+        if self.together:
+            rows, columns = (
+                rows * torch.exp(-self.row_shift),
+                columns * torch.exp(-self.column_shift),
+            )
+        self.rows, self.columns = rows, columns
+
+    def of(self, strip: slice, similarity: Tensor) -> Tensor:
+        """(M, rows) dS of the negatives of a strip. Overwrites its similarities."""
+        strips = self.strips
+        z = strips.row_logits(strip, similarity)
+        if self.together:
+            ds = _exp_(z)
+            for start in range(0, len(ds), WEIGHT_COLUMNS):
+                part = slice(start, start + WEIGHT_COLUMNS)
+                ds[part].mul_(self.columns[part, None] + self.rows[strip])
+            return ds
+        ds = _exp_(z.sub_(self.row_shift[strip])).mul_(self.rows[strip])
+        if strips.rules.symmetric:
+            z = strips.column_logits(strip, similarity)
+            ds += _exp_(z.sub_(self.column_shift[:, None])).mul_(self.columns[:, None])
+        return ds
 
 
 def backward(
@@ -301,35 +339,14 @@ def backward(
     sums: Sums | None = None,
 ) -> Gradients:
     """As ``Backend.backward``. The scale's gradient is cheap and is always computed."""
-    strips = _Strips(query, target, logit_scale, rules, kept)
+    strips = Strips(query, target, logit_scale, rules, kept)
     # Used for float32 dS too, because exp(z) and the factors below have very different sizes.
     factor = gain(strips.scale, *upstream) if sums is None else sums.gain
     gradients = _Gradients(strips, query.dtype, factor, sums)
     scale = strips.scale * factor
-    row_shift, row_factor = _finite(outputs.query_lse), upstream.query_lse * scale
-    column_shift, column_factor = _finite(outputs.target_lse), upstream.target_lse * scale
-    together = strips.together and rules.symmetric
-    if together:
-        row_factor = row_factor * torch.exp(-row_shift)
-        column_factor = column_factor * torch.exp(-column_shift)
-
-    def d_similarity(strip: slice) -> Tensor:
-        similarity = strips.similarity(strip)
-        z = strips.row_logits(strip, similarity)
-        if together:
-            ds = _exp_(z)
-            for start in range(0, len(ds), WEIGHT_COLUMNS):
-                part = slice(start, start + WEIGHT_COLUMNS)
-                ds[part].mul_(column_factor[part, None] + row_factor[strip])
-        else:
-            ds = _exp_(z.sub_(row_shift[strip])).mul_(row_factor[strip])
-            if rules.symmetric:
-                z = strips.column_logits(strip, similarity)
-                ds += _exp_(z.sub_(column_shift[:, None])).mul_(column_factor[:, None])
-        return ds
-
+    slopes = Slopes(strips, upstream, outputs, scale)
     for strip in strips:
-        gradients.add(strip, d_similarity(strip), upstream.positive[strip] * scale)
+        gradients.add(strip, slopes.of(strip, strips.similarity(strip)), slopes.positive[strip])
     return gradients.result()
 
 
@@ -343,7 +360,7 @@ def one_direction(
 ) -> tuple[Tensor, Gradients]:
     """As ``OneDirection.one_direction``."""
     dtype, m = accumulation_dtype(query.dtype), len(target)
-    strips = _Strips(query, target, logit_scale, rules, query.new_empty((m, 0), dtype=dtype))
+    strips = Strips(query, target, logit_scale, rules, query.new_empty((m, 0), dtype=dtype))
     gradients = _Gradients(strips, dtype, None)
     loss = query.new_empty(len(query), dtype=dtype)
 
@@ -368,7 +385,7 @@ class _Gradients:
 
     def __init__(
         self,
-        strips: _Strips,
+        strips: Strips,
         dtype: torch.dtype,
         factor: Tensor | None,
         sums: Sums | None = None,
