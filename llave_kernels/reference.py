@@ -51,10 +51,10 @@ def within_logits(
     They carry no weight. A pair that does not count is -inf.
     """
     n, m = len(query), len(target)
-    columns = torch.arange(m, device=query.device)
+    each = torch.arange(max(n, m), device=query.device)
     if owners is None or isinstance(owners, range):
-        owners = columns % (n if owners is None else m)
-    rows = columns[:n] if labels is None else labels
+        owners = each[:m] % (n if owners is None else m)
+    rows = each[:n] if labels is None else labels
     positive = target[rows]
     limit = query.new_full((n, 1), INF)
     if false_negative_margin is not None:
@@ -62,7 +62,7 @@ def within_logits(
         limit = margin_limits(s, allowance, false_negative_margin)[:, None]
     blocks: list[tuple[Tensor, Tensor, Tensor | None, Any]] = []
     if "query" in within:
-        blocks.append((query @ query.T, columns[:n, None] == columns[:n], query_ids, slice(n)))
+        blocks.append((query @ query.T, each[:n, None] == each[:n], query_ids, slice(n)))
     if "target" in within:
         blocks.append((positive @ target.T, rows[:, None] == owners, target_ids, rows))
     logits = []

@@ -90,7 +90,7 @@ def rounding_errors(
         return similarity_loss(s, allowance=allowance, within=within, **rules)
 
     loss, ds, d_lse, _ = loss_and_gradients(of_similarity, similarity, lse, scale, **rules)
-    every = slice(len(query))
+    every = torch.arange(len(query), device=query.device)
     blocks = [("query", "target", every, ds)]
     if within:
         z = within_logits(*pair.values(), within=within, logit_scale=scale, **rules)
@@ -113,7 +113,7 @@ def rounding_errors(
         # Equal terms have equal rounding errors, so these add up.
         alike = _rounded(ds, query.dtype) - ds if half else torch.zeros_like(ds)
         for total, term, power in ((apart, squares, 2), (together, alike, 1)):
-            total[side][rows] += term @ y**power
+            total[side].index_add_(0, rows, term @ y**power)
             total[other] += term.T @ x**power
         s = x @ y.T
         of_loss += float((ds * logits).square().sum())

@@ -20,7 +20,14 @@ from llave_kernels import (
 from llave_kernels.backends.protocol import LogSumExps
 from llave_kernels.reference import reference_logsumexp, reference_loss, reference_within
 from llave_kernels.rules import Rules
-from tests.helpers import assert_contract, draw_rules, embeddings, fused, relative_error
+from tests.helpers import (
+    assert_contract,
+    draw_rules,
+    embeddings,
+    fused,
+    multiplicands,
+    relative_error,
+)
 from tests.llave_kernels import accounting
 
 BOTH = ("query", "target")
@@ -31,16 +38,15 @@ def strips_of(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr(within, "strip_rows", lambda n, device: min(n, rows))
 
 
-@pytest.mark.parametrize("sides", [("query",), ("target",), BOTH])
-@pytest.mark.parametrize("rows", [1, 4, 99])
+@pytest.mark.parametrize(("sides", "rows"), [(("query",), 1), (("target",), 4), (BOTH, 4)])
 def test_edges(
     backend: str, rows: int, sides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One row, two rows, strips of uneven length, mined negatives and all rules together."""
     strips_of(monkeypatch, rows)
     kinds = ("owners", "ids", "margin", "target_alpha")
-    for n, m, d in ((1, 1, 3), (1, 3, 2), (2, 2, 5), (7, 7, 4), (9, 22, 6)):
-        for given in ((), ("margin",), kinds, ("labels", *kinds)):
+    for n, m, d in ((1, 1, 3), (1, 3, 2), (2, 2, 5), (9, 22, 6)):
+        for given in (kinds, ("labels", *kinds)):
             rules = draw_rules(n, m, given)
             symmetric = len(given) % 2 == 0
             pair = embeddings(n, m, d)
@@ -69,9 +75,9 @@ def test_queries_that_share_a_target(backend: str) -> None:
 
 
 def test_strips_change_only_the_rounding(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = embeddings(150, 300, 16)
+    pair = embeddings(50, 110, 16)
     found = []
-    for rows in (150, 64):
+    for rows in (50, 20):
         strips_of(monkeypatch, rows)
         found += [fused(*pair, 50.0, within=BOTH, backend=backend) for _ in range(2)]
     for i in (0, 2):
@@ -112,7 +118,7 @@ def test_parts_of_a_gradient_are_added_before_they_are_rounded(
     """The parts of dQ cancel here. Rounded, they would leave their own rounding."""
     if backend == "triton" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter cannot multiply bfloat16")
-    x = embeddings(200, 1, 24, dtype)[0]
+    x = normalize(torch.randn(64, 24) / 3 + torch.randn(24), dim=1).to(dtype)
 
     def d_query(*, less: float) -> Tensor:
         query = x.clone().requires_grad_()
@@ -169,13 +175,13 @@ def test_rows_without_negatives_have_no_loss_and_no_gradient(backend: str) -> No
 
 def test_converged_batch_keeps_its_digits(backend: str) -> None:
     target, _ = embeddings(64, 1, 384)
-    query = target + 1e-3 * torch.randn_like(target) / 384**0.5
+    query = multiplicands(target + 1e-3 * torch.randn_like(target) / 384**0.5)
     assert_contract(query, target, 50.0, alpha=0.0, within=BOTH, backend=backend)
     exact = reference_loss(query.double(), target.double(), alpha=0.0, within=BOTH)
     found = hardness_weighted_contrastive_loss(
         query, target, alpha=0.0, within=BOTH, backend=backend
     )
-    assert relative_error(found, exact) < (1e-3 if backend == "cuda" else 5e-4)
+    assert relative_error(found, exact) < 5e-4
 
 
 def qwen3(query: Tensor, target: Tensor, ids: Tensor, tau: float) -> Tensor:
@@ -236,12 +242,11 @@ def test_opcheck(name: str, symmetric: bool) -> None:
     torch.library.opcheck(operator, (query, target, scale, name, True, True, *rules))
 
 
-@pytest.mark.parametrize("dynamic", [True, False])
-def test_compile_without_a_break(dynamic: bool) -> None:
+def test_compile_without_a_break() -> None:
     def step(query: Tensor, target: Tensor) -> Tensor:
         return hardness_weighted_contrastive_loss(query, target, within=BOTH)
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (8, 11):
         pair = [x.requires_grad_() for x in embeddings(n, n + 4, 6)]
         eager, traced = step(*pair), compiled(*pair)
