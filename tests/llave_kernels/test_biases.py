@@ -84,12 +84,12 @@ def test_outputs_have_the_biases_in_them(backend: str, symmetric: bool) -> None:
     truth = reference_logsumexp(
         *(x.double() for x in pair), **rules, **{k: x.double() for k, x in given.items()}
     )
-    for ours, expected in zip(found, truth, strict=True):
+    for ours, expected in zip(found[:3], truth, strict=True):
         assert (ours is None) == (expected is None)
         assert ours is None or relative_error(ours, expected) < 2e-6
     # Any loss of the outputs differentiates.
     upstream = [torch.rand(len(x)) for x in truth if x is not None]
-    outputs = [x for x in found if x is not None]
+    outputs = [x for x in found[:3] if x is not None]
     ours = torch.autograd.grad(outputs, list(given.values()), upstream)
     outputs = [x for x in truth if x is not None]
     expected = torch.autograd.grad(outputs, list(given.values()), [x.double() for x in upstream])
@@ -194,11 +194,15 @@ def test_transforms_see_the_biases() -> None:
 
 def test_second_derivatives_are_refused() -> None:
     pair, given = embeddings(N, M, D), biases(N, M)
-    for symmetric in (True, False):
+
+    def second(symmetric: bool) -> None:
         loss = hardness_weighted_contrastive_loss(*pair, symmetric=symmetric, **given)
+        (d,) = torch.autograd.grad(loss, given["target_bias"], create_graph=True)
+        d.square().sum().backward()
+
+    for symmetric in (True, False):
         with pytest.raises(RuntimeError, match="no second derivative"):
-            (d,) = torch.autograd.grad(loss, given["target_bias"], create_graph=True)
-            d.square().sum().backward()
+            second(symmetric)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
