@@ -214,13 +214,18 @@ def hardness_weighted_contrastive_loss(
     scale, resolved = resolve(query, target, logit_scale, **rules)
     nested = matryoshka.checked(matryoshka_dims, matryoshka_weights, query.shape[1])
     name = dispatch.choose(backend, query, target, resolved)
-    if nested is None and reduction != "none":
+    if reduction != "none":
         weight = 1 / query.shape[0] if reduction == "mean" else 1.0
         merges = _merges_gradients(name, query, target, scale, resolved)
-        if autograd.serves(query, target, scale):
+        eager = autograd.serves(query, target, scale)
+        if nested is not None:
+            if eager and merges and name == matryoshka.BACKEND:
+                merging = matryoshka.OneDirection(nested)
+                return autograd.one_direction_loss(query, target, scale, merging, resolved, weight)
+        elif eager:
             run = autograd.one_direction_loss if merges else autograd.total_loss
             return run(query, target, scale, dispatch.named(name), resolved, weight)
-        if merges:
+        elif merges:
             scale = scale_tensor(scale, query)
             return weight * ops.one_direction_loss(query, target, scale, name, *resolved)[0]
     logits = logsumexp(query, target, scale, resolved, name, nested and nested.dims)
