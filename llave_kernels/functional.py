@@ -261,7 +261,7 @@ def logsumexp(
     With ``dims``, which ascend, it is ``matryoshka_logsumexp``.
     """
     scale = scale_tensor(scale, query)
-    one_product = backend == matryoshka.BACKEND and rules.biases == (None, None)
+    one_product = backend == matryoshka.BACKEND and not rules.biased
     if dims is not None and not one_product:
         return _prefix_by_prefix(query, target, scale, rules, backend, dims)
     if dims is not None:

@@ -36,7 +36,7 @@ def value_and_gradients(loss_fn: Any, views: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("draws", [60, pytest.param(1000, marks=pytest.mark.long)])
 def test_random_settings_equal_the_host(name: str, draws: int) -> None:
-    for _ in range(draws):
+    for i in range(draws):
         n, d = (int(x) for x in torch.randint(2, 24, (2,)))
         settings: dict[str, Any] = {"temperature": float(0.05 + torch.rand(()))}
         if name == "DCLLoss" and torch.rand(()) < 0.5:
@@ -44,10 +44,10 @@ def test_random_settings_equal_the_host(name: str, draws: int) -> None:
         views = [torch.randn(n, d, dtype=torch.float64) for _ in range(2)]
         theirs, mine = both(name, **settings)
         truth = value_and_gradients(theirs, views)
-        for dtype, bound in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
-            found = value_and_gradients(mine, [x.to(dtype) for x in views])
-            for a, b in zip(found, truth, strict=True):
-                assert float((a - b).norm()) <= bound * max(float(b.norm()), 1e-1), settings
+        dtype, bound = ((torch.float64, 1e-11), (torch.float32, 1e-5))[i % 2]
+        found = value_and_gradients(mine, [x.to(dtype) for x in views])
+        for a, b in zip(found, truth, strict=True):
+            assert float((a - b).norm()) <= bound * max(float(b.norm()), 1e-1), settings
 
 
 def test_a_memory_bank() -> None:
