@@ -3,6 +3,7 @@
     python benchmarks/loss_bench.py                        # random and real embeddings, two minutes
     python benchmarks/loss_bench.py --sizes 8192 --dims 384 1024 --data random
     python benchmarks/loss_bench.py --data pairs.npz       # your own ``query`` and ``target``
+    python benchmarks/loss_bench.py --loss NAME            # another loss, of ``benchmarks/losses``
 
 Each implementation runs in its own process. They take turns of a few steps, so that a slow spell of
 the machine falls on all of them. TFLOP/s counts 8NMD for both directions and 6NMD for one, whatever
@@ -34,10 +35,13 @@ from tqdm import tqdm
 
 import llave_kernels
 from benchmarks import data, report, workers
-from benchmarks.peers import FLOPS, PEERS, RULES, SCALE, refusals
+from benchmarks.losses import LOSSES
+from benchmarks.peer import SCALE
+from benchmarks.peers import RULES
 
 # Beyond so many rows the float64 values take longer than the measurements. They are left out there.
 TRUTH_LIMIT = {"cpu": 8192, "cuda": 32768}
+DENSE_LIMIT = 4096  # the same for float64 values from a dense formula, which take memory too
 ROUNDS = 5  # turns of each implementation, of one step or more
 NOISY = 1.5  # a comparison is not fair where the plain product's rate varies by more than this
 
@@ -57,7 +61,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "tf32", "bfloat16", "float16"])
     parser.add_argument("--sizes", type=_positive, nargs="+", help="N of the random embeddings")
     parser.add_argument("--dims", type=_positive, nargs="+", help="D of the random embeddings")
-    parser.add_argument("--impl", nargs="+", choices=list(PEERS), help="default: all that can run")
+    parser.add_argument("--loss", choices=list(LOSSES), default="contrastive")
+    parser.add_argument("--impl", nargs="+", metavar="NAME", help="default: all that can run")
     parser.add_argument(
         "--negatives", type=int, default=0, help="mined negatives per query, with --data random"
     )
@@ -78,6 +83,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--device cuda: torch sees no GPU")
     if options.negatives < 0 or (options.negatives and options.data != "random"):
         parser.error(f"--negatives {options.negatives}: 0 or more, and --data random")
+    family = LOSSES[options.loss]
+    if unknown := sorted(set(options.impl or []) - set(family.peers)):
+        parser.error(f"--impl {unknown[0]}: not one of {', '.join(family.peers)}")
+    if (2 - options.one_direction) not in family.directions:
+        remedy = "leave out" if options.one_direction else "add"
+        parser.error(
+            f"--loss {options.loss}: has one number of directions; {remedy} --one-direction"
+        )
     gpu = options.device == "cuda"
     options.dtype = options.dtype or ("bfloat16" if gpu else "float32")
     options.sizes = options.sizes or ([1024, 4096, 16384, 32768] if gpu else [1024, 4096])
@@ -113,9 +126,14 @@ Alphas = tuple[float, float | None]  # of the target direction: None where it is
 
 def alphas(impl: str, options: argparse.Namespace) -> Alphas:
     """The hardness strength that ``impl`` really applies in each direction."""
-    peer = PEERS[impl]
+    peer = LOSSES[options.loss].peers[impl]
     target_alpha = None if options.one_direction else options.alpha * peer.target_alpha
     return options.alpha * peer.query_alpha, target_alpha
+
+
+def _truth_limit(options: argparse.Namespace) -> int:
+    dense = LOSSES[options.loss].truth is not None
+    return DENSE_LIMIT if dense else TRUTH_LIMIT[options.device]
 
 
 def truths(names: list[str], inputs: Path, options: argparse.Namespace) -> dict[Alphas, str]:
@@ -123,6 +141,7 @@ def truths(names: list[str], inputs: Path, options: argparse.Namespace) -> dict[
     kinds = list(dict.fromkeys(alphas(name, options) for name in names))
     files = {str(inputs.with_name(f"truth{i}.pt")): kind for i, kind in enumerate(kinds)}
     job = {"inputs": str(inputs), "device": options.device, "dtype": options.dtype}
+    job["loss"] = options.loss
     if failure := workers.run("truth", job | {"scale": SCALE, "files": files}, inputs.parent):
         tqdm.write(f"errors left out, no float64 values: {failure}", file=sys.stderr)
         return {}
@@ -151,7 +170,7 @@ def measure(
         return answer
 
     shared = {"device": options.device, "dtype": options.dtype, "alpha": options.alpha}
-    shared |= {"symmetric": not options.one_direction, "rule": options.rule}
+    shared |= {"symmetric": not options.one_direction, "rule": options.rule, "loss": options.loss}
     for name in group:
         if name not in running:
             running[name] = workers.Worker("measure", shared | {"impl": name}, folder)
@@ -202,6 +221,7 @@ def ceilings(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def environment(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """The columns that say where a row of the CSV comes from."""
     return where(options.device, ["benchmarks/loss_bench.py", *argv]) | {
+        "loss_name": options.loss,
         "dtype": options.dtype,
         "directions": 1 if options.one_direction else 2,
     }
@@ -243,8 +263,9 @@ def main(argv: list[str] | None = None) -> None:
         )
     options.out.mkdir(parents=True, exist_ok=True)
     symmetric = not options.one_direction
-    reasons = refusals(options.device, symmetric, options.negatives > 0, options.rule)
-    asked = options.impl or list(PEERS)
+    family = LOSSES[options.loss]
+    reasons = family.refusals(options.device, symmetric, options.negatives > 0, options.rule)
+    asked = options.impl or list(family.peers)
     for name in asked:
         if reasons[name] is not None:
             print(f"{name} left out: {reasons[name]}", file=sys.stderr)
@@ -252,6 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     if not names:
         raise SystemExit("nothing to measure: none of the implementations asked for can run")
     sets = list(datasets(options))
+    flops = None if family.flops is None else family.flops[symmetric]
     about = environment(options, sys.argv[1:] if argv is None else argv)
     file = options.out / "loss_bench.csv"
     rows: list[dict[str, Any]] = []
@@ -267,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
                 progress.set_description(f"{label} N={n} D={d} float64")
                 inputs = folder / "inputs.pt"
                 torch.save((query, target), inputs)
-                known = n <= TRUTH_LIMIT[options.device] and options.rule is None
+                known = n <= _truth_limit(options) and options.rule is None
                 truth = truths(names, inputs, options) if known else {}
                 group, files = {}, {}
                 for name in names:
@@ -278,7 +300,7 @@ def main(argv: list[str] | None = None) -> None:
                 for done in measure(group, files, running, options, folder):
                     progress.set_description(f"{label} N={n} D={d} {done}")
                     progress.update()
-                    report.write_csv(rows + _derived(list(group.values()), symmetric), file)
+                    report.write_csv(rows + _derived(list(group.values()), flops), file)
                 rows += group.values()
         finally:
             workers.close(running.values())
@@ -288,13 +310,13 @@ def main(argv: list[str] | None = None) -> None:
     print("written:", *map(str, [file, *report.plots(rows, options.out)]))
 
 
-def _derived(group: list[dict[str, Any]], symmetric: bool) -> list[dict[str, Any]]:
+def _derived(group: list[dict[str, Any]], flops: int | None) -> list[dict[str, Any]]:
     """The group with rates, and with ratios to the authors' loss where that ran."""
     baseline = next((r.get("step_ms") for r in group if r["impl"] == "authors"), None)
     for row in group:
-        row["flops_convention"] = f"{FLOPS[symmetric]}NMD"
-        if "step_ms" in row:
-            work = FLOPS[symmetric] * row["n"] * row["m"] * row["d"]
+        row["flops_convention"] = flops and f"{flops}NMD"
+        if "step_ms" in row and flops:
+            work = flops * row["n"] * row["m"] * row["d"]
             row["tflops"] = work / row["step_ms"] / 1e9
             if "ceiling_tflops" in row:
                 size = 2 if "16" in row["dtype"] else 4
@@ -302,14 +324,17 @@ def _derived(group: list[dict[str, Any]], symmetric: bool) -> list[dict[str, Any
                 bounds = work / row["ceiling_tflops"] / 1e9, moved / row["ceiling_gb_s"] / 1e6
                 row["floor_ms"] = max(bounds)
                 row["share"] = row["floor_ms"] / row["step_ms"]
+        if "step_ms" in row:
             row["times_faster_than_authors"] = baseline and baseline / row["step_ms"]
     return group
 
 
 def _notes(rows: list[dict[str, Any]], options: argparse.Namespace, machine: str) -> Iterator[str]:
     """What a reader needs beside the table."""
-    yield f"{machine}, {options.dtype}. TFLOP/s counts {FLOPS[not options.one_direction]}NMD."
-    if rows and "ceiling_tflops" in rows[0]:
+    flops = LOSSES[options.loss].flops
+    counted = f" TFLOP/s counts {flops[not options.one_direction]}NMD." if flops else ""
+    yield f"{machine}, {options.dtype}.{counted}"
+    if flops and rows and "ceiling_tflops" in rows[0]:
         yield (
             f"A large product ran at {rows[0]['ceiling_tflops']:.3g} TFLOP/s, a large copy at "
             f"{rows[0]['ceiling_gb_s']:.3g} GB/s: the floor that the share is of."
@@ -318,7 +343,7 @@ def _notes(rows: list[dict[str, Any]], options: argparse.Namespace, machine: str
     yield "Errors: by norm, against float64 values of the loss with the alphas shown."
     if options.rule:
         yield "No errors with a rule: the float64 values are of the loss without."
-    limit = TRUTH_LIMIT[options.device]
+    limit = _truth_limit(options)
     if any(row["n"] > limit for row in rows):
         yield f"No errors beyond N = {limit}: the float64 values would take too long."
     for key in dict.fromkeys((row["data"], row["n"], row["d"]) for row in rows):

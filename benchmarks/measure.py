@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.data import precision
-from benchmarks.peers import PEERS, Job, Loss
+from benchmarks.losses import LOSSES
+from benchmarks.peer import Job, Loss
 
 PRODUCT_ROWS = {"cpu": 1024, "cuda": 8192}  # of the plain product that is timed beside the loss
 
@@ -135,7 +136,7 @@ def serve(options: dict[str, Any], lines: TextIO) -> None:
         name, _, argument = line.partition(" ")
         if name == "prepare":
             files, measured = json.loads(argument), None  # frees the last inputs' memory
-            build = PEERS[options["impl"]].build
+            build = LOSSES[options["loss"]].peers[options["impl"]].build
             loss = build(Job(*(options[name] for name in ("alpha", "symmetric", "rule"))))
             inputs = torch.load(files["inputs"], weights_only=True)
             pair = [x.to(options["device"], precision(options["dtype"])) for x in inputs]

@@ -1,11 +1,9 @@
-"""The losses under test, ours and today's alternatives, as ``loss(query, target)``."""
+"""The contrastive loss, ours and today's alternatives, as ``loss(query, target)``."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -13,65 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from llave_kernels import available_backends, hardness_weighted_contrastive_loss
-
-SCALE = 50.0
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one measurement computes. ``alpha`` and ``rule`` are the command line's."""
-
-    alpha: float
-    symmetric: bool
-    rule: str | None = None
-
-
-@dataclass(frozen=True)
-class Peer:
-    """An implementation: how to build it, what it needs, and which loss it really computes.
-
-    Each implementation is compared with the float64 value of its own formula.
-
-    Attributes:
-        build: makes the loss.
-        package: what must be installed. Default: nothing.
-        gpu_only: whether it needs a GPU.
-        directions: which numbers of directions it can compute.
-        query_alpha, target_alpha: whether it applies the hardness weight in that direction.
-        negatives: whether it takes mined negatives, that is, more targets than queries.
-        rules: whether it takes ``RULES``.
-        unavailable: says why it cannot run on this machine, or None.
-    """
-
-    build: Callable[[Job], Loss]
-    package: str | None = None
-    gpu_only: bool = False
-    directions: tuple[int, ...] = (1, 2)
-    query_alpha: bool = True
-    target_alpha: bool = True
-    negatives: bool = False
-    rules: bool = False
-    unavailable: Callable[[], str | None] = lambda: None
-
-    def refusal(
-        self, device: str, symmetric: bool, negatives: bool, rule: str | None
-    ) -> str | None:
-        """Why it cannot take part, or None."""
-        if self.gpu_only and device != "cuda":
-            return "needs a GPU"
-        if self.package and importlib.util.find_spec(self.package) is None:
-            return f"{self.package} is not installed"
-        if symmetric and 2 not in self.directions:
-            return "computes one direction; add --one-direction"
-        if not symmetric and 1 not in self.directions:
-            return "computes both directions; leave out --one-direction"
-        if negatives and not self.negatives:
-            return "takes no mined negatives; leave out --negatives"
-        if rule and not self.rules:
-            return "takes no rules; leave out --rule"
-        return self.unavailable()
+from benchmarks.peer import SCALE, Family, Job, Loss, Peer, backends
+from llave_kernels import hardness_weighted_contrastive_loss
 
 
 def _owners(n: int, m: int, device: torch.device) -> dict[str, Any]:
@@ -236,21 +177,10 @@ def memeff(job: Job) -> Loss:
     return MemoryEfficientCLIPLoss(1 / SCALE, normalized_inputs=True, stable=False)
 
 
-def _backend(name: str) -> Peer:
-    """One of our backends. On a CPU only ``torch`` is timed: Triton's interpreter is for tests."""
-    return Peer(
-        ours(name),
-        gpu_only=name != "torch",
-        negatives=True,
-        rules=True,
-        unavailable=lambda: available_backends()[name],
-    )
-
-
 UNWEIGHTED = {"query_alpha": False, "target_alpha": False}
 # These are losses of a language model's head, and the targets take the place of its words.
 ONE_WAY = UNWEIGHTED | {"gpu_only": True, "directions": (1,), "negatives": True}
-PEERS: dict[str, Peer] = {f"llave-{name}": _backend(name) for name in available_backends()} | {
+PEERS = backends(ours, negatives=True, rules=True) | {
     "authors": Peer(authors),
     "dense": Peer(dense, negatives=True),
     "dense-compiled": Peer(compiled, negatives=True),
@@ -267,14 +197,6 @@ PEERS: dict[str, Peer] = {f"llave-{name}": _backend(name) for name in available_
     "liger": Peer(liger, package="liger_kernel", **ONE_WAY),
     "quack": Peer(quack, package="quack", **ONE_WAY),
 }
-# FLOPs in units of NMD, by whether both directions are computed. The convention is the same for all
-# implementations. One direction takes the logits and two gradient products. Both take 2NMD more,
-# which a loss that keeps no N x M matrix recomputes.
-FLOPS = {True: 8, False: 6}
-
-
-def refusals(
-    device: str, symmetric: bool, negatives: bool, rule: str | None = None
-) -> dict[str, str | None]:
-    """Why each implementation does not take part in this run, or None where it does."""
-    return {name: peer.refusal(device, symmetric, negatives, rule) for name, peer in PEERS.items()}
+# One direction takes the logits and two gradient products. Both take 2NMD more, which a loss that
+# keeps no N x M matrix recomputes.
+FAMILY = Family(PEERS, truth=None, flops={True: 8, False: 6})

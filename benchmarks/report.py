@@ -21,7 +21,8 @@ from llave_kernels.atomic_files import publish
 
 OUT_OF_MEMORY = "out of memory"
 COLUMNS = [
-    "data", "impl", "n", "m", "d", "dtype", "directions", "query_alpha", "target_alpha", "status",
+    "loss_name", "data", "impl", "n", "m", "d",
+    "dtype", "directions", "query_alpha", "target_alpha", "status",
     "forward_ms", "step_ms", "step_p20_ms", "step_p80_ms", "steps", "extra_mib",
     "tflops", "flops_convention", "floor_ms", "share", "ceiling_tflops", "ceiling_gb_s",
     "product_tflops", "loss", "loss_error", "gradient_error",
@@ -41,6 +42,23 @@ HEADINGS = {
     "loss_error": "loss err", "gradient_error": "grad err",
     "times_faster_than_authors": "vs authors",
 }  # fmt: skip
+AXES = {"n": "N, queries in the batch", "d": "D, width of the embeddings"}
+MARKERS = "ov^D<>P*"
+NAMES = {
+    "llave-torch": "llave, torch backend",
+    "llave-triton": "llave, triton backend",
+    "llave-cuda": "llave, cuda backend",
+    "authors": "LLaVE's published loss",
+    "dense": "plain PyTorch, one product",
+    "dense-compiled": "the same, torch.compile",
+    "sentence-transformers": "sentence-transformers",
+    "open-clip": "OpenCLIP",
+    "inf-cl": "Inf-CL",
+    "memeff": "memory-efficient CLIP loss",
+    "cce-exact": "Cut Cross-Entropy, no filter",
+    "liger": "Liger Kernel",
+    "quack": "QuACK",
+}
 Row = dict[str, Any]
 
 
@@ -81,10 +99,14 @@ def write_csv(rows: list[Row], path: Path, columns: list[str] = COLUMNS) -> None
 def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a run's CSV.
 
-    Those of early runs lack columns. They have as many targets as queries.
+    Those of early runs lack columns. They are of the contrastive loss, with as many targets as
+    queries.
     """
     with path.open(newline="") as file:
-        return [dict.fromkeys(COLUMNS, "") | {"m": row["n"]} | row for row in csv.DictReader(file)]
+        return [
+            dict.fromkeys(COLUMNS, "") | {"loss_name": "contrastive", "m": row["n"]} | row
+            for row in csv.DictReader(file)
+        ]
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
@@ -97,6 +119,8 @@ def markdown(rows: list[dict[str, str]]) -> str:
         way = {"1": "one direction", "2": "both"}[row["directions"]]
         n, m, d = (f"{int(row[name]):,}" for name in ("n", "m", "d"))
         size = f"{way}, N = {n}{'' if m == n else f', M = {m}'}, D = {d}"
+        if row["loss_name"] != "contrastive":
+            size = f"{row['loss_name']}, {size}"
         figures = row["status"]
         if row["step_ms"]:
             figures = f"{float(row['step_ms']):,.0f} ms, {float(row['extra_mib']):,.0f} MiB"
@@ -137,49 +161,59 @@ def digest(rows: list[dict[str, str]]) -> list[str]:
 
 
 def plots(rows: list[Row], folder: Path) -> list[Path]:
-    """Time and memory against N, log-log, one figure for each width.
+    """Time and memory against N for each D, and against D for each N of several widths. Log-log.
 
     Lines are random embeddings, squares are real ones. A cross on the top edge is out of memory.
     """
     written = []
-    for d in sorted({row["d"] for row in rows}):
-        wide = [row for row in rows if row["d"] == d]
-        sizes = sorted({row["n"] for row in wide})
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
-        for axis, column, title in (
-            (axes[0], "step_ms", "forward + backward, ms"),
-            (axes[1], "extra_mib", "extra peak memory, MiB"),
-        ):
-            _draw(axis, wide, column)
-            if all(row.get(column) is None for row in wide):
-                axis.set_ylim(1, 10)  # crosses alone give a log axis no limits
-            axis.set(xscale="log", yscale="log", xlabel="N", title=f"{title}, D = {d}")
-            axis.set_xticks(sizes, labels=map(str, sizes))
-            axis.minorticks_off()
-            axis.grid(True, alpha=0.25)
-        axes[0].legend(fontsize=8)
-        path = folder / f"loss_bench_D{d}.png"
-        figure.tight_layout()
-        publish(path, partial(figure.savefig, format="png", dpi=130))
-        plt.close(figure)
-        written.append(path)
+    for against, fixed, least in (("n", "d", 1), ("d", "n", 2)):
+        for value in sorted({row[fixed] for row in rows}):
+            here = [row for row in rows if row[fixed] == value]
+            if len({row[against] for row in here}) >= least:
+                path = folder / f"loss_bench_{fixed.upper()}{value}.png"
+                _plot(here, against, f"{fixed.upper()} = {value:,}", path)
+                written.append(path)
     return written
 
 
-def _draw(axis: Any, rows: list[Row], column: str) -> None:
-    for number, name in enumerate(dict.fromkeys(row["impl"] for row in rows)):
-        mine = [row for row in rows if row["impl"] == name]
-        look = {"color": f"C{number}", "lw": 2.5 if name.startswith("llave") else 1.2}
-        axis.plot([], [], "o-", label=name, **look)
+def _plot(rows: list[Row], against: str, title: str, path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6))
+    ticks = sorted({row[against] for row in rows})
+    for axis, column, quantity in (
+        (axes[0], "step_ms", "forward + backward, milliseconds"),
+        (axes[1], "extra_mib", "extra peak memory, MiB"),
+    ):
+        _draw(axis, rows, against, column)
+        if all(row.get(column) is None for row in rows):
+            axis.set_ylim(1, 10)  # crosses alone give a log axis no limits
+        axis.set(xscale="log", yscale="log", xlabel=AXES[against], ylabel=quantity)
+        axis.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
+        axis.minorticks_off()
+        axis.grid(True, alpha=0.25)
+    lines, names = axes[0].get_legend_handles_labels()
+    figure.suptitle(title, fontsize=10)
+    figure.legend(lines, names, fontsize=8, loc="lower center", ncols=3, frameon=False)
+    figure.tight_layout(rect=(0, 0.04 + 0.04 * -(-len(names) // 3), 1, 1))
+    publish(path, partial(figure.savefig, format="png", dpi=130))
+    plt.close(figure)
+
+
+def _draw(axis: Any, rows: list[Row], against: str, column: str) -> None:
+    for number, impl in enumerate(dict.fromkeys(row["impl"] for row in rows)):
+        mine = [row for row in rows if row["impl"] == impl]
+        look = {"color": f"C{number}", "marker": MARKERS[number % len(MARKERS)]}  # also in print
+        look["lw"] = 2.5 if impl.startswith("llave") else 1.2
+        axis.plot([], [], label=NAMES.get(impl, impl), **look)
         for kind in dict.fromkeys(row["data"] for row in mine):
             done = [r for r in mine if r["data"] == kind and r.get(column) is not None]
-            done.sort(key=lambda row: row["n"])
-            style = "o-" if kind == "random" else "s"
-            axis.plot([r["n"] for r in done], [r[column] for r in done], style, **look)
-        lost = [row["n"] for row in mine if row["status"] == OUT_OF_MEMORY]
+            done.sort(key=lambda row: row[against])
+            real = {} if kind == "random" else {"marker": "s", "ls": ""}
+            axis.plot([r[against] for r in done], [r[column] for r in done], **look | real)
+        lost = [row[against] for row in mine if row["status"] == OUT_OF_MEMORY]
         # Heights are parts of the axis' height. They differ so that no cross hides another.
         heights = [0.97 - 0.04 * number] * len(lost)
-        axis.plot(lost, heights, "x", ms=9, mew=2, transform=axis.get_xaxis_transform(), **look)
+        crosses = look | {"marker": "x", "ls": "", "ms": 9, "mew": 2}
+        axis.plot(lost, heights, transform=axis.get_xaxis_transform(), **crosses)
     if any(row["status"] == OUT_OF_MEMORY for row in rows):
         axis.plot([], [], "kx", ms=9, mew=2, label="out of memory")
 

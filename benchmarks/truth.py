@@ -1,6 +1,7 @@
 """The loss and its gradients in float64, a strip of rows at a time, which bounds the memory.
 
-The code follows the formula. It uses neither autograd nor an implementation under test.
+The code follows the formula. It uses neither autograd nor an implementation under test. Losses
+other than the contrastive one have a dense formula, which autograd differentiates.
 ``truth.py JOB.json`` computes them for each pair of alphas in the job and saves them to a file.
 """
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.data import precision
+from benchmarks.losses import LOSSES
+from benchmarks.peer import Job, Loss
 
 STRIP = 2**22  # elements of a strip of similarities, 32 MiB
 
@@ -64,12 +67,24 @@ def truth(
     return [loss, *gradients]
 
 
+def differentiated(loss: Loss, query: Tensor, target: Tensor) -> list[Tensor]:
+    """Loss (), dQ (N, D) and dT (M, D) of a dense formula, float64, by autograd."""
+    leaves = [x.double().requires_grad_() for x in (query, target)]
+    value = loss(*leaves)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
 def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
     inputs = torch.load(job["inputs"], weights_only=True)
     query, target = (x.to(job["device"], precision(job["dtype"])) for x in inputs)
+    formula = LOSSES[job["loss"]].truth
     for file, alphas in job["files"].items():
-        torch.save([x.cpu() for x in truth(query, target, job["scale"], *alphas)], file)
+        if formula is None:
+            found = truth(query, target, job["scale"], *alphas)
+        else:
+            found = differentiated(formula(Job(alphas[0], alphas[1] is not None)), query, target)
+        torch.save([x.cpu() for x in found], file)
 
 
 if __name__ == "__main__":

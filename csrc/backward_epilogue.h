@@ -1,10 +1,9 @@
 // Turns a tile of similarities, still in registers, into its part of dS in the inputs' type.
 #pragma once
 
-#include "cutlass/numeric_conversion.h"
-
 #include "epilogue.h"
 #include "fragment.h"
+#include "store_tile.h"
 #include "tile_pairs.h"
 #include "tiles.h"
 
@@ -28,8 +27,8 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
   // left.
   static constexpr bool kSumsScale = kRows == tile_rows(Size::small);
 
-  // Of a tile's rows or columns: the log-sum-exp, the upstream gradient, and what the gradient
-  // weighs in the window.
+  // Of a tile's rows or columns: the log-sum-exp without its own bias, the upstream gradient, and
+  // what the gradient weighs in the window.
   template <int kLength>
   struct Side {
     float lse[kLength], gradient[kLength], weight[kLength];
@@ -122,11 +121,13 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
         return [=, &s, &shared, &add](int c) {
           const int j = place.column(c);
           const bool mine = shared.pairs.owners[j] == label;
-          float d = gradient * exponential(logit(s(r, c), mine, limit, own.row, other.row) - lse);
+          const float z = logit(s(r, c), mine, limit, own.row, other.row);
+          float d = gradient * exponential(shared.pairs.with_column_bias(z, j) - lse);
           if (rules.symmetric) {
-            const float z =
+            const float y =
                 logit(s(r, c), mine, shared.pairs.column_limits[j], own.column, other.column);
-            d += shared.columns.gradient[j] * exponential(z - shared.columns.lse[j]);
+            d += shared.columns.gradient[j] *
+                 exponential(shared.pairs.with_row_bias(y, i) - shared.columns.lse[j]);
           }
           add(d, fmaxf(s(r, c), -kLargestSimilarity));  // d is 0 at -infinity
           return positive == Place_::column_offset(c) ? d_positive : d;
@@ -148,7 +149,9 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
     for (int k = thread; k < kRows; k += Place_::kThreads) {
       const int i = i0 + k;
       if (i < p.n) {
-        inside &= shared.rows.load(k, out.query_lse[i], out.d_query_lse[i] * gain, upper);
+        // This thread has loaded the bias itself.
+        inside &= shared.rows.load(k, shared.pairs.without_row_bias(out.query_lse[i], k),
+                                   out.d_query_lse[i] * gain, upper);
         shared.positive[k] = out.d_positive[i] * gain;
       } else {
         shared.rows.load_nothing(k);
@@ -158,7 +161,8 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
     for (int k = thread; k < kColumns; k += Place_::kThreads) {
       const int j = j0 + k;
       if (p.rules.symmetric && j < p.m) {
-        inside &= shared.columns.load(k, out.target_lse[j], out.d_target_lse[j] * gain, upper);
+        inside &= shared.columns.load(k, shared.pairs.without_column_bias(out.target_lse[j], k),
+                                      out.d_target_lse[j] * gain, upper);
       } else {
         shared.columns.load_nothing(k);
       }
@@ -167,31 +171,12 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
     if (thread % 32 == 0) shared.outside[thread / 32] = outside;
   }
 
-  // Stores dS of a thread's pairs, eight of its columns at a time. They are two columns from each
-  // of four blocks of eight. `values_of(r)(c)` gives the value of a pair.
   template <class Matrix, class Values>
   CUTE_DEVICE void store(Matrix const& s, Place_ const& place, int i0, int j0,
                          Values values_of) const {
-    using namespace cute;
     const BackwardOutputs& out = params.outputs;
-    constexpr int R = decltype(size<0>(s))::value;
-    // The first of the columns that the lane stores at a time: two of its own, or eight of 2 bytes.
-    const int first = sizeof(Element) == 4 ? 0 : place.lane % 4 * 2;
-    const int i = i0 + place.row(0), j = j0 + place.column(first) - first;
-    const int rows = params.problem.n - i, columns = static_cast<int>(out.pitch) - j;
-    Element* const ds = static_cast<Element*>(out.ds) + i * out.pitch + j;
-    CUTE_UNROLL
-    for (int c = 0; c < size<1>(s); c += 8) {
-      CUTE_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const auto value_of = values_of(r);
-        float values[8];
-        CUTE_UNROLL
-        for (int k = 0; k < 8; ++k) values[k] = value_of(c + k);
-        store(values, ds + place.row_offset(r) * out.pitch, place.row_offset(r) < rows, columns, c,
-              place.lane);
-      }
-    }
+    StoreTile<Warp, Element, Tile>::all(s, place, out.ds, out.pitch, params.problem.n, i0, j0,
+                                        values_of);
   }
 
   // d logit_scale is the sum of dS_ij s_ij over the scale. `sum` is the thread's sum over
@@ -202,38 +187,14 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
     for (int k = thread; k < kRows && i0 + k < params.problem.n; k += Place_::kThreads) {
       const int column = shared.pairs.labels[k] - j0;
       if (column >= 0 && column < kColumns) {
-        sum += shared.positive[k] * (out.positive[i0 + k] / scale);
+        const float logit = shared.pairs.without_row_bias(out.positive[i0 + k], k);
+        sum += shared.positive[k] * (shared.pairs.without_column_bias(logit, column) / scale);
       }
     }
     sum = warp_sum<Warp>(sum);
     const int64_t number =
         int64_t(i0 / kRows) * tiles_over(params.problem.m, kColumns) + j0 / kColumns;
     if (thread % 32 == 0) out.scale_parts[number * kWarps + thread / 32] = sum / scale;
-  }
-
-  CUTE_DEVICE static void store(const float (&values)[8], Element* row, bool inside, int columns,
-                                int c, int lane) {
-    using namespace cute;
-    if constexpr (sizeof(Element) == 4) {  // a quad's pairs are already 32 contiguous bytes
-      CUTE_UNROLL
-      for (int k = 0; k < 8; k += 2) {
-        const int j = Place_::column_offset(c + k);
-        if (inside && j < columns) *reinterpret_cast<float2*>(row + j) = {values[k], values[k + 1]};
-      }
-    } else {  // each lane collects eight columns (16 bytes) from its quad
-      cutlass::NumericArrayConverter<Element, float, 2> convert;
-      uint32_t words[4];
-      CUTE_UNROLL
-      for (int k = 0; k < 4; ++k) {
-        const cutlass::Array<Element, 2> pair = convert({values[2 * k], values[2 * k + 1]});
-        words[k] = reinterpret_cast<uint32_t const&>(pair);
-      }
-      transpose_quad<Warp>(words, lane);
-      const int j = Place_::column_offset(c);
-      if (inside && j < columns) {
-        *reinterpret_cast<uint4*>(row + j) = {words[0], words[1], words[2], words[3]};
-      }
-    }
   }
 };
 

@@ -5,6 +5,7 @@
 #include "forward_epilogue.h"
 #include "launch.h"
 #include "per_device.h"
+#include "sigmoid_epilogue.h"
 
 #if LLAVE_ARCHITECTURE == 90
 #include "sm90/gemm.h"
@@ -94,7 +95,8 @@ Size launch_size(const Problem& p, const Outputs& outputs, cudaStream_t stream, 
     check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, hardware.device_id), name);
     return count;
   });
-  const Size size = choose_size(p.n, p.m, hardware.sm_count, largest);
+  const Size size =
+      choose_size(p.n, p.m, hardware.sm_count, p.rules.biased() ? Size::large : largest);
   if (size == Size::small) {
     launch<Gemm<Size::small, Epilogue>>(p, outputs, hardware, stream, name);
   } else if (size == Size::large) {
@@ -131,6 +133,14 @@ int64_t launch_backward<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>(const Problem& p,
   constexpr Size largest = kLargestBackward<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>;
   const Size size = launch_size<largest, BackwardEpilogue>(p, outputs, stream, "backward");
   return scale_parts<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>(p, size);
+}
+
+template <>
+SigmoidParts launch_sigmoid<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>(const Problem& p,
+                                                               const SigmoidOutputs& outputs,
+                                                               cudaStream_t stream) {
+  const Size size = launch_size<Size::large, SigmoidEpilogue>(p, outputs, stream, "sigmoid");
+  return sigmoid_parts<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>(p, size);
 }
 
 }  // namespace llave

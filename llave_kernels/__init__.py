@@ -6,9 +6,16 @@ from llave_kernels.functional import (
     ContrastiveLogits,
     contrastive_logsumexp,
     hardness_weighted_contrastive_loss,
+    matryoshka_logsumexp,
 )
-from llave_kernels.modules import HardnessWeightedContrastiveLoss
+from llave_kernels.modules import (
+    HardnessWeightedContrastiveLoss,
+    SigmoidContrastiveLoss,
+    SupervisedContrastiveLoss,
+)
 from llave_kernels.rules import RuleArguments, RuleSettings, RuleTensors
+from llave_kernels.sigmoid import SigmoidPairs, sigmoid_contrastive_loss
+from llave_kernels.supervised import supervised_contrastive_loss
 from llave_kernels.version import __version__
 
 __all__ = [
@@ -17,10 +24,16 @@ __all__ = [
     "RuleArguments",
     "RuleSettings",
     "RuleTensors",
+    "SigmoidContrastiveLoss",
+    "SigmoidPairs",
     "SimilarityStatistics",
+    "SupervisedContrastiveLoss",
     "__version__",
     "available_backends",
     "contrastive_logsumexp",
     "hardness_weighted_contrastive_loss",
+    "matryoshka_logsumexp",
+    "sigmoid_contrastive_loss",
     "similarity_statistics",
+    "supervised_contrastive_loss",
 ]

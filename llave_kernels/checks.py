@@ -77,19 +77,31 @@ def logit_scale(
         found = positive("logit_scale", value, dtype)
         _finite_sum(found, strength, dtype)
         return found
-    tensor("logit_scale", value)
+    for number in _one_element("logit_scale", value, device):
+        _finite_sum(positive("logit_scale", number, dtype), strength, dtype)
+    return value.reshape(()).to(dtype)
+
+
+def logit_bias(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> float | Tensor:
+    """The bias as a number, or as a tensor () on ``device``, which keeps its graph."""
+    if not isinstance(value, Tensor):
+        return finite("logit_bias", value, dtype)
+    for number in _one_element("logit_bias", value, device):
+        finite("logit_bias", number, dtype)
+    return value.reshape(()).to(dtype)
+
+
+def _one_element(name: str, value: Tensor, device: torch.device) -> list[float]:
+    """Check a tensor of one real number. Return the number if it can be read and is not NaN."""
+    tensor(name, value)
     if value.numel() != 1:
         raise ValueError(
-            "logit_scale must be a float or a tensor of one element, got shape "
-            f"{tuple(value.shape)}"
+            f"{name} must be a float or a tensor of one element, got shape {tuple(value.shape)}"
         )
     if value.dtype not in FLOATS + INTEGERS:
-        raise TypeError(f"logit_scale must be a tensor of real numbers, got {value.dtype}")
-    _device("logit_scale", value, device)
-    for number in read(value, Tensor.max):
-        if not math.isnan(number):  # NaN in, NaN out
-            _finite_sum(positive("logit_scale", number, dtype), strength, dtype)
-    return value.reshape(()).to(dtype)
+        raise TypeError(f"{name} must be a tensor of real numbers, got {value.dtype}")
+    _device(name, value, device)
+    return [x for x in read(value, Tensor.max) if not math.isnan(x)]  # NaN in, NaN out
 
 
 def _finite_sum(scale: float, strength: float, dtype: torch.dtype) -> None:
@@ -157,12 +169,13 @@ def rule_settings(
 def margin(value: Any, dtype: torch.dtype = torch.float32) -> float | None:
     if value is None:
         return None
-    found = number("false_negative_margin", value, dtype)
+    return finite("false_negative_margin", value, dtype, "; None turns it off")
+
+
+def finite(name: str, value: Any, dtype: torch.dtype = torch.float32, remedy: str = "") -> float:
+    found = number(name, value, dtype)
     if not math.isfinite(found):
-        raise ValueError(
-            f"false_negative_margin must be finite, got {short(value)} in {dtype}; None turns it "
-            "off"
-        )
+        raise ValueError(f"{name} must be finite, got {short(value)} in {dtype}{remedy}")
     return found
 
 
@@ -283,6 +296,8 @@ def rule_tensors(
     owners: Tensor | None,
     query_ids: Tensor | None,
     target_ids: Tensor | None,
+    query_bias: Tensor | None = None,
+    target_bias: Tensor | None = None,
     symmetric: bool,
     least_label: int = 0,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -298,6 +313,9 @@ def rule_tensors(
     if owners is not None:
         owners = columns("owners", owners, m, m, device)
     ids(query_ids, target_ids, n, m, device)
+    for name, value, rows in (("query_bias", query_bias, n), ("target_bias", target_bias, m)):
+        if value is not None:
+            _bias(name, value, rows, query)
     return labels, owners
 
 
@@ -310,18 +328,44 @@ def ids(query: Tensor | None, target: Tensor | None, n: int, m: int, device: tor
             continue
         if (target if other == "target_ids" else query) is None:
             raise ValueError(f"{name} needs {other}: ids are compared between rows and columns")
-        _integers(name, value, length, device)
-        if value.dtype != torch.int64:
-            raise TypeError(f"{name} must be int64, got {value.dtype}; use to(torch.int64)")
+        int64(name, value, length, device)
+
+
+def int64(name: str, value: Tensor, length: int, device: torch.device) -> None:
+    _integers(name, value, length, device)
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {value.dtype}; use to(torch.int64)")
+
+
+def _bias(name: str, value: Tensor, length: int, query: Tensor) -> None:
+    tensor(name, value)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    if value.dtype != dtype:
+        raise TypeError(
+            f"{name} must be {dtype} for embeddings in {query.dtype}, got {value.dtype}; use "
+            f"to({dtype})"
+        )
+    _shape(name, value, length)
+    _device(name, value, query.device)
+    # NaN in, NaN out
+    if any(math.isinf(found) for found in read(value, Tensor.min, Tensor.max)):
+        raise ValueError(
+            f"{name} must be finite, got an infinite value; -1e3 keeps a row or a column out of "
+            "the sums of others"
+        )
 
 
 def _integers(name: str, value: Tensor, length: int, device: torch.device) -> None:
     tensor(name, value)
     if value.dtype not in INTEGERS:
         raise TypeError(f"{name} must be an integer tensor, got {value.dtype}; use to(torch.int64)")
+    _shape(name, value, length)
+    _device(name, value, device)
+
+
+def _shape(name: str, value: Tensor, length: int) -> None:
     if value.shape != (length,):
         raise ValueError(f"{name} must have shape ({length},), got {tuple(value.shape)}")
-    _device(name, value, device)
 
 
 def _device(name: str, value: Tensor, device: torch.device) -> None:

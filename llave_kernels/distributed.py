@@ -10,16 +10,16 @@ products, and traffic that grows with the number of processes instead of its squ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from llave_kernels import checks, dispatch, exchange, functional, losses
+from llave_kernels import checks, dispatch, exchange, functional, losses, matryoshka
 from llave_kernels.agreement import Group, Peer, Terms, agree, learns
-from llave_kernels.grid import Block, block_of
+from llave_kernels.grid import Block, Side, block_of
 from llave_kernels.precision import accumulation_dtype, autocast
 from llave_kernels.rules import ELSEWHERE, RuleArguments, Rules, RuleSettings, at_labels, inside
 
@@ -38,6 +38,8 @@ def distributed_contrastive_loss(
     logit_scale: float | Tensor = 50.0,
     reduction: str = "mean",
     backend: str = "auto",
+    matryoshka_dims: Sequence[int] | None = None,
+    matryoshka_weights: Sequence[float] | None = None,
     **rules: Unpack[RuleArguments],
 ) -> Tensor:
     """``hardness_weighted_contrastive_loss`` over the rows of all processes of a group.
@@ -57,11 +59,13 @@ def distributed_contrastive_loss(
             divided by the global number of rows. ``"sum"``: the sum over this process's rows.
             Averaged gradients are then those of the global sum divided by the number of processes.
             ``"none"``: (N_local,) one loss per row of this process.
-        logit_scale, backend: as in ``hardness_weighted_contrastive_loss``.
+        logit_scale, backend, matryoshka_dims, matryoshka_weights: as in
+            ``hardness_weighted_contrastive_loss``.
         rules: as in ``hardness_weighted_contrastive_loss``. ``labels`` (N_local,) and ``owners``
             (M_local,) are columns of this process's own ``target``. ``query_ids`` (N_local,) and
-            ``target_ids`` (M_local,) are compared across processes. All settings must be the same
-            on every process.
+            ``target_ids`` (M_local,) are compared across processes. ``query_bias`` (N_local,) and
+            ``target_bias`` (M_local,) are of this process's rows. All settings must be the same on
+            every process.
 
     Returns:
         0-d tensor or (N_local,). float32, or float64 for float64 inputs.
@@ -75,7 +79,10 @@ def distributed_contrastive_loss(
             between processes. A tensor ``logit_scale`` on a GPU is compared in a later call, once
             it has been copied. Waiting for it would synchronise.
     """
-    given = {"logit_scale": logit_scale, "reduction": reduction, "backend": backend}
+    given = {
+        "logit_scale": logit_scale, "reduction": reduction, "backend": backend,
+        "matryoshka_dims": matryoshka_dims, "matryoshka_weights": matryoshka_weights,
+    }  # fmt: skip
     return loss_over(group, lambda: {"query": query, "target": target, **given, **rules}, {})
 
 
@@ -88,6 +95,7 @@ class Call(NamedTuple):
     rules: Rules
     reduction: str
     backend: str
+    nested: matryoshka.Matryoshka | None
 
 
 def loss_over(
@@ -102,25 +110,37 @@ def loss_over(
     call, peers = agree(lambda: checked(**arguments(), settings=settings), group)
     found = own_logsumexps(call, block_of(group, peers, call.query.device))
     loss = losses.loss_of_rows(*found)
+    if call.nested is not None:
+        loss = call.nested.summed(loss)
     if call.reduction == "mean":
         return loss.sum() * (len(peers) / sum(peer.rows for peer in peers))
     return losses.reduce(loss, call.reduction)
 
 
 def own_logsumexps(call: Call, block: Block) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What the losses of this process's rows are made from: ``losses.loss_of_rows``."""
-    query, target, scale, own, _, name = call
+    """What the losses of this process's rows are made from: ``losses.loss_of_rows``.
+
+    Each is (N_local,), or (K, N_local) for K prefixes.
+    """
+    query, target, scale, own, _, name, nested = call
+    dims = nested and nested.dims
     inputs = exchange.Inputs(query, target, block)
-    rules = _block_rules(query, target, own, name, block)
+    rules = block_rules(query, target, own, name, block, dims)
     queries, targets = inputs.result()
     del inputs  # and the padded rows of an uneven batch
-    logits = functional.logsumexp(queries, targets, scale, rules, name)
-    query_lse = exchange.combined(logits.query, block.rows)
+    logits = functional.logsumexp(queries, targets, scale, rules, name, dims)
+    query_lse = _last_first(exchange.combined, logits.query, block.rows)
     target_lse = logits.target
     if target_lse is not None:
-        target_lse = exchange.combined(target_lse, block.columns)
+        target_lse = _last_first(exchange.combined, target_lse, block.columns)
         target_lse = at_labels(target_lse, own.labels, len(query))
-    return block.rows.own(logits.positive), query_lse, target_lse
+    positive = _last_first(lambda x, side: side.own(x), logits.positive, block.rows)
+    return positive, query_lse, target_lse
+
+
+def _last_first(function: Callable[[Tensor, Side], Tensor], x: Tensor, side: Side) -> Tensor:
+    """The function of x (..., R) with its last dimension first, which processes exchange."""
+    return function(x.movedim(-1, 0), side).movedim(0, -1)
 
 
 def checked(
@@ -131,34 +151,65 @@ def checked(
     logit_scale: float | Tensor = 50.0,
     reduction: str = "mean",
     backend: str = "auto",
+    matryoshka_dims: Sequence[int] | None = None,
+    matryoshka_weights: Sequence[float] | None = None,
     **given: Unpack[RuleArguments],
 ) -> tuple[Call, Terms]:
     """Checked arguments of ``distributed_contrastive_loss``, and what other processes are told."""
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
     query, target = autocast(query, target)
     scale, rules = functional.resolve(query, target, logit_scale, **given)
+    nested = matryoshka.checked(matryoshka_dims, matryoshka_weights, query.shape[1])
     name = dispatch.choose(backend, query, target, rules)
-    told: dict[str, Any] = {
-        "the loss": "distributed_contrastive_loss",
-        "the width of the embeddings": query.shape[1],
-        "their dtype": query.dtype,
-        "requires_grad of query": learns(query),
-        "requires_grad of target": learns(target),
-        "requires_grad of logit_scale": isinstance(scale, Tensor) and learns(scale),
-        "presence of ids": rules.query_ids is not None,
-        "reduction": reduction,
-        "backend": backend,
+    ids = rules.query_ids is not None
+    told = told_of("distributed_contrastive_loss", query, target, scale, ids, reduction, backend)
+    for name_of_bias, bias in zip(("query_bias", "target_bias"), rules.biases, strict=True):
+        told[f"presence of {name_of_bias}"] = bias is not None
+        told[f"requires_grad of {name_of_bias}"] = bias is not None and learns(bias)
+    told |= {
+        "matryoshka_dims": nested and nested.dims,
+        "matryoshka_weights": nested and nested.weights,
     }
     held = RuleSettings.__annotations__
     told |= {name: value for name, value in rules.arguments(len(target)).items() if name in held}
     # A number is compared without a look at the device.
     known = torch.as_tensor(scale, dtype=accumulation_dtype(query.dtype))
     part = Peer(len(query), len(target), rules.owners is not None)
-    call = Call(query, target, scale, rules, reduction, name)
+    call = Call(query, target, scale, rules, reduction, name, nested)
     return call, Terms(part, told | dict(settings), known)
 
 
-def _block_rules(query: Tensor, target: Tensor, own: Rules, backend: str, block: Block) -> Rules:
+def told_of(
+    loss: str,
+    query: Tensor,
+    target: Tensor,
+    scale: float | Tensor,
+    ids: bool,
+    reduction: str,
+    backend: str,
+) -> dict[str, Any]:
+    """What the processes compare for every loss."""
+    return {
+        "the loss": loss,
+        "the width of the embeddings": query.shape[1],
+        "their dtype": query.dtype,
+        "requires_grad of query": learns(query),
+        "requires_grad of target": learns(target),
+        "requires_grad of logit_scale": isinstance(scale, Tensor) and learns(scale),
+        "presence of ids": ids,
+        "reduction": reduction,
+        "backend": backend,
+    }
+
+
+def block_rules(
+    query: Tensor,
+    target: Tensor,
+    own: Rules,
+    backend: str,
+    block: Block,
+    dims: tuple[int, ...] | None = None,
+) -> Rules:
     """The rules of a block, from this process's own. Columns are numbered over the block's."""
     rows, columns, any_owners = block
 
@@ -176,12 +227,14 @@ def _block_rules(query: Tensor, target: Tensor, own: Rules, backend: str, block:
         if given is None:
             given = torch.arange(len(target), device=target.device)
         owners = exchange.gathered(in_block(given), columns)
-    if own.margin is not None:
-        limits = dispatch.named(backend).margin_limit(query, target, own.labels, own.margin)
-        row_limit = exchange.gathered(limits, rows)
+    limits = functional.margin_limits(query, target, own, backend, dims)
+    if limits is not None:
+        row_limit = _last_first(exchange.gathered, limits, rows)
         if own.symmetric:
-            column_limit = exchange.gathered(own.column_limits(limits, len(target)), columns)
+            column_limits = own.column_limits(limits, len(target))
+            column_limit = _last_first(exchange.gathered, column_limits, columns)
     query_ids, target_ids = own.query_ids, own.target_ids
+    query_bias, target_bias = own.biases
     return own._replace(
         labels=labels,
         owners=owners,
@@ -189,4 +242,6 @@ def _block_rules(query: Tensor, target: Tensor, own: Rules, backend: str, block:
         target_ids=None if target_ids is None else exchange.gathered(target_ids, columns),
         row_limit=row_limit,
         column_limit=column_limit,
+        query_bias=None if query_bias is None else exchange.gathered(query_bias, rows),
+        target_bias=None if target_bias is None else exchange.gathered(target_bias, columns),
     )

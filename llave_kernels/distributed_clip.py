@@ -64,18 +64,24 @@ def gathered_clip_loss(
     """
     settings: dict[str, Any] = {"logit_scale": logit_scale, "alpha": alpha, "backend": backend}
     if gather.world_size == 1:
-        _check_pairs(query, target)
+        check_pairs(query, target)
         return hardness_weighted_contrastive_loss(query, target, **settings)
     return _over_processes(query, target, settings, gather)
 
 
-def _check_pairs(query: Tensor, target: Tensor) -> None:
+def check_pairs(query: Tensor, target: Tensor) -> None:
     """Raise ValueError unless both have the same number of rows."""
     checks.embeddings(*autocast(query, target))
     if len(query) != len(target):
         raise ValueError(
             f"query and target must be pairs of rows, got {len(query)} and {len(target)} rows"
         )
+
+
+def check_world(world_size: int) -> None:
+    """Raise ValueError unless this is torch.distributed's number of processes."""
+    if world_size != (world := dist.get_world_size()):
+        raise ValueError(f"world_size must be torch.distributed's, {world}, got {world_size}")
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -87,11 +93,8 @@ def _over_processes(
     share = 1.0 if gather.local_loss or gather.gather_with_grad else 1.0 / world
 
     def arguments() -> dict[str, Any]:
-        _check_pairs(query, target)
-        if gather.world_size != world:
-            raise ValueError(
-                f"world_size must be torch.distributed's, {world}, got {gather.world_size}"
-            )
+        check_pairs(query, target)
+        check_world(gather.world_size)
         scale = settings["logit_scale"]
         if isinstance(scale, Tensor) and not gather.local_loss:
             scale = _SumGradient.apply(scale, 1.0 / (world * share))

@@ -19,8 +19,11 @@ def gather_rows(x: Tensor, sizes: list[int], group: Any) -> Tensor:
 
 
 def gathered(x: Tensor, side: Side) -> Tensor:
-    """``gather_rows`` over a side of a block, without a gradient."""
-    return gather_rows(x, side.sizes, side.group) if side.shared else x
+    """``gather_rows`` over a side of a block. A gradient goes back to the processes' own rows."""
+    if not side.shared:
+        return x
+    found: tuple[Tensor] = _Gather.apply([Gathering(x, side.sizes, side.group)], x)
+    return found[0]
 
 
 class Gathering:
@@ -107,8 +110,8 @@ def combined(partial: Tensor, side: Side) -> Tensor:
     """The log-sum-exps of this process's rows or columns, from the parts of all processes.
 
     Args:
-        partial: those of the block: over all rows or columns of ``side``, and over what the block
-            has of the other side.
+        partial: (R,) or (R, K) those of the block: over all rows or columns of ``side``, and over
+            what the block has of the other side.
     """
     if not side.shared:
         return partial
@@ -121,10 +124,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, partial: Tensor, side: Side) -> Tensor:
-        world, own = len(side.sizes), side.sizes[side.rank]
-        parts = partial.new_empty(world * own)
-        dist.all_to_all_single(parts, partial.contiguous(), [own] * world, side.sizes, side.group)
-        parts = parts.view(world, own)
+        parts = _to_owners(partial, side)
         lse = torch.logsumexp(parts, 0)
         # A row or column without a negative gets no gradient.
         share = torch.exp(parts - lse.masked_fill(lse == -math.inf, 0.0))
@@ -135,10 +135,55 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (share,) = ctx.saved_tensors
-        side: Side = ctx.side
-        world, own = share.shape
-        out = gradient.new_empty(sum(side.sizes))
-        dist.all_to_all_single(
-            out, (share * gradient).flatten(), side.sizes, [own] * world, side.group
-        )
-        return out, None
+        return _from_owners(share * gradient, ctx.side), None
+
+
+def regathered(own: Tensor, side: Side) -> Tensor:
+    """The values (R,) of the whole side, from this process's own. As ``gathered``, with a gradient.
+
+    It undoes ``combined`` for a part of a loss that needs the values of all rows of a block.
+    """
+    if not side.shared:
+        return own
+    place = [Gathering(own, side.sizes, side.group)]
+    found: tuple[Tensor, ...] = _Gather.apply(place, own)
+    return found[0]
+
+
+def summed(partial: Tensor, side: Side) -> Tensor:
+    """The sums of this process's rows, from the parts of all processes. As ``combined``."""
+    if not side.shared:
+        return partial
+    found: Tensor = _Sum.apply(partial, side)
+    return found
+
+
+class _Sum(torch.autograd.Function):
+    jvp = staticmethod(transforms.refuse_forward_mode)
+
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, side: Side) -> Tensor:
+        ctx.side = side
+        return _to_owners(partial, side).sum(0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        parts = gradient.expand(len(ctx.side.sizes), *gradient.shape)
+        return _from_owners(parts, ctx.side), None
+
+
+def _to_owners(partial: Tensor, side: Side) -> Tensor:
+    """(processes of the side, own rows, ...): what each process has of this process's rows."""
+    world, own = len(side.sizes), side.sizes[side.rank]
+    parts = partial.new_empty((world * own, *partial.shape[1:]))
+    dist.all_to_all_single(parts, partial.contiguous(), [own] * world, side.sizes, side.group)
+    return parts.view(world, own, *partial.shape[1:])
+
+
+def _from_owners(parts: Tensor, side: Side) -> Tensor:
+    """The way back of ``_to_owners``."""
+    world, own = parts.shape[:2]
+    out = parts.new_empty((sum(side.sizes), *parts.shape[2:]))
+    given = parts.flatten(0, 1).contiguous()
+    dist.all_to_all_single(out, given, side.sizes, [own] * world, side.group)
+    return out

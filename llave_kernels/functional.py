@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from llave_kernels import autograd, checks, dispatch, losses, ops, transforms
+from llave_kernels import autograd, checks, dispatch, losses, matryoshka, ops, transforms
 from llave_kernels.precision import accumulation_dtype, autocast, scale_tensor
 from llave_kernels.rules import HARDNESS_MODES, RuleArguments, Rules, at_labels, default_owners
 
@@ -21,7 +21,7 @@ class ContrastiveLogits(NamedTuple):
     """The values that every loss is composed from. float32, or float64 for float64 inputs.
 
     Attributes:
-        positive: (N,) logit of each row's positive, ``kappa s_{i,l_i}``.
+        positive: (N,) logit of each row's positive, ``kappa s_{i,l_i}`` plus its biases.
         query: (N,) log-sum-exp of each row over its valid negatives, -inf without any.
         target: (M,) log-sum-exp of each column over its valid negatives, the rows whose positive it
             is not. None when not symmetric. The loss reads it at ``labels`` only.
@@ -45,6 +45,8 @@ def resolve(
     owners: Tensor | range | None = None,
     query_ids: Tensor | None = None,
     target_ids: Tensor | None = None,
+    query_bias: Tensor | None = None,
+    target_bias: Tensor | None = None,
     false_negative_margin: float | None = None,
     **unknown: object,
 ) -> tuple[float | Tensor, Rules]:
@@ -70,14 +72,14 @@ def resolve(
         found = owners
     labels, found = checks.rule_tensors(
         query, target, labels=labels, owners=found, query_ids=query_ids, target_ids=target_ids,
-        symmetric=symmetric,
+        query_bias=query_bias, target_bias=target_bias, symmetric=symmetric,
     )  # fmt: skip
     if owners is None:
         found = default_owners(n, m, device)
     # In one go: torch 2.8 cannot trace _replace.
     rules = Rules(
-        labels, found, query_ids, target_ids, None, None, alpha, target_alpha, hardness, margin,
-        symmetric,
+        labels, found, query_ids, target_ids, None, None, query_bias, target_bias, alpha,
+        target_alpha, hardness, margin, symmetric,
     )  # fmt: skip
     return scale, rules
 
@@ -102,13 +104,53 @@ def contrastive_logsumexp(
 ) -> ContrastiveLogits:
     """Positive logits and both directions' log-sum-exps over the hardness-weighted negatives.
 
-    This is the differentiable primitive. Gradients reach ``query``, ``target`` and ``logit_scale``.
-    Arguments and errors are as in ``hardness_weighted_contrastive_loss``.
+    This is the differentiable primitive. Gradients reach ``query``, ``target``, ``logit_scale`` and
+    the biases. Arguments and errors are as in ``hardness_weighted_contrastive_loss``.
     """
     query, target = autocast(query, target)
     scale, resolved = resolve(query, target, logit_scale, **rules)
     name = dispatch.choose(backend, query, target, resolved)
     return logsumexp(query, target, scale, resolved, name)
+
+
+@shows_rules
+def matryoshka_logsumexp(
+    query: Tensor,
+    target: Tensor,
+    dims: Sequence[int],
+    *,
+    logit_scale: float | Tensor = 50.0,
+    backend: str = "auto",
+    **rules: Unpack[RuleArguments],
+) -> ContrastiveLogits:
+    """``contrastive_logsumexp`` of the first ``dims[k]`` columns of the embeddings, for each k.
+
+    The truncated rows are divided by their length, as ``torch.nn.functional.normalize`` does. The
+    ``torch`` backend computes one matrix product for all dims. The others compute dim after dim.
+
+    Args:
+        dims: K different lengths from 1 to D, in any order.
+        query, target, logit_scale, backend, rules: as in ``hardness_weighted_contrastive_loss``.
+            ``false_negative_margin`` is compared with the cosines of each dim.
+
+    Returns:
+        (K, N), (K, N) and (K, M), in the order of ``dims``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in ``hardness_weighted_contrastive_loss``.
+    """
+    query, target = autocast(query, target)
+    scale, resolved = resolve(query, target, logit_scale, **rules)
+    nested = matryoshka.checked(dims, None, query.shape[1])
+    if nested is None:
+        raise TypeError("dims must be a list or tuple of numbers, got None")
+    name = dispatch.choose(backend, query, target, resolved)
+    found = logsumexp(query, target, scale, resolved, name, nested.dims)
+    order = [nested.dims.index(int(d)) for d in dims]
+    positive, rows, columns = found
+    return ContrastiveLogits(
+        positive[order], rows[order], None if columns is None else columns[order]
+    )
 
 
 @shows_rules
@@ -119,15 +161,18 @@ def hardness_weighted_contrastive_loss(
     logit_scale: float | Tensor = 50.0,
     reduction: str = "mean",
     backend: str = "auto",
+    matryoshka_dims: Sequence[int] | None = None,
+    matryoshka_weights: Sequence[float] | None = None,
     **rules: Unpack[RuleArguments],
 ) -> Tensor:
     """Hardness-weighted contrastive loss of LLaVE (arXiv 2503.04812, eq. 4-6), fused.
 
     The similarity of query i and target j is ``s_ij = q_i . t_j``. A valid negative has the logit
     ``kappa s_ij + alpha h_ij sg(s_ij)``. ``h_ij`` is 1 if the negative carries the hardness weight,
-    else 0. ``sg`` stops the gradient. The positive has the logit ``p_i = kappa s_{i,l_i}``. The
-    loss of a row is ``L_i = softplus(logsumexp of the negatives - p_i)``. The symmetric loss
-    averages it with the same loss over the positive's column.
+    else 0. ``sg`` stops the gradient. The positive has the logit ``p_i = kappa s_{i,l_i}``. Biases
+    of the row and of the column are added to both. The loss of a row is ``L_i = softplus(logsumexp
+    of the negatives - p_i)``. The symmetric loss averages it with the same loss over the positive's
+    column.
 
     A large N x M matrix is never stored. Rows are not normalised. Pass rows of unit length for
     cosine similarity.
@@ -141,9 +186,14 @@ def hardness_weighted_contrastive_loss(
             may require grad. kappa, alpha and their sum must be finite in the dtype of the loss.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (a loss per row).
         backend: ``"auto"`` or a name from ``available_backends()``.
+        matryoshka_dims: different lengths from 1 to D, such as ``(64, 256, 768)``, in any order.
+            The loss is then the weighted sum of the losses of the first 64, 256, 768 columns. They
+            are normalised for each. Default: the loss of the rows as they are.
+        matryoshka_weights: a number for each of ``matryoshka_dims``. Default: 1 each.
         rules: which pairs count and how they are weighted: ``alpha``, ``hardness``, ``symmetric``,
             ``target_alpha``, ``false_negative_margin``, ``labels``, ``owners``, ``query_ids``,
-            ``target_ids``. See ``RuleSettings`` and ``RuleTensors``.
+            ``target_ids``, ``query_bias``, ``target_bias``. See ``RuleSettings`` and
+            ``RuleTensors``.
 
     Returns:
         0-d tensor, or (N,) with ``reduction="none"``. float32, or float64 for float64 inputs. A row
@@ -152,8 +202,8 @@ def hardness_weighted_contrastive_loss(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: wrong shape, device or value, or a named backend that does not support the
-            call. On a GPU, the values of index tensors and of a tensor ``logit_scale`` are not
-            checked, because that would synchronise.
+            call. On a GPU, the values of index tensors, of biases and of a tensor ``logit_scale``
+            are not checked, because that would synchronise.
         RuntimeError: a named backend cannot run on this machine; a second derivative;
             forward-mode differentiation (``torch.func.jvp``, dual numbers). ``torch.func.grad``,
             ``vjp``, ``jacrev``, ``vmap`` and ``functional_call`` work.
@@ -166,21 +216,24 @@ def hardness_weighted_contrastive_loss(
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
     query, target = autocast(query, target)
     scale, resolved = resolve(query, target, logit_scale, **rules)
+    nested = matryoshka.checked(matryoshka_dims, matryoshka_weights, query.shape[1])
     name = dispatch.choose(backend, query, target, resolved)
-    if reduction != "none":
+    if nested is None and reduction != "none":
         weight = 1 / query.shape[0] if reduction == "mean" else 1.0
         merges = _merges_gradients(name, query, target, scale, resolved)
-        if autograd.serves(query, target, scale):
+        if autograd.serves(query, target, scale, *resolved.biases):
             run = autograd.one_direction_loss if merges else autograd.total_loss
             return run(query, target, scale, dispatch.named(name), resolved, weight)
         if merges:
             scale = scale_tensor(scale, query)
             return weight * ops.one_direction_loss(query, target, scale, name, *resolved)[0]
-    logits = logsumexp(query, target, scale, resolved, name)
+    logits = logsumexp(query, target, scale, resolved, name, nested and nested.dims)
     target_lse = logits.target
     if target_lse is not None:
         target_lse = at_labels(target_lse, resolved.labels, len(query))
     loss = losses.loss_of_rows(logits.positive, logits.query, target_lse)
+    if nested is not None:
+        loss = nested.summed(loss)
     return losses.reduce(loss, reduction)
 
 
@@ -190,18 +243,67 @@ def _merges_gradients(
     """Whether gradients are computed along with a total loss, as ``OneDirection`` does."""
     if rules.symmetric or transforms.active() or not torch.is_grad_enabled():
         return False
-    learns = any(isinstance(x, Tensor) and x.requires_grad for x in (query, target, scale))
+    inputs = query, target, scale, *rules.biases
+    learns = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
     return learns and dispatch.one_direction(name, query) is not None
 
 
 def logsumexp(
-    query: Tensor, target: Tensor, scale: float | Tensor, rules: Rules, backend: str
+    query: Tensor,
+    target: Tensor,
+    scale: float | Tensor,
+    rules: Rules,
+    backend: str,
+    dims: tuple[int, ...] | None = None,
 ) -> ContrastiveLogits:
-    """``contrastive_logsumexp`` of resolved arguments, on the named backend."""
+    """``contrastive_logsumexp`` of resolved arguments, on the named backend.
+
+    With ``dims``, which ascend, it is ``matryoshka_logsumexp``.
+    """
     scale = scale_tensor(scale, query)
-    if autograd.serves(query, target, scale):
+    one_product = backend == matryoshka.BACKEND and not rules.biased
+    if dims is not None and not one_product:
+        return _prefix_by_prefix(query, target, scale, rules, backend, dims)
+    if dims is not None:
+        outputs = matryoshka.logsumexp(query, target, scale, dims, rules)
+    elif autograd.serves(query, target, scale, *rules.biases):
         outputs = autograd.logsumexp(query, target, scale, dispatch.named(backend), rules)
     else:
         outputs = ops.contrastive_logsumexp(query, target, scale, backend, *rules)[:3]
     positive, rows, columns = outputs
     return ContrastiveLogits(positive, rows, columns if rules.symmetric else None)
+
+
+def margin_limits(
+    query: Tensor,
+    target: Tensor,
+    rules: Rules,
+    backend: str,
+    dims: tuple[int, ...] | None,
+) -> Tensor | None:
+    """(N,) ``rules.row_limits``, or (K, N) for the prefixes of ``dims``. None without a margin."""
+    if dims is not None:
+        return matryoshka.margin_limits(query, target, rules, dims, backend)
+    return rules.row_limits(query, target, dispatch.named(backend).margin_limit)
+
+
+def _prefix_by_prefix(
+    query: Tensor,
+    target: Tensor,
+    scale: float | Tensor,
+    rules: Rules,
+    backend: str,
+    dims: tuple[int, ...],
+) -> ContrastiveLogits:
+    """``matryoshka_logsumexp`` for a call that computes the logits of one prefix at a time."""
+    positives, rows, columns = [], [], []
+    for k, d in enumerate(dims):
+        q, t = matryoshka.truncated(query, d), matryoshka.truncated(target, d)
+        found = logsumexp(q, t, scale, rules.of_prefix(k), backend)
+        positives.append(found.positive)
+        rows.append(found.query)
+        if found.target is not None:
+            columns.append(found.target)
+    return ContrastiveLogits(
+        torch.stack(positives), torch.stack(rows), torch.stack(columns) if columns else None
+    )

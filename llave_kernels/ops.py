@@ -6,7 +6,7 @@ computes the gradients along with the loss. Its upstream gradient is a scalar.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ INPUTS = "Tensor query, Tensor target, Tensor logit_scale"
 CALL = f"{INPUTS}, str backend, {SCHEMA}"
 OUTPUTS = "Tensor positive, Tensor query_lse, Tensor target_lse"
 UPSTREAM = "Tensor d_positive, Tensor d_query_lse, Tensor d_target_lse"
-GRADIENTS = "Tensor d_query, Tensor d_target, Tensor d_logit_scale"
+GRADIENTS = ", ".join(f"Tensor d_{name}" for name in Gradients._fields)
+ASKED = "bool scale_gradient, bool bias_gradients"
 
 
 @torch.library.custom_op(
@@ -34,7 +35,7 @@ def contrastive_logsumexp(
     query: Tensor, target: Tensor, logit_scale: Tensor, backend: str, *given: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The backend's ``LogSumExps``, and the tensor that it keeps for its backward."""
-    rules = _checked(query, target, logit_scale, given)
+    rules = checked(query, target, logit_scale, given)
     module = dispatch.supporting(backend, query, target, rules)
     transforms.refuse_tangents(query, target, logit_scale)
     with dispatch.running_on(query):
@@ -72,7 +73,7 @@ def _(query: Tensor, target: Tensor, logit_scale: Tensor, backend: str, *given: 
 @torch.library.custom_op(
     "llave::contrastive_logsumexp_backward",
     mutates_args=(),
-    schema=f"({UPSTREAM}, {OUTPUTS}, Tensor kept, bool scale_gradient, {CALL}) -> ({GRADIENTS})",
+    schema=f"({UPSTREAM}, {OUTPUTS}, Tensor kept, {ASKED}, {CALL}) -> ({GRADIENTS})",
 )
 def contrastive_logsumexp_backward(
     d_positive: Tensor,
@@ -83,30 +84,33 @@ def contrastive_logsumexp_backward(
     target_lse: Tensor,
     kept: Tensor,
     scale_gradient: bool,
+    bias_gradients: bool,
     query: Tensor,
     target: Tensor,
     logit_scale: Tensor,
     backend: str,
     *given: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The backend's ``Gradients``. The scale's is any number unless ``scale_gradient``."""
-    rules = _checked(query, target, logit_scale, given)
+    rules = checked(query, target, logit_scale, given)
     module = dispatch.named(backend)
-    upstream = _like_outputs(rules, query, target, "d_", d_positive, d_query_lse, d_target_lse)
-    outputs = _like_outputs(rules, query, target, "", positive, query_lse, target_lse)
-    _expect("kept", kept, module.kept_shape(query, target, rules), query)
+    upstream = like_outputs(rules, query, target, "d_", d_positive, d_query_lse, d_target_lse)
+    outputs = like_outputs(rules, query, target, "", positive, query_lse, target_lse)
+    expect("kept", kept, module.kept_shape(query, target, rules), query)
     transforms.refuse_tangents(query, target, logit_scale)
     with dispatch.running_on(query):
-        return module.backward(
+        found = module.backward(
             upstream, query, target, logit_scale, outputs, kept, rules,
-            scale_gradient=scale_gradient,
+            scale_gradient=scale_gradient, bias_gradients=bias_gradients,
         )  # fmt: skip
+        return _tensors(found)
 
 
 @contrastive_logsumexp_backward.register_fake
 def _(*arguments: Any) -> Any:
-    query, target = arguments[8:10]
-    return _gradients_like(query, target, query.dtype)
+    bias_gradients, query, target = arguments[8:11]
+    of_biases = Rules(*arguments[13:]).bias_gradients(bias_gradients)
+    return _tensors(gradients_like(query, target, query.dtype, *of_biases))
 
 
 @torch.library.custom_op(
@@ -114,13 +118,13 @@ def _(*arguments: Any) -> Any:
 )
 def one_direction_loss(
     query: Tensor, target: Tensor, logit_scale: Tensor, backend: str, *given: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The query direction's loss summed over the rows (), and the ``Gradients`` of that sum.
 
     All are in the accumulation dtype. The upstream gradient is not applied yet, and without it the
-    gradients may not fit the inputs' dtype.
+    gradients may not fit the inputs' dtype. Those of the biases are computed if there are biases.
     """
-    rules = _checked(query, target, logit_scale, given)
+    rules = checked(query, target, logit_scale, given)
     module = dispatch.one_direction(backend, query)
     if module is None or rules.symmetric:
         raise ValueError(
@@ -129,52 +133,81 @@ def one_direction_loss(
         )
     transforms.refuse_tangents(query, target, logit_scale)
     with dispatch.running_on(query):
-        loss, gradients = module.one_direction(query, target, logit_scale, rules)
-        return loss.sum(), *gradients
+        loss, gradients = module.one_direction(
+            query, target, logit_scale, rules, bias_gradients=True
+        )
+        return loss.sum(), *_tensors(gradients)
 
 
 @one_direction_loss.register_fake
-def _(query: Tensor, target: Tensor, *rest: Any) -> Any:
+def _(query: Tensor, target: Tensor, scale: Tensor, backend: str, *given: Any) -> Any:
     dtype = accumulation_dtype(query.dtype)
-    return query.new_empty((), dtype=dtype), *_gradients_like(query, target, dtype)
+    gradients = gradients_like(query, target, dtype, *Rules(*given).bias_gradients(True))
+    return query.new_empty((), dtype=dtype), *_tensors(gradients)
 
 
-def _gradients_like(query: Tensor, target: Tensor, dtype: torch.dtype) -> Gradients:
+def gradients_like(
+    query: Tensor, target: Tensor, dtype: torch.dtype, *of_biases: Tensor | None
+) -> Gradients:
     dq, dt = (x.new_empty(x.shape, dtype=dtype) for x in (query, target))
-    return Gradients(dq, dt, query.new_empty((), dtype=accumulation_dtype(query.dtype)))
+    d_scale = query.new_empty((), dtype=accumulation_dtype(query.dtype))
+    return Gradients(dq, dt, d_scale, *of_biases)
 
 
-def _checked(query: Tensor, target: Tensor, logit_scale: Tensor, given: tuple[Any, ...]) -> Rules:
+def _tensors(gradients: Gradients) -> tuple[Tensor, ...]:
+    """An operator returns tensors only. (0,) stands for None."""
+    return tuple(gradients.query.new_empty(0) if x is None else x for x in gradients)
+
+
+def checked(
+    query: Tensor,
+    target: Tensor,
+    logit_scale: Tensor,
+    given: tuple[Any, ...],
+    *,
+    prefixes: tuple[int, ...] = (),
+) -> Rules:
     """Check the arguments. Return the rules, with labels and owners as int64.
 
     Anyone may call an operator directly. Backends do not check what ``Rules`` promises.
+
+    Args:
+        prefixes: (K,) if the limits and the outputs are those of K prefixes.
     """
     rules = Rules(*given)
     checks.embeddings(query, target)
-    _expect("logit_scale", logit_scale, (), query)
+    expect("logit_scale", logit_scale, (), query)
     checks.one_of("hardness", rules.hardness, HARDNESS_MODES)
     if rules.row_limit is not None:
-        _expect("row_limit", rules.row_limit, (len(query),), query)
+        expect("row_limit", rules.row_limit, (*prefixes, len(query)), query)
     if rules.column_limit is not None:
-        _expect("column_limit", rules.column_limit, (len(target),), query)
+        expect("column_limit", rules.column_limit, (*prefixes, len(target)), query)
+    # A column has one limit, but a log-sum-exp over the negatives of any number of positive rows.
+    unique = rules.symmetric and rules.margin is not None
     labels, owners = checks.rule_tensors(
         query, target, labels=rules.labels, owners=rules.owners, query_ids=rules.query_ids,
-        target_ids=rules.target_ids, symmetric=rules.symmetric, least_label=ELSEWHERE,
+        target_ids=rules.target_ids, query_bias=rules.query_bias, target_bias=rules.target_bias,
+        symmetric=unique, least_label=ELSEWHERE,
     )  # fmt: skip
     return rules._replace(labels=labels, owners=owners)
 
 
-def _like_outputs(
-    rules: Rules, query: Tensor, target: Tensor, prefix: str, *values: Tensor
+def like_outputs(
+    rules: Rules,
+    query: Tensor,
+    target: Tensor,
+    prefix: str,
+    *values: Tensor,
+    prefixes: tuple[int, ...] = (),
 ) -> LogSumExps:
     """Check values against the shapes of the forward's ``LogSumExps``. Return them contiguous."""
     sizes = len(query), len(query), len(target) if rules.symmetric else 0
     for name, value, size in zip(LogSumExps._fields, values, sizes, strict=True):
-        _expect(prefix + name, value, (size,), query)
+        expect(prefix + name, value, (*prefixes, size), query)
     return LogSumExps(*(value.contiguous() for value in values))
 
 
-def _expect(name: str, value: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
+def expect(name: str, value: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
     """Check that a tensor has this shape, the device of ``query`` and its accumulation dtype."""
     dtype = accumulation_dtype(query.dtype)
     if (value.shape, value.dtype, value.device) != (shape, dtype, query.device):
@@ -184,7 +217,7 @@ def _expect(name: str, value: Tensor, shape: tuple[int, ...], query: Tensor) -> 
         )
 
 
-def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     pass
 
 
@@ -199,42 +232,56 @@ def _setup_logsumexp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 def _backward_logsumexp(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     *outputs, kept, query, target, scale = ctx.saved_tensors[:7]
     tensors = ctx.saved_tensors[7:]
-    learnable = ctx.needs_input_grad[2]
+    learnable, biased = ctx.needs_input_grad[2], any(ctx.needs_input_grad[4:])
     given = zip(upstream[:3], outputs, strict=True)
-    dq, dt, d_scale = contrastive_logsumexp_backward(
+    found = contrastive_logsumexp_backward(
         *(torch.zeros_like(x) if d is None else d for d, x in given),
-        *(*outputs, kept, learnable, query, target, scale, ctx.backend, *tensors, *ctx.settings),
+        *(*outputs, kept, learnable, biased, query, target, scale, ctx.backend),
+        *(*tensors, *ctx.settings),
     )
-    return dq, dt, d_scale if learnable else None, *[None] * (1 + len(Rules._fields))
+    return _of_inputs(ctx, found)
+
+
+def _of_inputs(ctx: Any, found: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """An operator's gradients in the order of its arguments. None where none is needed."""
+    dq, dt, d_scale, *d_biases = found
+    places = (4 + Rules._fields.index(name) for name in Gradients._fields[3:])
+    of = {0: dq, 1: dt, 2: d_scale, **dict(zip(places, d_biases, strict=True))}
+    return tuple(of.get(i) if needed else None for i, needed in enumerate(ctx.needs_input_grad))
 
 
 transforms.support(
-    contrastive_logsumexp_backward, _setup_backward, transforms.refuse_second_derivative
+    contrastive_logsumexp_backward, setup_nothing, transforms.refuse_second_derivative
 )
 transforms.support(contrastive_logsumexp, _setup_logsumexp, _backward_logsumexp)
 
 
 def _setup_one_direction(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1:])
-    ctx.dtypes = [x.dtype for x in inputs[:3]]
+    ctx.dtypes = gradient_dtypes(*inputs[:3])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # avoids zeros as large as the gradients
 
 
 def _backward_one_direction(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    nothing = [None] * (1 + len(Rules._fields))
     if d_loss is None:
-        return None, None, None, *nothing
-    return *apply_upstream(d_loss, ctx.saved_tensors, ctx.dtypes), *nothing
+        return (None,) * len(ctx.needs_input_grad)
+    return _of_inputs(ctx, apply_upstream(d_loss, ctx.saved_tensors, ctx.dtypes))
+
+
+def gradient_dtypes(query: Tensor, target: Tensor, scale: Tensor) -> list[torch.dtype]:
+    """The dtypes of ``Gradients``."""
+    return [query.dtype, target.dtype, scale.dtype, scale.dtype, scale.dtype]
 
 
 def apply_upstream(
-    d_loss: Tensor, gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype]
-) -> Iterator[Tensor]:
+    d_loss: Tensor, gradients: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]
+) -> Iterator[Tensor | None]:
     """Gradients computed along with a loss, times its upstream gradient, in ``dtypes``."""
     if torch.is_grad_enabled():
         transforms.refuse_second_derivative()
-    return ((x * d_loss).to(dtype) for x, dtype in zip(gradients, dtypes, strict=True))
+    pairs = zip(gradients, dtypes, strict=True)
+    return (None if x is None else (x * d_loss).to(dtype) for x, dtype in pairs)
 
 
 one_direction_loss.register_autograd(_backward_one_direction, setup_context=_setup_one_direction)

@@ -19,7 +19,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def scale_tensor(scale: float | Tensor, query: Tensor) -> Tensor:
-    """The logit scale as a tensor () in the accumulation dtype, on the device of ``query``."""
+    """A scale or bias as a tensor () in the accumulation dtype, on the device of ``query``."""
     if isinstance(scale, Tensor):
         return scale
     dtype = accumulation_dtype(query.dtype)

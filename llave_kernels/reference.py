@@ -6,6 +6,8 @@ any float dtype. Run it in float64. It is not a backend.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,8 @@ def similarity_logsumexp(
     owners: Tensor | range | None = None,
     query_ids: Tensor | None = None,
     target_ids: Tensor | None = None,
+    query_bias: Tensor | None = None,
+    target_bias: Tensor | None = None,
     false_negative_margin: float | None = None,
     allowance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -62,6 +66,11 @@ def similarity_logsumexp(
     if owners is None or isinstance(owners, range):
         owners = torch.arange(m, device=s.device) % (n if owners is None else m)
     positive = s.gather(1, labels[:, None]).squeeze(1)
+    bias = torch.zeros_like(s)
+    if query_bias is not None:
+        bias = bias + query_bias[:, None]
+    if target_bias is not None:
+        bias = bias + target_bias
 
     is_positive = labels[:, None] == torch.arange(m, device=s.device)
     own = labels[:, None] == owners
@@ -81,7 +90,7 @@ def similarity_logsumexp(
         column_valid = valid & ~(~own & (s > columns_limit))
 
     def logsumexp(alpha: float, valid: Tensor, dim: int) -> Tensor:
-        z = logit_scale * s + alpha * weighted * s.detach()
+        z = logit_scale * s + alpha * weighted * s.detach() + bias
         empty = ~valid.any(dim, keepdim=True)  # stays finite, or autograd would return NaN
         z = z.masked_fill(~valid & ~empty, -INF)
         return torch.where(empty.squeeze(dim), -INF, z.logsumexp(dim))
@@ -89,13 +98,30 @@ def similarity_logsumexp(
     target_alpha = alpha if target_alpha is None else target_alpha
     rows = logsumexp(alpha, row_valid, 1)
     columns = logsumexp(target_alpha, column_valid, 0) if symmetric else None
-    return logit_scale * positive, rows, columns
+    return logit_scale * positive + bias.gather(1, labels[:, None]).squeeze(1), rows, columns
 
 
 def reference_loss(query: Tensor, target: Tensor, **rules: object) -> Tensor:
     """The hardness-weighted contrastive loss. ``rules`` are as in ``similarity_loss``."""
     allowance = tie_allowance(query, target, rules.get("labels"))  # type: ignore[arg-type]
     return similarity_loss(query @ target.T, allowance=allowance, **rules)  # type: ignore[arg-type]
+
+
+def reference_matryoshka(
+    query: Tensor,
+    target: Tensor,
+    *,
+    matryoshka_dims: Sequence[int],
+    matryoshka_weights: Sequence[float] | None = None,
+    **rules: object,
+) -> Tensor:
+    """The weighted sum of the losses of the truncated, normalised rows (arXiv 2205.13147)."""
+    weights = [1.0] * len(matryoshka_dims) if matryoshka_weights is None else matryoshka_weights
+    losses = []
+    for d, weight in zip(matryoshka_dims, weights, strict=True):
+        q, t = (torch.nn.functional.normalize(x[:, :d], dim=1) for x in (query, target))
+        losses.append(weight * reference_loss(q, t, **rules))
+    return torch.stack(losses).sum(0)
 
 
 def similarity_loss(s: Tensor, *, reduction: str = "mean", **rules: object) -> Tensor:
@@ -107,3 +133,62 @@ def similarity_loss(s: Tensor, *, reduction: str = "mean", **rules: object) -> T
         own = columns[: len(s)] if labels is None else columns[labels]  # type: ignore[index]
         loss = (loss - torch.nn.functional.logsigmoid(positive - own)) / 2
     return {"mean": loss.mean(), "sum": loss.sum(), "none": loss}[reduction]
+
+
+def reference_sigmoid_loss(
+    query: Tensor,
+    target: Tensor,
+    *,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    labels: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    target_ids: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The sigmoid loss of SigLIP (arXiv 2303.15343). ``mean`` is over the rows."""
+    z = logit_scale * query @ target.T + logit_bias
+    labels = torch.arange(len(z), device=z.device) if labels is None else labels
+    positive = labels[:, None] == torch.arange(z.shape[1], device=z.device)
+    loss = -torch.nn.functional.logsigmoid(torch.where(positive, z, -z))
+    if query_ids is not None and target_ids is not None:
+        loss = loss.masked_fill(~positive & (query_ids[:, None] == target_ids), 0.0)
+    rows = loss.sum(1)
+    return {"mean": rows.mean(), "sum": rows.sum(), "none": rows}[reduction]
+
+
+def reference_supervised_loss(
+    query: Tensor,
+    target: Tensor | None = None,
+    *,
+    query_groups: Tensor,
+    target_groups: Tensor | None = None,
+    logit_scale: float | Tensor = 10.0,
+    alpha: float = 0.0,
+    denominator: str = "all",
+    symmetric: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """``llave_kernels.supervised_contrastive_loss``, row by row."""
+    own = torch.zeros(len(query), len(query if target is None else target), device=query.device)
+    if target is None:
+        target, own = query, own.fill_diagonal_(1)
+    groups = query_groups if target_groups is None else target_groups
+    s, equal = query @ target.T, query_groups[:, None] == groups
+    positives = equal & (own == 0)
+
+    def row(s: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
+        p = (logit_scale * s)[positives]
+        z = (logit_scale * s + alpha * s.detach())[negatives]
+        if not len(p) or (denominator != "all" and not len(z)):
+            return 0.0 * s.sum()
+        if denominator == "pair":
+            return -torch.nn.functional.logsigmoid(p - z.logsumexp(0)).mean()
+        return (torch.cat([p, z]) if denominator == "all" else z).logsumexp(0) - p.mean()
+
+    sides = [(s, positives, ~equal)] + ([(s.T, positives.T, ~equal.T)] if symmetric else [])
+    losses = [torch.stack([row(*x) for x in zip(*side, strict=True)]) for side in sides]
+    if reduction == "none":
+        return losses[0]
+    counts = [side[1].any(1).sum().clamp(min=1) if reduction == "mean" else 1 for side in sides]
+    return torch.stack([x.sum() / n for x, n in zip(losses, counts, strict=True)]).mean()

@@ -53,12 +53,18 @@ class RuleTensors(TypedDict, total=False):
         query_ids: (N,) int64 content ids. A negative with its row's id duplicates the positive and
             is left out. Needs ``target_ids``. Default: none.
         target_ids: (M,) int64 content ids. Needs ``query_ids``.
+        query_bias: (N,) float32, or float64 for float64 embeddings, finite. It is added to every
+            logit of its row. It may require grad. Default: none.
+        target_bias: (M,) the same for the columns. ``-log q_j`` corrects for targets that are
+            sampled with the probability ``q_j``.
     """
 
     labels: Tensor | None
     owners: Tensor | range | None
     query_ids: Tensor | None
     target_ids: Tensor | None
+    query_bias: Tensor | None
+    target_bias: Tensor | None
 
 
 class RuleArguments(RuleSettings, RuleTensors, total=False):
@@ -84,6 +90,9 @@ class Rules(NamedTuple):
             Backends read it only with a margin.
         column_limit: (M,) the same of each column's positive pair, infinite for a column without
             one. None: it follows from the limits of the rows.
+        query_bias: (N,) what is added to the logits of each row, in the accumulation dtype, or
+            None. The margin and the hardness weight do not see it.
+        target_bias: (M,) the same for each column.
         alpha: hardness strength of the query -> target direction.
         target_alpha: hardness strength of the target -> query direction.
         hardness: one of ``HARDNESS_MODES``.
@@ -97,6 +106,8 @@ class Rules(NamedTuple):
     target_ids: Tensor | None
     row_limit: Tensor | None
     column_limit: Tensor | None
+    query_bias: Tensor | None
+    target_bias: Tensor | None
     alpha: float
     target_alpha: float
     hardness: str
@@ -121,13 +132,48 @@ class Rules(NamedTuple):
             "owners": range(m) if self.owners is None else self.owners,
             "query_ids": self.query_ids,
             "target_ids": self.target_ids,
+            "query_bias": self.query_bias,
+            "target_bias": self.target_bias,
         }
+
+    def of_prefix(self, k: int) -> Rules:
+        """The rules of prefix ``k``, if the limits are (K, N) and (K, M) for K prefixes."""
+        if self.row_limit is None:
+            return self
+        columns = None if self.column_limit is None else self.column_limit[k]
+        return self._replace(row_limit=self.row_limit[k], column_limit=columns)
 
     def labels_of(self, query: Tensor) -> Tensor:
         """(N,) labels. Where they are None, row i's is i."""
         if self.labels is not None:
             return self.labels
         return torch.arange(len(query), device=query.device)
+
+    @property
+    def biases(self) -> tuple[Tensor | None, Tensor | None]:
+        """``query_bias`` and ``target_bias``."""
+        return self.query_bias, self.target_bias
+
+    @property
+    def biased(self) -> bool:
+        """Whether there are biases."""
+        return self.query_bias is not None or self.target_bias is not None
+
+    def add_biases(self, positive: Tensor) -> Tensor:
+        """Add the biases to the rows' positives (N,), in place."""
+        if self.query_bias is not None:
+            positive += self.query_bias
+        if self.target_bias is not None:
+            positive += at_labels(self.target_bias, self.labels, len(positive))
+        return positive
+
+    def bias_gradients(self, asked: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Zeros for the gradients of the biases that are given, if they are asked for."""
+        query, target = self.biases
+        return (
+            torch.zeros_like(query) if asked and query is not None else None,
+            torch.zeros_like(target) if asked and target is not None else None,
+        )
 
     def row_limits(
         self,
@@ -143,19 +189,31 @@ class Rules(NamedTuple):
         return limit(query, target, self.labels, self.margin)
 
     def column_limits(self, rows: Tensor, m: int) -> Tensor:
-        """(M,) limits of the columns, from the limits of the rows (N,).
+        """(..., M) limits of the columns, from the limits of the rows (..., N).
 
         A column takes the limit of the row whose positive it is. Without such a row it is infinite.
         """
         if self.column_limit is not None:
             return self.column_limit
-        limits = rows.new_full((m + 1,), math.inf)
+        limits = rows.new_full((*rows.shape[:-1], m + 1), math.inf)
         if self.labels is None:
-            limits[: len(rows)] = rows
+            limits[..., : rows.shape[-1]] = rows
         else:
             known, safe = inside(self.labels, m)
-            limits.scatter_(0, torch.where(known, safe, m), rows)  # labels outside go to entry m
-        return limits[:m]
+            columns = torch.where(known, safe, m).expand_as(rows)  # labels outside go to entry m
+            limits.scatter_(-1, columns, rows)
+        return limits[..., :m]
+
+
+# One direction without weights. Every column is its own owner.
+_PLAIN = dict.fromkeys(Rules._fields) | {
+    "alpha": 0.0, "target_alpha": 0.0, "hardness": "in_batch", "symmetric": False,
+}  # fmt: skip
+
+
+def plain_rules(**given: object) -> Rules:
+    """Rules of one direction without weights, but for the fields that are given."""
+    return Rules(**{**_PLAIN, **given})  # type: ignore[arg-type]
 
 
 # The fields of ``Rules`` as an operator schema. Tensors come first.
@@ -178,11 +236,11 @@ def inside(labels: Tensor, m: int) -> tuple[Tensor, Tensor]:
 
 
 def at_labels(columns: Tensor, labels: Tensor | None, n: int) -> Tensor:
-    """(N,) values of the columns (M,) at the rows' labels. NaN for a label outside."""
+    """(..., N) values of the columns (..., M) at the rows' labels. NaN for a label outside."""
     if labels is None:
-        return columns[:n]
-    known, safe = inside(labels, len(columns))
-    return torch.where(known, columns[safe], math.nan)
+        return columns[..., :n]
+    known, safe = inside(labels, columns.shape[-1])
+    return torch.where(known, columns[..., safe], math.nan)
 
 
 def default_owners(n: int, m: int, device: torch.device) -> Tensor | None:

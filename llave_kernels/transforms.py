@@ -48,10 +48,13 @@ def support(
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
         def sample(i: int) -> list[Any]:
             pairs = zip(arguments, in_dims, strict=True)
-            return [x if dim is None else x.select(dim, i) for x, dim in pairs]
+            # A list has a list of dims, all None.
+            return [x.select(dim, i) if isinstance(dim, int) else x for x, dim in pairs]
 
-        outputs = zip(*(operator(*sample(i)) for i in range(info.batch_size)), strict=True)
-        stacked = tuple(torch.stack(each) for each in outputs)
+        found = [operator(*sample(i)) for i in range(info.batch_size)]
+        if isinstance(found[0], Tensor):
+            return torch.stack(found), 0
+        stacked = tuple(torch.stack(each) for each in zip(*found, strict=True))
         return stacked, (0,) * len(stacked)
 
     rules = {
@@ -93,15 +96,11 @@ def refuse_all() -> None:
 
 
 def refuse_second_derivative(*_: Any) -> NoReturn:
-    raise RuntimeError(
-        f"the hardness-weighted contrastive loss has no second derivative: {INSTEAD}"
-    )
+    raise RuntimeError(f"the loss has no second derivative: {INSTEAD}")
 
 
 def refuse_forward_mode(ctx: Any = None, *tangents: Any) -> Any:
-    raise RuntimeError(
-        f"the hardness-weighted contrastive loss has no forward-mode derivative: {INSTEAD}"
-    )
+    raise RuntimeError(f"the loss has no forward-mode derivative: {INSTEAD}")
 
 
 def refuse_tangents(*tensors: Tensor) -> None:

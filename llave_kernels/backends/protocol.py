@@ -29,11 +29,16 @@ class LogSumExps(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of query (N, D), target (M, D) and logit_scale ()."""
+    """Gradients of query (N, D), target (M, D), logit_scale (), query_bias (N,), target_bias (M,).
+
+    That of a bias is None if the call has no such bias, or if the caller asks for none.
+    """
 
     query: Tensor
     target: Tensor
     logit_scale: Tensor
+    query_bias: Tensor | None = None
+    target_bias: Tensor | None = None
 
 
 class Backend(Protocol):
@@ -85,11 +90,12 @@ class Backend(Protocol):
         rules: Rules,
         *,
         scale_gradient: bool,
+        bias_gradients: bool = False,
     ) -> Gradients:
         """The gradients. Those of query and target have the inputs' dtype.
 
         ``upstream`` and ``outputs`` are contiguous. Without ``scale_gradient``, the gradient of the
-        scale may be any number.
+        scale may be any number. The gradients of the biases are in the accumulation dtype.
         """
 
 
@@ -104,7 +110,13 @@ class OneDirection(Protocol):
         """Whether ``one_direction`` serves such inputs."""
 
     def one_direction(
-        self, query: Tensor, target: Tensor, logit_scale: Tensor, rules: Rules
+        self,
+        query: Tensor,
+        target: Tensor,
+        logit_scale: Tensor,
+        rules: Rules,
+        *,
+        bias_gradients: bool = False,
     ) -> tuple[Tensor, Gradients]:
         """Per-row loss (N,) of the query direction, and the gradients of its sum.
 
@@ -150,8 +162,40 @@ class FusedLoss(Protocol):
         prepared: object,
         *,
         scale_gradient: bool,
+        bias_gradients: bool = False,
     ) -> Gradients:
         """The gradients, from the total's upstream gradient (). The rest is as in ``Backend``.
 
         ``prepared`` is the third result of ``total_loss``, or None.
+        """
+
+
+class SigmoidGradients(NamedTuple):
+    """Gradients of query (N, D), target (M, D), logit_scale () and logit_bias ()."""
+
+    query: Tensor
+    target: Tensor
+    logit_scale: Tensor
+    logit_bias: Tensor
+
+
+class SigmoidLoss(Protocol):
+    """The sigmoid loss of a backend. ``dispatch.SIGMOID`` lists them."""
+
+    def sigmoid_loss(
+        self,
+        query: Tensor,
+        target: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        rules: Rules,
+        weights: Tensor | None,
+        *,
+        gradients: bool,
+    ) -> tuple[Tensor, SigmoidGradients | None]:
+        """Per-row loss (N,), and with ``gradients`` those of its sum weighted by ``weights`` (N,).
+
+        ``logit_scale`` and ``logit_bias`` are tensors (). No weights are ones. All results are in
+        the accumulation dtype. The gradients of a sum over many rows may not fit the inputs' dtype.
+        ``rules`` have labels and ids only. A row whose label is ``ELSEWHERE`` has negatives only.
         """

@@ -97,7 +97,7 @@ def _clamp(x: int, low: int, high: int) -> int:
     return torch.sym_min(high, torch.sym_max(low, x))
 
 
-class _Strips:
+class Strips:
     """The similarity matrix of one call, ``rows`` rows at a time."""
 
     def __init__(
@@ -132,8 +132,9 @@ class _Strips:
 
     @cached_property
     def positive(self) -> Tensor:
-        """(N,) similarities of the positives. Computed on demand, as a backward needs none."""
-        return positives.positive_similarity(self.query, self.target, self.rules.labels)
+        """(N,) logits of the positives. Computed on demand, as a backward needs none."""
+        found = positives.positive_similarity(self.query, self.target, self.rules.labels)
+        return self.rules.add_biases(found * self.scale)
 
     def put_positives(self, strip: slice, matrix: Tensor, values: Tensor | float) -> None:
         """Overwrite the positives in ``matrix`` (M, rows) by values (rows,) or a number."""
@@ -155,8 +156,8 @@ class _Strips:
     def _bounded(self) -> bool:
         """Whether all logits are small enough for exponentials without the maximum subtracted.
 
-        The row norms bound them (Cauchy-Schwarz). This is tested only on a CPU, where the host can
-        read a value without waiting.
+        The row norms (Cauchy-Schwarz) and the largest biases bound them. This is tested only on a
+        CPU, where the host can read a value without waiting.
         """
         if self.query.device.type != "cpu":
             return False
@@ -164,7 +165,9 @@ class _Strips:
             torch.linalg.vector_norm(x, dim=1, dtype=self.dtype) for x in (self.query, self.target)
         ]
         strength = self.scale + max(self.rules.alpha, self.rules.target_alpha)
-        return bool(strength * norms[0].max() * norms[1].max() <= SAFE_EXPONENT)
+        bound = strength * norms[0].max() * norms[1].max()
+        bound = bound + sum(x.abs().max() for x in self.rules.biases if x is not None)
+        return bool(bound <= SAFE_EXPONENT)
 
     def similarity(self, strip: slice, *, fresh: bool = False) -> Tensor:
         """(M, rows) similarities of the strip. The caller may overwrite them.
@@ -215,6 +218,10 @@ class _Strips:
             factor = torch.where(own, weighted, plain)
         suspect = None if limit is None else similarity > limit
         z = torch.mul(similarity, factor, out=out)
+        if rules.query_bias is not None:
+            z += rules.query_bias[strip]
+        if rules.target_bias is not None:
+            z += rules.target_bias[:, None]
         if suspect is not None:
             z.masked_fill_(suspect if own is None else suspect & ~own, -INF)
         if rules.query_ids is not None and rules.target_ids is not None:
@@ -233,7 +240,7 @@ def _exp_(x: Tensor) -> Tensor:
     return x.mul_(LOG2E).exp2_()
 
 
-def _row_exponentials(strips: _Strips, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _row_exponentials(strips: Strips, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``e = exp(z - shift)`` in place, its sum over each row (rows,), and the shift."""
     shift = z.new_zeros(()) if strips.bounded else _finite(z.amax(0))
     e = _exp_(z if strips.bounded else z.sub_(shift))
@@ -241,11 +248,17 @@ def _row_exponentials(strips: _Strips, z: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 @dataclass
-class _ColumnSums:
+class ColumnSums:
     """Running maximum and sum of exponentials of each column, (M,)."""
 
     max: Tensor
     sum: Tensor
+
+    @classmethod
+    def of(cls, strips: Strips) -> ColumnSums:
+        """Those of no strip yet."""
+        zeros = strips.query.new_zeros(len(strips.target), dtype=strips.dtype)
+        return cls(zeros if strips.bounded else torch.full_like(zeros, -INF), zeros.clone())
 
     def add(self, z: Tensor, *, bounded: bool) -> None:
         """Add the logits of a strip (M, rows). They are overwritten."""
@@ -262,28 +275,60 @@ class _ColumnSums:
         return _finite(self.max) + self.sum.log()
 
 
+def reduced(strips: Strips, strip: slice, similarity: Tensor, columns: ColumnSums) -> Tensor:
+    """(rows,) log-sum-exps of the strip's rows. Adds to the columns' sums. Overwrites (M, rows)."""
+    e, total, shift = _row_exponentials(strips, strips.row_logits(strip, similarity))
+    if strips.together and strips.rules.symmetric:
+        columns.sum += e.sum(1)
+    elif strips.rules.symmetric:
+        columns.add(strips.column_logits(strip, similarity), bounded=strips.bounded)
+    return shift + total.log()
+
+
 def forward(
     query: Tensor, target: Tensor, logit_scale: Tensor, rules: Rules, kept: Tensor
 ) -> LogSumExps:
     """As ``Backend.forward``. ``kept`` (M, K) receives the similarities of the first K rows."""
-    dtype, m = accumulation_dtype(query.dtype), len(target)
-    strips = _Strips(query, target, logit_scale, rules, kept)
-    rows = query.new_empty(len(query), dtype=dtype)
-    columns = _ColumnSums(rows.new_full((m,), 0.0 if strips.bounded else -INF), rows.new_zeros(m))
-
-    def reduce(strip: slice) -> None:  # a function, to free a strip before the next is made
-        similarity = strips.similarity(strip, fresh=True)
-        e, total, shift = _row_exponentials(strips, strips.row_logits(strip, similarity))
-        rows[strip] = shift + total.log()
-        if strips.together and rules.symmetric:
-            columns.sum += e.sum(1)
-        elif rules.symmetric:
-            columns.add(strips.column_logits(strip, similarity), bounded=strips.bounded)
-
+    dtype = accumulation_dtype(query.dtype)
+    strips = Strips(query, target, logit_scale, rules, kept)
+    rows, columns = query.new_empty(len(query), dtype=dtype), ColumnSums.of(strips)
     for strip in strips:
-        reduce(strip)
+        rows[strip] = reduced(strips, strip, strips.similarity(strip, fresh=True), columns)
     target_lse = columns.logsumexp() if rules.symmetric else rows.new_empty(0)
-    return LogSumExps(strips.positive * strips.scale, strips.nan_outside(rows), target_lse)
+    return LogSumExps(strips.positive, strips.nan_outside(rows), target_lse)
+
+
+class Slopes:
+    """dS of one call, from the upstream gradients, times ``scale``."""
+
+    def __init__(
+        self, strips: Strips, upstream: LogSumExps, outputs: LogSumExps, scale: Tensor
+    ) -> None:
+        self.strips, self.together = strips, strips.together and strips.rules.symmetric
+        self.positive, rows, columns = (d * scale for d in upstream)
+        self.row_shift, self.column_shift = (_finite(x) for x in outputs[1:])
+        if self.together:
+            rows, columns = (
+                rows * torch.exp(-self.row_shift),
+                columns * torch.exp(-self.column_shift),
+            )
+        self.rows, self.columns = rows, columns
+
+    def of(self, strip: slice, similarity: Tensor) -> Tensor:
+        """(M, rows) dS of the negatives of a strip. Overwrites its similarities."""
+        strips = self.strips
+        z = strips.row_logits(strip, similarity)
+        if self.together:
+            ds = _exp_(z)
+            for start in range(0, len(ds), WEIGHT_COLUMNS):
+                part = slice(start, start + WEIGHT_COLUMNS)
+                ds[part].mul_(self.columns[part, None] + self.rows[strip])
+            return ds
+        ds = _exp_(z.sub_(self.row_shift[strip])).mul_(self.rows[strip])
+        if strips.rules.symmetric:
+            z = strips.column_logits(strip, similarity)
+            ds += _exp_(z.sub_(self.column_shift[:, None])).mul_(self.columns[:, None])
+        return ds
 
 
 def backward(
@@ -296,37 +341,17 @@ def backward(
     rules: Rules,
     *,
     scale_gradient: bool,
+    bias_gradients: bool = False,
 ) -> Gradients:
     """As ``Backend.backward``. The scale's gradient is cheap and is always computed."""
-    strips = _Strips(query, target, logit_scale, rules, kept)
+    strips = Strips(query, target, logit_scale, rules, kept)
     # Used for float32 dS too, because exp(z) and the factors below have very different sizes.
     factor = gain(strips.scale, *upstream)
-    gradients = _Gradients(strips, query.dtype, factor)
+    gradients = _Gradients(strips, query.dtype, factor, bias_gradients=bias_gradients)
     scale = strips.scale * factor
-    row_shift, row_factor = _finite(outputs.query_lse), upstream.query_lse * scale
-    column_shift, column_factor = _finite(outputs.target_lse), upstream.target_lse * scale
-    together = strips.together and rules.symmetric
-    if together:
-        row_factor = row_factor * torch.exp(-row_shift)
-        column_factor = column_factor * torch.exp(-column_shift)
-
-    def d_similarity(strip: slice) -> Tensor:
-        similarity = strips.similarity(strip)
-        z = strips.row_logits(strip, similarity)
-        if together:
-            ds = _exp_(z)
-            for start in range(0, len(ds), WEIGHT_COLUMNS):
-                part = slice(start, start + WEIGHT_COLUMNS)
-                ds[part].mul_(column_factor[part, None] + row_factor[strip])
-        else:
-            ds = _exp_(z.sub_(row_shift[strip])).mul_(row_factor[strip])
-            if rules.symmetric:
-                z = strips.column_logits(strip, similarity)
-                ds += _exp_(z.sub_(column_shift[:, None])).mul_(column_factor[:, None])
-        return ds
-
+    slopes = Slopes(strips, upstream, outputs, scale)
     for strip in strips:
-        gradients.add(strip, d_similarity(strip), upstream.positive[strip] * scale)
+        gradients.add(strip, slopes.of(strip, strips.similarity(strip)), slopes.positive[strip])
     return gradients.result()
 
 
@@ -336,18 +361,23 @@ def merges_gradients(query: Tensor) -> bool:
 
 
 def one_direction(
-    query: Tensor, target: Tensor, logit_scale: Tensor, rules: Rules
+    query: Tensor,
+    target: Tensor,
+    logit_scale: Tensor,
+    rules: Rules,
+    *,
+    bias_gradients: bool = False,
 ) -> tuple[Tensor, Gradients]:
     """As ``OneDirection.one_direction``."""
     dtype, m = accumulation_dtype(query.dtype), len(target)
-    strips = _Strips(query, target, logit_scale, rules, query.new_empty((m, 0), dtype=dtype))
-    gradients = _Gradients(strips, dtype, None)
+    strips = Strips(query, target, logit_scale, rules, query.new_empty((m, 0), dtype=dtype))
+    gradients = _Gradients(strips, dtype, None, bias_gradients=bias_gradients)
     loss = query.new_empty(len(query), dtype=dtype)
 
     def accumulate(strip: slice) -> None:
         similarity = strips.similarity(strip)
         e, total, shift = _row_exponentials(strips, strips.row_logits(strip, similarity))
-        positive, lse = strips.positive[strip] * strips.scale, shift + total.log()
+        positive, lse = strips.positive[strip], shift + total.log()
         loss[strip] = direction_loss(positive, lse)
         slope = torch.sigmoid(lse - positive) * strips.scale
         gradients.add(strip, e.mul_(slope / total.masked_fill(total == 0, 1.0)), -slope)
@@ -358,18 +388,31 @@ def one_direction(
 
 
 class _Gradients:
-    """dQ, dT (both in ``dtype``) and d logit_scale, summed over strips of ``factor * dS``."""
+    """The gradients, summed over strips of ``factor * dS``. dQ and dT are in ``dtype``."""
 
-    def __init__(self, strips: _Strips, dtype: torch.dtype, factor: Tensor | None) -> None:
+    def __init__(
+        self,
+        strips: Strips,
+        dtype: torch.dtype,
+        factor: Tensor | None,
+        *,
+        bias_gradients: bool = False,
+    ) -> None:
         self.strips, self.factor = strips, factor
         self.d_query = strips.query.new_empty(strips.query.shape, dtype=dtype)
         self.d_target = strips.target.new_zeros(strips.target.shape, dtype=strips.dtype)
         self.d_scales: list[Tensor] = []
+        self.d_biases = strips.rules.bias_gradients(bias_gradients)
 
     def add(self, strip: slice, ds: Tensor, d_positive: Tensor) -> None:
         """Complete ``ds`` (M, rows) with the positives' gradient, then run both GEMMs."""
         strips, queries = self.strips, self.strips.queries(strip)
         strips.put_positives(strip, ds, d_positive)
+        d_query_bias, d_target_bias = self.d_biases
+        if d_query_bias is not None:
+            d_query_bias[strip] = ds.sum(0)
+        if d_target_bias is not None:
+            d_target_bias += ds.sum(1)
         if rounds_gradients(strips.query):
             ds = ds.to(queries.dtype)
         d_query = product(ds.T, strips.target)
@@ -380,8 +423,9 @@ class _Gradients:
         self.d_query[strip] = d_query if self.factor is None else d_query.div_(self.factor)
 
     def result(self) -> Gradients:
-        d_scale = torch.stack(self.d_scales).sum() / self.strips.scale
         if self.factor is not None:
             self.d_target /= self.factor
-            d_scale = d_scale / self.factor
-        return Gradients(self.d_query, self.d_target.to(self.d_query.dtype), d_scale)
+        divisor = self.strips.scale if self.factor is None else self.strips.scale * self.factor
+        d_scale = torch.stack(self.d_scales).sum() / divisor
+        d_biases = (None if x is None else x / divisor for x in self.d_biases)
+        return Gradients(self.d_query, self.d_target.to(self.d_query.dtype), d_scale, *d_biases)

@@ -1,12 +1,17 @@
-"""OpenCLIP's contrastive loss, fused and hardness-weighted."""
+"""OpenCLIP's losses, fused: the contrastive one, hardness-weighted, and SigLIP's."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import open_clip.loss
 from torch import Tensor
 
-from llave_kernels import checks, dispatch
-from llave_kernels.distributed_clip import Gather, gathered_clip_loss
+from llave_kernels import checks, dispatch, distributed_sigmoid
+from llave_kernels.distributed_clip import Gather, check_pairs, check_world, gathered_clip_loss
+from llave_kernels.sigmoid import sigmoid_contrastive_loss
+
+EXCHANGES = ("bidir", "shift", "reduce", "gather")
 
 
 class ClipLoss(open_clip.loss.ClipLoss):  # type: ignore[misc]
@@ -79,3 +84,69 @@ class ClipLoss(open_clip.loss.ClipLoss):  # type: ignore[misc]
         if isinstance(logit_bias, Tensor):
             loss = loss + 0.0 * logit_bias.sum()
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SigLipLoss(open_clip.loss.SigLipLoss):  # type: ignore[misc]
+    """``open_clip.loss.SigLipLoss`` without the N x N logits: same arguments, same call.
+
+    It takes the place of the host's class as ``ClipLoss`` does. Value and gradients are the host's.
+    From four processes on, the gradients of scale and bias are the host's after they are averaged.
+
+    Args:
+        cache_labels: no effect: there are no labels to build.
+        rank, world_size: as in the host.
+        dist_impl: ``"bidir"``, ``"shift"``, ``"reduce"`` or ``"gather"``. In the host they are four
+            ways to exchange the texts, with one result. Here the texts are gathered once.
+        backend: as in ``llave_kernels.sigmoid_contrastive_loss``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value.
+
+    Example:
+        >>> loss_fn = SigLipLoss()
+        >>> image, text = (normalize(torch.randn(8, 16), dim=1) for _ in range(2))
+        >>> loss = loss_fn(image, text, logit_scale=torch.tensor(10.0), logit_bias=-10.0)
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        if dist_impl is not None:
+            checks.one_of("dist_impl", dist_impl, EXCHANGES)
+        rank = checks.count("rank", rank, 0)
+        world_size = checks.count("world_size", world_size, 1)
+        super().__init__(cache_labels, rank, world_size, dist_impl)
+        self.backend = dispatch.known(backend)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """Loss of paired rows (N, D), unit length; 0-d, or ``{"contrastive_loss": loss}``."""
+        bias = 0.0 if logit_bias is None else logit_bias
+        scales: dict[str, Any] = {"logit_scale": logit_scale, "logit_bias": bias}
+        pair = image_features, text_features
+        if self.world_size == 1:
+            check_pairs(*pair)
+            loss = sigmoid_contrastive_loss(*pair, **scales, backend=self.backend)
+        else:
+            loss = self._over_processes(*pair, scales)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _over_processes(self, query: Tensor, target: Tensor, scales: dict[str, Any]) -> Tensor:
+        def arguments() -> dict[str, Any]:
+            check_pairs(query, target)
+            check_world(self.world_size)
+            return {"query": query, "target": target, **scales, "backend": self.backend}
+
+        return distributed_sigmoid.loss_over(None, arguments)

@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import normalize
 
 from benchmarks import data, loss_bench, peers, report, truth, workers
+from benchmarks.peer import SCALE, Job
 from llave_kernels.reference import reference_loss
 from tests.helpers import relative_error
 
@@ -26,7 +27,7 @@ COMMITTED = sorted(ROOT.glob("benchmarks/results/**/loss_bench.csv"))
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_peers_compute_the_same_loss(name: str, symmetric: bool) -> None:
     query, target = data.random(40, 12)
-    value = peers.PEERS[name].build(peers.Job(9.0, symmetric))(query, target)
+    value = peers.PEERS[name].build(Job(9.0, symmetric))(query, target)
     truth = reference_loss(query.double(), target.double(), symmetric=symmetric)
     assert relative_error(value, truth) < 2e-5
 
@@ -59,7 +60,7 @@ def test_truth_in_strips_is_the_dense_loss(
 
 def test_every_peer_runs_or_says_why() -> None:
     for symmetric in (True, False):
-        reasons = peers.refusals("cpu", symmetric, True)
+        reasons = peers.FAMILY.refusals("cpu", symmetric, True)
         assert reasons["llave-torch"] is None
         assert reasons["authors"] == "takes no mined negatives; leave out --negatives"
         assert reasons["llave-triton"] == "needs a GPU"
@@ -76,9 +77,9 @@ def test_installed_peers_compute_what_they_are_held_against(
     if (reason := peer.refusal("cpu", symmetric, negatives > 0, None)) is not None:
         pytest.skip(reason)
     query, target = data.random(40, 12, negatives)
-    value = peer.build(peers.Job(9.0, symmetric))(query, target)
+    value = peer.build(Job(9.0, symmetric))(query, target)
     weights = 9.0 * peer.query_alpha, 9.0 * peer.target_alpha if symmetric else None
-    assert relative_error(value, truth.truth(query, target, peers.SCALE, *weights)[0]) < 2e-5
+    assert relative_error(value, truth.truth(query, target, SCALE, *weights)[0]) < 2e-5
 
 
 def test_nothing_to_measure_is_an_error(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_a_run_with_a_rule_is_named_by_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rule", list(peers.RULES))
 def test_rules_are_those_of_the_loss(rule: str) -> None:
     query, target = data.random(40, 12)
-    value = peers.PEERS["llave-torch"].build(peers.Job(9.0, True, rule))(query, target)
+    value = peers.PEERS["llave-torch"].build(Job(9.0, True, rule))(query, target)
     given = peers.RULES[rule](40, 40, query.device)
     assert relative_error(value, reference_loss(query.double(), target.double(), **given)) < 2e-5
 
@@ -179,7 +180,7 @@ def test_the_gpu_check_names_what_failed(tmp_path: Path) -> None:
 
 
 def test_a_failed_child_says_why(tmp_path: Path) -> None:
-    worker = workers.Worker("measure", {"impl": "no such"}, tmp_path)
+    worker = workers.Worker("measure", {"loss": "contrastive", "impl": "no such"}, tmp_path)
     assert worker.ask("prepare {}") == {"status": "failed: KeyError: 'no such'"}
     assert "KeyError" in worker.ask("time 1")["status"]
     worker.close()
@@ -188,7 +189,7 @@ def test_a_failed_child_says_why(tmp_path: Path) -> None:
 
 def test_a_stuck_child_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "CHILD_LIMIT", 0.05)
-    worker = workers.Worker("measure", {"impl": "authors"}, tmp_path)
+    worker = workers.Worker("measure", {"loss": "contrastive", "impl": "authors"}, tmp_path)
     kill = worker.process.kill
     # The child may be gone before the thread that killed it returns.
     monkeypatch.setattr(worker.process, "kill", lambda: (kill(), time.sleep(0.2)))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
+import multiprocessing
 import os
 import re
 import socket
 import subprocess
 import sys
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -55,24 +58,41 @@ def provide_files(folder: Path) -> None:
     test_video.write_video(folder / "clip.mp4", 20)
 
 
+@pytest.fixture(scope="module")
+def processes() -> ForkServerContext:
+    """Starts processes that have the large packages imported already. That takes seconds each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "llave_kernels.modules", "tests.docs.imports"])
+    return context
+
+
+def run_snippet(code: str, folder: Path, variables: dict[str, str]) -> None:
+    """Run as ``python -c`` would, with the output in a file. Runs in a process of its own."""
+    os.chdir(folder)
+    os.environ.update(variables)
+    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    main = sys.modules["__main__"]
+    main.__dict__.clear()
+    main.__dict__.update(__name__="__main__", __builtins__=builtins)
+    exec(compile(code, "<string>", "exec"), main.__dict__)
+
+
 @pytest.mark.parametrize("code", SNIPPETS)
-def test_snippet_runs(code: str, tmp_path: Path) -> None:
+def test_snippet_runs(code: str, tmp_path: Path, processes: ForkServerContext) -> None:
     if "llave-0.5b" in code:
         provide_files(tmp_path)
     # The variables that torchrun sets for one process.
-    ranks = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    environment = os.environ | ranks | {"MASTER_PORT": free_port(), "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if missing := re.search(r"No module named '(?!llave)(\w+)'", run.stderr):
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    variables["MASTER_PORT"] = free_port()
+    child = processes.Process(target=run_snippet, args=(code, tmp_path, variables))
+    child.start()
+    child.join()
+    output = (tmp_path / "output.txt").read_text()
+    if missing := re.search(r"No module named '(?!llave)(\w+)'", output):
         pytest.skip(f"{missing[1]} is not installed")
-    assert run.returncode == 0, run.stderr
+    assert child.exitcode == 0, output
 
 
 def test_links_name_files() -> None:

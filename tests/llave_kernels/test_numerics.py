@@ -28,7 +28,7 @@ from tests.helpers import (
     relative_error,
 )
 
-KINDS = ("labels", "owners", "ids", "margin", "target_alpha")
+KINDS = ("labels", "owners", "ids", "margin", "target_alpha", "biases")
 DTYPES = {
     "torch": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     # Triton's interpreter cannot multiply bfloat16.
@@ -50,7 +50,7 @@ def strip_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("hardness", ["in_batch", "hard_negatives", "all"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
-    "kinds", [c for r in (0, 1, 2, 5) for c in itertools.combinations(KINDS, r)], ids="+".join
+    "kinds", [c for r in (0, 1, 2, 6) for c in itertools.combinations(KINDS, r)], ids="+".join
 )
 @pytest.mark.usefixtures("strip_rows")
 def test_every_rule_on_torch(hardness: str, symmetric: bool, kinds: tuple[str, ...]) -> None:

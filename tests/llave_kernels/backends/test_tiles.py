@@ -24,6 +24,8 @@ PLAIN = Rules(
     target_ids=None,
     row_limit=None,
     column_limit=None,
+    query_bias=None,
+    target_bias=None,
     alpha=9.0,
     target_alpha=9.0,
     hardness="in_batch",
@@ -59,6 +61,7 @@ def test_which_rules_need_smaller_tiles_depends_on_triton(monkeypatch: pytest.Mo
         assert tiles.masked(torch.bfloat16, ids=True, margin=False) == ids
         assert tiles.masked(torch.float32, ids=True, margin=False)
         assert tiles.masked(torch.bfloat16, ids=False, margin=True)
+        assert tiles.masked(torch.bfloat16, ids=False, margin=False, biased=True)
         assert not tiles.masked(torch.float32, ids=False, margin=False)
 
 
@@ -122,6 +125,7 @@ def test_timing_happens_once_and_is_remembered(
         {"owners": COLUMNS},
         {"query_ids": COLUMNS, "target_ids": COLUMNS},
         {"target_alpha": 2.5},
+        {"target_bias": torch.ones(2)},
     ],
     ids=str,
 )

@@ -1,0 +1,15 @@
+"""The losses that ``loss_bench.py --loss`` measures. Each but the contrastive one has a file here.
+
+A file has ``FAMILY``: its implementations and its dense formula.
+"""
+
+from __future__ import annotations
+
+from benchmarks import peers
+from benchmarks.losses import matryoshka
+from benchmarks.peer import Family
+
+LOSSES: dict[str, Family] = {
+    "contrastive": peers.FAMILY,
+    "matryoshka": matryoshka.FAMILY,
+}
