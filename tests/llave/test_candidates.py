@@ -70,7 +70,7 @@ def test_a_killed_evaluation_goes_on_within_a_task(
     with pytest.raises(KeyboardInterrupt):
         evaluate(Killed(), ["many"], out=out, **settings)
     capsys.readouterr()
-    monkeypatch.setattr(evaluation, "tqdm", partial(tqdm, mininterval=0))  # shows every step
+    monkeypatch.setattr(evaluation, "tqdm", partial(tqdm, mininterval=0, miniters=1))
     other = tmp_path / "other"
     shutil.copytree(out, other)
     model = ByColour()
