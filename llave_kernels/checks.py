@@ -17,6 +17,7 @@ from llave_kernels.rules import HARDNESS_MODES, RuleSettings
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
+SIDES = ("query", "target")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # The smallest normal and the largest number of a dtype. Constants below count as 0, above as
 # infinite.
@@ -231,6 +232,16 @@ def _element(name: str, value: Any) -> Any:
 def one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {short(value)}")
+
+
+def sides(name: str, value: Any) -> tuple[str, ...]:
+    """Sides of the pairs, each once, in the order of ``SIDES``."""
+    given = value if isinstance(value, (tuple, list, set, frozenset)) else [value]
+    if isinstance(value, str) or not all(isinstance(x, str) and x in SIDES for x in given):
+        raise ValueError(
+            f"{name} must be a tuple of {' and '.join(map(repr, SIDES))}, or (), got {short(value)}"
+        )
+    return tuple(side for side in SIDES if side in given)
 
 
 def flag(name: str, value: Any) -> bool:

@@ -33,10 +33,10 @@ from llave_kernels.backends.products import (
     product,
     rounding,
 )
-from llave_kernels.backends.protocol import Gradients, LogSumExps
+from llave_kernels.backends.protocol import Gradients, LogSumExps, Sums
 from llave_kernels.losses import direction_loss
 from llave_kernels.precision import accumulation_dtype
-from llave_kernels.rules import ELSEWHERE, Rules, inside
+from llave_kernels.rules import ELSEWHERE, WITHIN, Rules, inside
 
 NAME = "torch"
 STRIP_BUDGET = 8 << 20  # bytes of one strip; up to two are alive
@@ -210,7 +210,7 @@ class Strips:
         own = None
         if self.owners is not None:
             own = self.owners[:, None] == rules.labels_of(self.query)[strip]
-        if own is None or rules.hardness == "all":
+        if own is None or rules.hardness in ("all", WITHIN):
             factor = plain if rules.hardness == "hard_negatives" else weighted
         elif rules.hardness == "in_batch":
             factor = torch.where(own, plain, weighted)
@@ -224,6 +224,8 @@ class Strips:
             z += rules.target_bias[:, None]
         if suspect is not None:
             z.masked_fill_(suspect if own is None else suspect & ~own, -INF)
+        if own is not None and rules.hardness == WITHIN:
+            z.masked_fill_(own, -INF)
         if rules.query_ids is not None and rules.target_ids is not None:
             z.masked_fill_(rules.target_ids[:, None] == rules.query_ids[strip], -INF)
         self.put_positives(strip, z, -INF)
@@ -342,12 +344,13 @@ def backward(
     *,
     scale_gradient: bool,
     bias_gradients: bool = False,
+    sums: Sums | None = None,
 ) -> Gradients:
     """As ``Backend.backward``. The scale's gradient is cheap and is always computed."""
     strips = Strips(query, target, logit_scale, rules, kept)
     # Used for float32 dS too, because exp(z) and the factors below have very different sizes.
-    factor = gain(strips.scale, *upstream)
-    gradients = _Gradients(strips, query.dtype, factor, bias_gradients=bias_gradients)
+    factor = gain(strips.scale, *upstream) if sums is None else sums.gain
+    gradients = _Gradients(strips, query.dtype, factor, sums, bias_gradients=bias_gradients)
     scale = strips.scale * factor
     slopes = Slopes(strips, upstream, outputs, scale)
     for strip in strips:
@@ -388,21 +391,27 @@ def one_direction(
 
 
 class _Gradients:
-    """The gradients, summed over strips of ``factor * dS``. dQ and dT are in ``dtype``."""
+    """The gradients, summed over strips of ``factor * dS``. dQ and dT are in ``dtype``.
+
+    With ``sums`` these two are added there.
+    """
 
     def __init__(
         self,
         strips: Strips,
         dtype: torch.dtype,
         factor: Tensor | None,
+        sums: Sums | None = None,
         *,
         bias_gradients: bool = False,
     ) -> None:
-        self.strips, self.factor = strips, factor
+        self.strips, self.factor, self.sums = strips, factor, sums
+        self.d_biases = strips.rules.bias_gradients(bias_gradients)
+        if sums is not None:
+            return
         self.d_query = strips.query.new_empty(strips.query.shape, dtype=dtype)
         self.d_target = strips.target.new_zeros(strips.target.shape, dtype=strips.dtype)
         self.d_scales: list[Tensor] = []
-        self.d_biases = strips.rules.bias_gradients(bias_gradients)
 
     def add(self, strip: slice, ds: Tensor, d_positive: Tensor) -> None:
         """Complete ``ds`` (M, rows) with the positives' gradient, then run both GEMMs."""
@@ -415,6 +424,10 @@ class _Gradients:
             d_target_bias += ds.sum(1)
         if rounds_gradients(strips.query):
             ds = ds.to(queries.dtype)
+        if self.sums is not None:
+            add_product(self.sums.query[strip], ds.T, strips.target)
+            add_product(self.sums.target, ds, queries)
+            return
         d_query = product(ds.T, strips.target)
         add_product(self.d_target, ds, queries)
         # d logit_scale follows from dQ, because s has a gradient only through kappa s. It takes dQ
@@ -423,6 +436,8 @@ class _Gradients:
         self.d_query[strip] = d_query if self.factor is None else d_query.div_(self.factor)
 
     def result(self) -> Gradients:
+        if self.sums is not None:
+            return Gradients(*self.sums)
         if self.factor is not None:
             self.d_target /= self.factor
         divisor = self.strips.scale if self.factor is None else self.strips.scale * self.factor
