@@ -28,8 +28,8 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
   // left.
   static constexpr bool kSumsScale = kRows == tile_rows(Size::small);
 
-  // Of a tile's rows or columns: the log-sum-exp, the upstream gradient, and what the gradient
-  // weighs in the window.
+  // Of a tile's rows or columns: the log-sum-exp without its own bias, the upstream gradient, and
+  // what the gradient weighs in the window.
   template <int kLength>
   struct Side {
     float lse[kLength], gradient[kLength], weight[kLength];
@@ -122,11 +122,13 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
         return [=, &s, &shared, &add](int c) {
           const int j = place.column(c);
           const bool mine = shared.pairs.owners[j] == label;
-          float d = gradient * exponential(logit(s(r, c), mine, limit, own.row, other.row) - lse);
+          const float z = logit(s(r, c), mine, limit, own.row, other.row);
+          float d = gradient * exponential(shared.pairs.with_column_bias(z, j) - lse);
           if (rules.symmetric) {
-            const float z =
+            const float y =
                 logit(s(r, c), mine, shared.pairs.column_limits[j], own.column, other.column);
-            d += shared.columns.gradient[j] * exponential(z - shared.columns.lse[j]);
+            d += shared.columns.gradient[j] *
+                 exponential(shared.pairs.with_row_bias(y, i) - shared.columns.lse[j]);
           }
           add(d, fmaxf(s(r, c), -kLargestSimilarity));  // d is 0 at -infinity
           return positive == Place_::column_offset(c) ? d_positive : d;
@@ -148,7 +150,9 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
     for (int k = thread; k < kRows; k += Place_::kThreads) {
       const int i = i0 + k;
       if (i < p.n) {
-        inside &= shared.rows.load(k, out.query_lse[i], out.d_query_lse[i] * gain, upper);
+        // This thread has loaded the bias itself.
+        inside &= shared.rows.load(k, shared.pairs.without_row_bias(out.query_lse[i], k),
+                                   out.d_query_lse[i] * gain, upper);
         shared.positive[k] = out.d_positive[i] * gain;
       } else {
         shared.rows.load_nothing(k);
@@ -158,7 +162,8 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
     for (int k = thread; k < kColumns; k += Place_::kThreads) {
       const int j = j0 + k;
       if (p.rules.symmetric && j < p.m) {
-        inside &= shared.columns.load(k, out.target_lse[j], out.d_target_lse[j] * gain, upper);
+        inside &= shared.columns.load(k, shared.pairs.without_column_bias(out.target_lse[j], k),
+                                      out.d_target_lse[j] * gain, upper);
       } else {
         shared.columns.load_nothing(k);
       }
@@ -202,7 +207,8 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
     for (int k = thread; k < kRows && i0 + k < params.problem.n; k += Place_::kThreads) {
       const int column = shared.pairs.labels[k] - j0;
       if (column >= 0 && column < kColumns) {
-        sum += shared.positive[k] * (out.positive[i0 + k] / scale);
+        const float logit = shared.pairs.without_row_bias(out.positive[i0 + k], k);
+        sum += shared.positive[k] * (shared.pairs.without_column_bias(logit, column) / scale);
       }
     }
     sum = warp_sum<Warp>(sum);

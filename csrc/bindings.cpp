@@ -106,6 +106,12 @@ class Keywords {
     return pointer<Value>(take<Address>(name));
   }
 
+  // Null if the argument is left out.
+  template <class Value>
+  const Value* take_optional(const char* name) {
+    return left_.contains(name) ? take_pointer<Value>(name) : nullptr;
+  }
+
   void finish() const {
     for (const auto& item : left_) {
       throw py::type_error("unknown argument: " + std::string(py::str(item.first)));
@@ -124,6 +130,8 @@ Rules take_rules(Keywords& arguments) {
   rules.target_ids = arguments.take_pointer<int64_t>("target_ids");
   rules.row_limit = arguments.take_pointer<float>("row_limit");
   rules.column_limit = arguments.take_pointer<float>("column_limit");
+  rules.query_bias = arguments.take_optional<float>("query_bias");
+  rules.target_bias = arguments.take_optional<float>("target_bias");
   rules.alpha = arguments.take<float>("alpha");
   rules.target_alpha = arguments.take<float>("target_alpha");
   rules.hardness = parse_hardness(arguments.take<std::string>("hardness"));
@@ -260,18 +268,20 @@ void forward(int device, int architecture, const Problem& whole, int start, int 
                             nullptr,
                             true,
                             pointer<float>(query_lse) + start,
-                            p.rules.labels,
-                            p.m,
-                            outputs.positive};
+                            p.rules.query_bias,
+                            outputs.positive,
+                            p.rules,
+                            p.m};
   const Combination columns = {column_parts,
                                tiles_over(p.n, tile_rows(size)),
                                p.rules.symmetric ? p.m : 0,
                                state,
                                start == 0,
                                pointer<float>(target_lse),
+                               p.rules.target_bias,
                                nullptr,
-                               0,
-                               nullptr};
+                               p.rules,
+                               p.m};
   launch_combine(rows, columns, cuda_stream);
 }
 

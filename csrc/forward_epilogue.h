@@ -135,11 +135,14 @@ class ForwardEpilogue : public EpilogueInterface<ForwardOutputs> {
       return pairs.owners[place.column(c)] == pairs.labels[place.row(r)];
     }
     CUTE_DEVICE float row(int r, int c) const {
-      return logit(s(r, c), is_own(r, c), pairs.row_limits[place.row(r)], own.row, other.row);
+      const float limit = pairs.row_limits[place.row(r)];
+      return pairs.with_column_bias(logit(s(r, c), is_own(r, c), limit, own.row, other.row),
+                                    place.column(c));
     }
     CUTE_DEVICE float column(int r, int c) const {
-      return logit(s(r, c), is_own(r, c), pairs.column_limits[place.column(c)], own.column,
-                   other.column);
+      const float limit = pairs.column_limits[place.column(c)];
+      return pairs.with_row_bias(logit(s(r, c), is_own(r, c), limit, own.column, other.column),
+                                 place.row(r));
     }
   };
 

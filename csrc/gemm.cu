@@ -94,7 +94,8 @@ Size launch_size(const Problem& p, const Outputs& outputs, cudaStream_t stream, 
     check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, hardware.device_id), name);
     return count;
   });
-  const Size size = choose_size(p.n, p.m, hardware.sm_count, largest);
+  const Size size =
+      choose_size(p.n, p.m, hardware.sm_count, p.rules.biased() ? Size::large : largest);
   if (size == Size::small) {
     launch<Gemm<Size::small, Epilogue>>(p, outputs, hardware, stream, name);
   } else if (size == Size::large) {

@@ -11,13 +11,13 @@ namespace llave {
 // equal no column and not each other. Without ids, no row has the id of a column.
 struct Row {
   int label;
-  float limit;
+  float limit, bias;
   int64_t id;
 };
 
 struct Column {
   int owner;
-  float limit;
+  float limit, bias;
   int64_t id;
 };
 
@@ -31,19 +31,25 @@ CUTE_HOST_DEVICE int column_or(int64_t column, int m, int otherwise) {
                                                                   : otherwise;
 }
 
+// Without a bias, nothing is added.
+CUTE_HOST_DEVICE float bias_at(const float* bias, int64_t k) {
+  return bias == nullptr ? 0.0f : bias[k];
+}
+
 CUTE_HOST_DEVICE Row load_row(const Problem& p, int i) {
   const Rules& rules = p.rules;
-  if (i >= p.n) return {kOutside, kInfinity, kNoRowId};
+  if (i >= p.n) return {kOutside, kInfinity, 0.0f, kNoRowId};
   return {rules.labels == nullptr ? rules.first_row + i : column_or(rules.labels[i], p.m, kNowhere),
-          rules.row_limit == nullptr ? kInfinity : rules.row_limit[i],
+          rules.row_limit == nullptr ? kInfinity : rules.row_limit[i], bias_at(rules.query_bias, i),
           rules.query_ids == nullptr ? kNoRowId : rules.query_ids[i]};
 }
 
 CUTE_HOST_DEVICE Column load_column(const Problem& p, int j) {
   const Rules& rules = p.rules;
-  if (j >= p.m) return {j, kInfinity, kNoColumnId};
+  if (j >= p.m) return {j, kInfinity, 0.0f, kNoColumnId};
   return {rules.owners == nullptr ? j : column_or(rules.owners[j], p.m, kNobody),
           rules.column_limit == nullptr ? kInfinity : rules.column_limit[j],
+          bias_at(rules.target_bias, j),
           rules.target_ids == nullptr ? kNoColumnId : rules.target_ids[j]};
 }
 
@@ -62,8 +68,9 @@ struct Factors {
 
 // A pair's logit in one direction, -infinity if it does not count there. A pair counts in neither
 // direction if its column is the row's positive, if its ids are equal, if it is the row's own and
-// the hardness is `within`, or beyond the edge of the matrix. Its similarity is then given as -infinity. The margin leaves a pair out of the direction
-// whose limit it exceeds, unless it is the row's own.
+// the hardness is `within`, or beyond the edge of the matrix. Its similarity is then given as
+// -infinity. The margin leaves a pair out of the direction whose limit it exceeds, unless it is the
+// row's own.
 CUTE_HOST_DEVICE float logit(float similarity, bool own, float limit, float own_factor,
                              float other_factor) {
   if (!own && similarity > limit) return -kInfinity;

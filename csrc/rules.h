@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cute/config.hpp"
+
 namespace llave {
 
 // Which negatives carry the weight. in_batch: those that other rows own. hard_negatives: the row's
@@ -24,10 +26,14 @@ struct Rules {
   const int64_t* target_ids;  // (m,), null without ids
   const float* row_limit;     // (n,) similarity above which a negative is left out, or null
   const float* column_limit;  // (m,) the same in the target direction, or null
+  const float* query_bias;    // (n,) what each logit of the row has added, or null
+  const float* target_bias;   // (m,) the same of the column, or null
   float alpha, target_alpha;
   Hardness hardness;
   bool symmetric;  // whether the target direction is computed
   int first_row;   // the number of row 0 in the whole batch
+
+  CUTE_HOST_DEVICE bool biased() const { return query_bias != nullptr || target_bias != nullptr; }
 
   // The rules of the rows from `start` on.
   Rules rows(int start) const {
@@ -36,6 +42,7 @@ struct Rules {
     if (labels != nullptr) part.labels += start;
     if (query_ids != nullptr) part.query_ids += start;
     if (row_limit != nullptr) part.row_limit += start;
+    if (query_bias != nullptr) part.query_bias += start;
     return part;
   }
 };

@@ -5,16 +5,21 @@
 
 #include "fragment.h"
 #include "pairs.h"
+#include "sizes.h"
 
 namespace llave {
 
 template <class Warp, class Tile>
 struct TilePairs {
   static constexpr int kRows = Tile::kRows, kColumns = Tile::kColumns;
+  // Larger tiles have neither the registers nor the shared memory for biases. They take no such
+  // calls.
+  static constexpr bool kTakesBiases = kColumns <= tile_columns(Size::large);
   static constexpr int kThreads = Place<Tile>::kThreads, kWarps = kThreads / 32;
 
   int64_t row_ids[kRows], column_ids[kColumns];
   float row_limits[kRows], column_limits[kColumns];
+  float row_biases[kTakesBiases ? kRows : 1], column_biases[kTakesBiases ? kColumns : 1];
   int labels[kRows], owners[kColumns];
   int mined[kWarps];  // whether some column that the warp loaded has another column as its owner
 
@@ -24,6 +29,7 @@ struct TilePairs {
       const Row row = load_row(p, i0 + i);
       labels[i] = row.label;
       row_limits[i] = row.limit;
+      if constexpr (kTakesBiases) row_biases[i] = row.bias;
       row_ids[i] = row.id;
     }
     bool found = false;
@@ -31,6 +37,7 @@ struct TilePairs {
       const Column column = load_column(p, j0 + j);
       owners[j] = column.owner;
       column_limits[j] = column.limit;
+      if constexpr (kTakesBiases) column_biases[j] = column.bias;
       column_ids[j] = column.id;
       found |= column.owner != j0 + j;
     }
@@ -38,14 +45,36 @@ struct TilePairs {
     if (thread % 32 == 0) mined[thread / 32] = found;
   }
 
-  // Whether every pair of the warp is plain: it counts in both directions and is not the row's own.
+  // A value of a row, or of a column, with its bias. A row's bias is the same for its whole sum, so
+  // its logits leave that out and combine.h adds it at the end. So it is with a column's.
+  CUTE_DEVICE float with_row_bias(float x, int i) const {
+    if constexpr (kTakesBiases) x += row_biases[i];
+    return x;
+  }
+  CUTE_DEVICE float with_column_bias(float x, int j) const {
+    if constexpr (kTakesBiases) x += column_biases[j];
+    return x;
+  }
+
+  // A value of a row or column without its bias.
+  CUTE_DEVICE float without_row_bias(float x, int i) const {
+    if constexpr (kTakesBiases) x -= row_biases[i];
+    return x;
+  }
+  CUTE_DEVICE float without_column_bias(float x, int j) const {
+    if constexpr (kTakesBiases) x -= column_biases[j];
+    return x;
+  }
+
+  // Whether every pair of the warp is plain: it counts in both directions, is not the row's own and
+  // has no bias.
   // The edges of the matrix are not looked at. False may be too careful. The similarities are `s`.
   template <class Matrix>
   CUTE_DEVICE bool plain(const Rules& rules, Matrix const& s, Place<Tile> const& place,
                          int j0) const {
     using namespace cute;
     constexpr int R = decltype(size<0>(s))::value, C = decltype(size<1>(s))::value;
-    bool bites = false;
+    bool bites = kTakesBiases && rules.biased();
     int own[R];
     CUTE_UNROLL
     for (int r = 0; r < R; ++r) {

@@ -7,6 +7,8 @@ machinery around an operator takes longer on the host than a small batch takes o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import zip_longest
 from typing import Any, cast
 
 import torch
@@ -44,7 +46,8 @@ def logsumexp(
     query: Tensor, target: Tensor, scale: float | Tensor, backend: Backend, rules: Rules
 ) -> LogSumExps:
     """The backend's differentiable ``LogSumExps``."""
-    return LogSumExps(*_LogSumExp.apply(query, target, scale_tensor(scale, query), backend, rules))
+    scale = scale_tensor(scale, query)
+    return LogSumExps(*_LogSumExp.apply(query, target, scale, *rules.biases, backend, rules))
 
 
 def total_loss(
@@ -56,7 +59,8 @@ def total_loss(
     weight: float,
 ) -> Tensor:
     """``weight`` times the sum of the rows' losses, (). The rules are resolved."""
-    total: Tensor = _TotalLoss.apply(query, target, scale, _fused(backend), rules, weight)
+    inputs = query, target, scale, *rules.biases
+    total: Tensor = _TotalLoss.apply(*inputs, _fused(backend), rules, weight)
     return total
 
 
@@ -70,7 +74,7 @@ def one_direction_loss(
 ) -> Tensor:
     """``total_loss`` of a backend that has ``OneDirection``."""
     scale, merging = scale_tensor(scale, query), cast(OneDirection, backend)
-    total: Tensor = _OneDirectionLoss.apply(query, target, scale, merging, rules)
+    total: Tensor = _OneDirectionLoss.apply(query, target, scale, *rules.biases, merging, rules)
     return total * weight
 
 
@@ -112,12 +116,25 @@ class _Composed:
         prepared: object,
         *,
         scale_gradient: bool,
+        bias_gradients: bool = False,
     ) -> Gradients:
         upstream = LogSumExps(*(slope * d_total for slope in saved[3:6]))
         return self.backend.backward(
             upstream, query, target, scale_tensor(scale, query), LogSumExps(*saved[:3]), saved[6],
-            rules, scale_gradient=scale_gradient,
+            rules, scale_gradient=scale_gradient, bias_gradients=bias_gradients,
         )  # fmt: skip
+
+
+def _asked(ctx: Any) -> dict[str, bool]:
+    """Which gradients a backend is asked for, besides those of query and target."""
+    _, _, learnable, *others = ctx.needs_input_grad
+    return {"scale_gradient": learnable, "bias_gradients": any(others)}
+
+
+def _needed(ctx: Any, gradients: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients of a function's arguments. None where none is needed."""
+    given = zip_longest(gradients, ctx.needs_input_grad)
+    return tuple(x if needed else None for x, needed in given)
 
 
 class _LogSumExp(Function):
@@ -125,7 +142,14 @@ class _LogSumExp(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, target: Tensor, scale: Tensor, backend: Backend, rules: Rules
+        ctx: Any,
+        query: Tensor,
+        target: Tensor,
+        scale: Tensor,
+        query_bias: Tensor | None,
+        target_bias: Tensor | None,
+        backend: Backend,
+        rules: Rules,
     ) -> tuple[Tensor, ...]:
         with dispatch.running_on(query):
             outputs, kept = ops.forward(backend, query, target, scale, rules)
@@ -137,7 +161,7 @@ class _LogSumExp(Function):
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         query, target, scale, *saved = ctx.saved_tensors
-        outputs, kept, learnable = LogSumExps(*saved[:3]), saved[3], ctx.needs_input_grad[2]
+        outputs, kept, asked = LogSumExps(*saved[:3]), saved[3], _asked(ctx)
         rules = Rules(*saved[4:], *ctx.settings)
         pairs = zip(given, outputs, strict=True)
         upstream = LogSumExps(
@@ -145,15 +169,15 @@ class _LogSumExp(Function):
         )
         if transforms.of_backward(*upstream):
             found = ops.contrastive_logsumexp_backward(
-                *upstream, *outputs, kept, learnable, query, target, scale, ctx.backend.NAME, *rules
+                *(*upstream, *outputs, kept, *asked.values(), query, target, scale),
+                *(ctx.backend.NAME, *rules),
             )
         else:
             with dispatch.running_on(query):
                 found = ctx.backend.backward(
-                    upstream, query, target, scale, outputs, kept, rules, scale_gradient=learnable
+                    upstream, query, target, scale, outputs, kept, rules, **asked
                 )
-        dq, dt, d_scale = found
-        return dq, dt, d_scale if learnable else None, None, None
+        return _needed(ctx, found)
 
 
 class _TotalLoss(Function):
@@ -165,6 +189,8 @@ class _TotalLoss(Function):
         query: Tensor,
         target: Tensor,
         scale: float | Tensor,
+        query_bias: Tensor | None,
+        target_bias: Tensor | None,
         backend: FusedLoss,
         rules: Rules,
         weight: float,
@@ -192,17 +218,15 @@ class _TotalLoss(Function):
             prepared, *before = prepared
             same = zip(before, saved_tensors, strict=False)
             prepared = prepared if all(a is b for a, b in same) else None
-        learnable = ctx.needs_input_grad[2]
         scale = ctx.number if scale is None else scale
         if transforms.of_backward(d_total):
             found = _graph_gradients(d_total, query, target, scale, ctx.backend, rules, ctx.weight)
         else:
             with dispatch.running_on(query):
                 found = ctx.backend.total_gradients(
-                    d_total, query, target, scale, saved, rules, prepared, scale_gradient=learnable
+                    d_total, query, target, scale, saved, rules, prepared, **_asked(ctx)
                 )
-        dq, dt, d_scale = found
-        return dq, dt, d_scale if learnable else None, None, None, None
+        return _needed(ctx, found)
 
 
 def _graph_gradients(
@@ -213,7 +237,7 @@ def _graph_gradients(
     backend: FusedLoss,
     rules: Rules,
     weight: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The gradients of ``total_loss``, which a graph or a transform sees.
 
     The operators compute the log-sum-exps once more. They refuse a second derivative.
@@ -223,8 +247,8 @@ def _graph_gradients(
         *outputs, kept = ops.contrastive_logsumexp(query, target, scale, backend.NAME, *rules)
         slopes = losses.total_and_slopes(LogSumExps(*outputs), rules.labels, weight)[1]
     upstream = [slope * d_total for slope in slopes]
-    found: tuple[Tensor, Tensor, Tensor] = ops.contrastive_logsumexp_backward(
-        *upstream, *outputs, kept, True, query, target, scale, backend.NAME, *rules
+    found: tuple[Tensor, ...] = ops.contrastive_logsumexp_backward(
+        *upstream, *outputs, kept, True, True, query, target, scale, backend.NAME, *rules
     )
     return found
 
@@ -234,14 +258,24 @@ class _OneDirectionLoss(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, target: Tensor, scale: Tensor, backend: OneDirection, rules: Rules
+        ctx: Any,
+        query: Tensor,
+        target: Tensor,
+        scale: Tensor,
+        query_bias: Tensor | None,
+        target_bias: Tensor | None,
+        backend: OneDirection,
+        rules: Rules,
     ) -> Tensor:
+        biased = any(ctx.needs_input_grad[3:])
         with dispatch.running_on(query):
-            loss, gradients = backend.one_direction(query, target, scale, rules)
+            loss, gradients = backend.one_direction(
+                query, target, scale, rules, bias_gradients=biased
+            )
         ctx.save_for_backward(*gradients)
-        ctx.dtypes = [x.dtype for x in (query, target, scale)]
+        ctx.dtypes = ops.gradient_dtypes(query, target, scale)
         return loss.sum()
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        return *ops.apply_upstream(d_total, ctx.saved_tensors, ctx.dtypes), None, None
+        return _needed(ctx, ops.apply_upstream(d_total, ctx.saved_tensors, ctx.dtypes))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llave_kernels.rules import HARDNESS_MODES, RuleSettings
+from llave_kernels.rules import HARDNESS_MODES, Rules, RuleSettings
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -234,12 +234,17 @@ def one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {short(value)}")
 
 
-def sides(name: str, value: Any) -> tuple[str, ...]:
-    """Sides of the pairs, each once, in the order of ``SIDES``."""
+def sides(name: str, value: Any, rules: Rules | None = None) -> tuple[str, ...]:
+    """Sides of the pairs, each once, in the order of ``SIDES``. ``rules``: of a call."""
     given = value if isinstance(value, (tuple, list, set, frozenset)) else [value]
     if isinstance(value, str) or not all(isinstance(x, str) and x in SIDES for x in given):
         raise ValueError(
             f"{name} must be a tuple of {' and '.join(map(repr, SIDES))}, or (), got {short(value)}"
+        )
+    if given and rules is not None and rules.biases != (None, None):
+        raise ValueError(
+            f"{name}={value!r} does not go with query_bias or target_bias, which are of pairs of a "
+            "query and a target; leave one out"
         )
     return tuple(side for side in SIDES if side in given)
 
@@ -307,6 +312,8 @@ def rule_tensors(
     owners: Tensor | None,
     query_ids: Tensor | None,
     target_ids: Tensor | None,
+    query_bias: Tensor | None = None,
+    target_bias: Tensor | None = None,
     symmetric: bool,
     least_label: int = 0,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -322,6 +329,9 @@ def rule_tensors(
     if owners is not None:
         owners = columns("owners", owners, m, m, device)
     ids(query_ids, target_ids, n, m, device)
+    for name, value, rows in (("query_bias", query_bias, n), ("target_bias", target_bias, m)):
+        if value is not None:
+            _bias(name, value, rows, query)
     return labels, owners
 
 
@@ -343,13 +353,35 @@ def int64(name: str, value: Tensor, length: int, device: torch.device) -> None:
         raise TypeError(f"{name} must be int64, got {value.dtype}; use to(torch.int64)")
 
 
+def _bias(name: str, value: Tensor, length: int, query: Tensor) -> None:
+    tensor(name, value)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    if value.dtype != dtype:
+        raise TypeError(
+            f"{name} must be {dtype} for embeddings in {query.dtype}, got {value.dtype}; use "
+            f"to({dtype})"
+        )
+    _shape(name, value, length)
+    _device(name, value, query.device)
+    # NaN in, NaN out
+    if any(math.isinf(found) for found in read(value, Tensor.min, Tensor.max)):
+        raise ValueError(
+            f"{name} must be finite, got an infinite value; -1e3 keeps a row or a column out of "
+            "the sums of others"
+        )
+
+
 def _integers(name: str, value: Tensor, length: int, device: torch.device) -> None:
     tensor(name, value)
     if value.dtype not in INTEGERS:
         raise TypeError(f"{name} must be an integer tensor, got {value.dtype}; use to(torch.int64)")
+    _shape(name, value, length)
+    _device(name, value, device)
+
+
+def _shape(name: str, value: Tensor, length: int) -> None:
     if value.shape != (length,):
         raise ValueError(f"{name} must have shape ({length},), got {tuple(value.shape)}")
-    _device(name, value, device)
 
 
 def _device(name: str, value: Tensor, device: torch.device) -> None:

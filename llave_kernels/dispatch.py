@@ -14,13 +14,22 @@ import torch
 from torch import Tensor
 
 from llave_kernels import checks
-from llave_kernels.backends import cuda, torch_backend, torch_sigmoid, triton_backend
+from llave_kernels.backends import (
+    cuda,
+    torch_backend,
+    torch_sigmoid,
+    triton_backend,
+    triton_sigmoid,
+)
 from llave_kernels.backends.protocol import Backend, OneDirection, SigmoidLoss
 from llave_kernels.rules import Rules
 
 # In order of preference, but for what ``_first`` says. The last one supports every call.
 BACKENDS: list[Backend] = [triton_backend, cuda, torch_backend]
-SIGMOID: dict[str, SigmoidLoss] = {torch_backend.NAME: torch_sigmoid}
+SIGMOID: dict[str, SigmoidLoss] = {
+    triton_backend.NAME: triton_sigmoid,
+    torch_backend.NAME: torch_sigmoid,
+}
 OVERRIDE = "LLAVE_BACKEND"
 
 

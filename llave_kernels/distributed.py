@@ -68,8 +68,9 @@ def distributed_contrastive_loss(
             both of its rows, and the rows of a side are received once more.
         rules: as in ``hardness_weighted_contrastive_loss``. ``labels`` (N_local,) and ``owners``
             (M_local,) are columns of this process's own ``target``. ``query_ids`` (N_local,) and
-            ``target_ids`` (M_local,) are compared across processes. All settings must be the same
-            on every process.
+            ``target_ids`` (M_local,) are compared across processes. ``query_bias`` (N_local,) and
+            ``target_bias`` (M_local,) are of this process's rows. All settings must be the same on
+            every process.
 
     Returns:
         0-d tensor or (N_local,). float32, or float64 for float64 inputs.
@@ -180,9 +181,9 @@ def checked(
 ) -> tuple[Call, Terms]:
     """Checked arguments of ``distributed_contrastive_loss``, and what other processes are told."""
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
-    sides = checks.sides("within", within)
     query, target = autocast(query, target)
     scale, rules = functional.resolve(query, target, logit_scale, **given)
+    sides = checks.sides("within", within, rules)
     nested = matryoshka.checked(matryoshka_dims, matryoshka_weights, query.shape[1])
     if nested is not None and sides:
         raise ValueError(
@@ -192,6 +193,9 @@ def checked(
     name = dispatch.choose(backend, query, target, rules)
     ids = rules.query_ids is not None
     told = told_of("distributed_contrastive_loss", query, target, scale, ids, reduction, backend)
+    for name_of_bias, bias in zip(("query_bias", "target_bias"), rules.biases, strict=True):
+        told[f"presence of {name_of_bias}"] = bias is not None
+        told[f"requires_grad of {name_of_bias}"] = bias is not None and learns(bias)
     told |= {
         "within": sides,
         "matryoshka_dims": nested and nested.dims,
@@ -261,6 +265,7 @@ def block_rules(
             column_limits = own.column_limits(limits, len(target))
             column_limit = _last_first(exchange.gathered, column_limits, columns)
     query_ids, target_ids = own.query_ids, own.target_ids
+    query_bias, target_bias = own.biases
     return own._replace(
         labels=labels,
         owners=owners,
@@ -268,4 +273,6 @@ def block_rules(
         target_ids=None if target_ids is None else exchange.gathered(target_ids, columns),
         row_limit=row_limit,
         column_limit=column_limit,
+        query_bias=None if query_bias is None else exchange.gathered(query_bias, rows),
+        target_bias=None if target_bias is None else exchange.gathered(target_bias, columns),
     )

@@ -19,8 +19,11 @@ def gather_rows(x: Tensor, sizes: list[int], group: Any) -> Tensor:
 
 
 def gathered(x: Tensor, side: Side) -> Tensor:
-    """``gather_rows`` over a side of a block, without a gradient."""
-    return gather_rows(x, side.sizes, side.group) if side.shared else x
+    """``gather_rows`` over a side of a block. A gradient goes back to the processes' own rows."""
+    if not side.shared:
+        return x
+    found: tuple[Tensor] = _Gather.apply([Gathering(x, side.sizes, side.group)], x)
+    return found[0]
 
 
 class Gathering:

@@ -22,7 +22,7 @@ class ContrastiveLogits(NamedTuple):
     """The values that every loss is composed from. float32, or float64 for float64 inputs.
 
     Attributes:
-        positive: (N,) logit of each row's positive, ``kappa s_{i,l_i}``.
+        positive: (N,) logit of each row's positive, ``kappa s_{i,l_i}`` plus its biases.
         query: (N,) log-sum-exp of each row over its valid negatives, -inf without any.
         target: (M,) log-sum-exp of each column over its valid negatives, the rows whose positive it
             is not. None when not symmetric. The loss reads it at ``labels`` only.
@@ -49,6 +49,8 @@ def resolve(
     owners: Tensor | range | None = None,
     query_ids: Tensor | None = None,
     target_ids: Tensor | None = None,
+    query_bias: Tensor | None = None,
+    target_bias: Tensor | None = None,
     false_negative_margin: float | None = None,
     **unknown: object,
 ) -> tuple[float | Tensor, Rules]:
@@ -74,14 +76,14 @@ def resolve(
         found = owners
     labels, found = checks.rule_tensors(
         query, target, labels=labels, owners=found, query_ids=query_ids, target_ids=target_ids,
-        symmetric=symmetric,
+        query_bias=query_bias, target_bias=target_bias, symmetric=symmetric,
     )  # fmt: skip
     if owners is None:
         found = default_owners(n, m, device)
     # In one go: torch 2.8 cannot trace _replace.
     rules = Rules(
-        labels, found, query_ids, target_ids, None, None, alpha, target_alpha, hardness, margin,
-        symmetric,
+        labels, found, query_ids, target_ids, None, None, query_bias, target_bias, alpha,
+        target_alpha, hardness, margin, symmetric,
     )  # fmt: skip
     return scale, rules
 
@@ -107,12 +109,12 @@ def contrastive_logsumexp(
 ) -> ContrastiveLogits:
     """Positive logits and both directions' log-sum-exps over the hardness-weighted negatives.
 
-    This is the differentiable primitive. Gradients reach ``query``, ``target`` and ``logit_scale``.
-    Arguments and errors are as in ``hardness_weighted_contrastive_loss``.
+    This is the differentiable primitive. Gradients reach ``query``, ``target``, ``logit_scale`` and
+    the biases. Arguments and errors are as in ``hardness_weighted_contrastive_loss``.
     """
     query, target = autocast(query, target)
-    sides = checks.sides("within", within)
     scale, resolved = resolve(query, target, logit_scale, **rules)
+    sides = checks.sides("within", within, resolved)
     name = dispatch.choose(backend, query, target, resolved)
     return logsumexp(query, target, scale, resolved, name, sides=sides)
 
@@ -174,9 +176,10 @@ def hardness_weighted_contrastive_loss(
 
     The similarity of query i and target j is ``s_ij = q_i . t_j``. A valid negative has the logit
     ``kappa s_ij + alpha h_ij sg(s_ij)``. ``h_ij`` is 1 if the negative carries the hardness weight,
-    else 0. ``sg`` stops the gradient. The positive has the logit ``p_i = kappa s_{i,l_i}``. The
-    loss of a row is ``L_i = softplus(logsumexp of the negatives - p_i)``. The symmetric loss
-    averages it with the same loss over the positive's column.
+    else 0. ``sg`` stops the gradient. The positive has the logit ``p_i = kappa s_{i,l_i}``. Biases
+    of the row and of the column are added to both. The loss of a row is ``L_i = softplus(logsumexp
+    of the negatives - p_i)``. The symmetric loss averages it with the same loss over the positive's
+    column.
 
     A large N x M matrix is never stored. Rows are not normalised. Pass rows of unit length for
     cosine similarity.
@@ -205,7 +208,8 @@ def hardness_weighted_contrastive_loss(
         matryoshka_weights: a number for each of ``matryoshka_dims``. Default: 1 each.
         rules: which pairs count and how they are weighted: ``alpha``, ``hardness``, ``symmetric``,
             ``target_alpha``, ``false_negative_margin``, ``labels``, ``owners``, ``query_ids``,
-            ``target_ids``. See ``RuleSettings`` and ``RuleTensors``.
+            ``target_ids``, ``query_bias``, ``target_bias``. See ``RuleSettings`` and
+            ``RuleTensors``.
 
     Returns:
         0-d tensor, or (N,) with ``reduction="none"``. float32, or float64 for float64 inputs. A row
@@ -214,8 +218,8 @@ def hardness_weighted_contrastive_loss(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: wrong shape, device or value, or a named backend that does not support the
-            call. On a GPU, the values of index tensors and of a tensor ``logit_scale`` are not
-            checked, because that would synchronise.
+            call. On a GPU, the values of index tensors, of biases and of a tensor ``logit_scale``
+            are not checked, because that would synchronise.
         RuntimeError: a named backend cannot run on this machine; a second derivative;
             forward-mode differentiation (``torch.func.jvp``, dual numbers). ``torch.func.grad``,
             ``vjp``, ``jacrev``, ``vmap`` and ``functional_call`` work.
@@ -226,15 +230,15 @@ def hardness_weighted_contrastive_loss(
         error.
     """
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
-    sides = checks.sides("within", within)
     query, target = autocast(query, target)
     scale, resolved = resolve(query, target, logit_scale, **rules)
+    sides = checks.sides("within", within, resolved)
     nested = matryoshka.checked(matryoshka_dims, matryoshka_weights, query.shape[1])
     name = dispatch.choose(backend, query, target, resolved)
     if nested is None and reduction != "none" and not sides:
         weight = 1 / query.shape[0] if reduction == "mean" else 1.0
         merges = _merges_gradients(name, query, target, scale, resolved)
-        if autograd.serves(query, target, scale):
+        if autograd.serves(query, target, scale, *resolved.biases):
             run = autograd.one_direction_loss if merges else autograd.total_loss
             return run(query, target, scale, dispatch.named(name), resolved, weight)
         if merges:
@@ -256,7 +260,8 @@ def _merges_gradients(
     """Whether gradients are computed along with a total loss, as ``OneDirection`` does."""
     if rules.symmetric or transforms.active() or not torch.is_grad_enabled():
         return False
-    learns = any(isinstance(x, Tensor) and x.requires_grad for x in (query, target, scale))
+    inputs = query, target, scale, *rules.biases
+    learns = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
     return learns and dispatch.one_direction(name, query) is not None
 
 
@@ -275,13 +280,14 @@ def logsumexp(
     """
     scale = scale_tensor(scale, query)
     within = None
-    if dims is not None and (backend != matryoshka.BACKEND or sides):
+    one_product = backend == matryoshka.BACKEND and rules.biases == (None, None) and not sides
+    if dims is not None and not one_product:
         return _prefix_by_prefix(query, target, scale, rules, backend, dims, sides)
     if dims is not None:
         outputs = matryoshka.logsumexp(query, target, scale, dims, rules)
     elif sides:
         outputs, within = within_logsumexp(query, target, scale, backend, rules, sides)
-    elif autograd.serves(query, target, scale):
+    elif autograd.serves(query, target, scale, *rules.biases):
         outputs = autograd.logsumexp(query, target, scale, dispatch.named(backend), rules)
     else:
         outputs = ops.contrastive_logsumexp(query, target, scale, backend, *rules)[:3]

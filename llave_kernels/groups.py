@@ -36,6 +36,7 @@ class Groups(NamedTuple):
 
 def numbered(query_groups: Tensor, target_groups: Tensor) -> Groups:
     """The groups of rows (N,) and columns (M,), any int64. Nothing is read on the host."""
+    query_groups, target_groups = query_groups.contiguous(), target_groups.contiguous()
     ordered, order = target_groups.sort(stable=True)
     columns = torch.searchsorted(ordered, target_groups)
     begin = torch.searchsorted(ordered, query_groups)

@@ -162,13 +162,13 @@ def matryoshka_logsumexp_backward(
         rules, query, target, "", positive, query_lse, target_lse, prefixes=(count,)
     )
     transforms.refuse_tangents(query, target, logit_scale)
-    return _backward(upstream, outputs, query, target, logit_scale, dims, rules)
+    return _backward(upstream, outputs, query, target, logit_scale, dims, rules)[:3]
 
 
 @matryoshka_logsumexp_backward.register_fake
 def _(*arguments: Any) -> Any:
     query, target = arguments[6:8]
-    return ops.gradients_like(query, target, query.dtype)
+    return ops.gradients_like(query, target, query.dtype)[:3]
 
 
 def _checked(
@@ -245,5 +245,5 @@ class _LogSumExp(Function):
         *outputs, query, target, scale = ctx.saved_tensors[:6]
         rules = Rules(*ctx.saved_tensors[6:], *ctx.settings)
         given = (LogSumExps(*(d.contiguous() for d in upstream)), LogSumExps(*outputs))
-        dq, dt, d_scale = _backward(*given, query, target, scale, ctx.dims, rules)
+        dq, dt, d_scale, *_ = _backward(*given, query, target, scale, ctx.dims, rules)
         return dq, dt, d_scale if ctx.needs_input_grad[2] else None, None, None

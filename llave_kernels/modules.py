@@ -112,8 +112,8 @@ class HardnessWeightedContrastiveLoss(nn.Module):
     ) -> Tensor:
         """Loss of queries (N, D) and targets (M, D). 0-d, or (N,) with ``reduction="none"``.
 
-        ``tensors`` are ``labels``, ``owners``, ``query_ids`` and ``target_ids``. See
-        ``RuleTensors``.
+        ``tensors`` are ``labels``, ``owners``, ``query_ids``, ``target_ids``, ``query_bias`` and
+        ``target_bias``. See ``RuleTensors``.
         """
         if self.log_logit_scale is not None:
             with torch.no_grad():

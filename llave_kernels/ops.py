@@ -6,7 +6,7 @@ computes the gradients along with the loss. Its upstream gradient is a scalar.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ INPUTS = "Tensor query, Tensor target, Tensor logit_scale"
 CALL = f"{INPUTS}, str backend, {SCHEMA}"
 OUTPUTS = "Tensor positive, Tensor query_lse, Tensor target_lse"
 UPSTREAM = "Tensor d_positive, Tensor d_query_lse, Tensor d_target_lse"
-GRADIENTS = "Tensor d_query, Tensor d_target, Tensor d_logit_scale"
+GRADIENTS = ", ".join(f"Tensor d_{name}" for name in Gradients._fields)
+ASKED = "bool scale_gradient, bool bias_gradients"
 
 
 @torch.library.custom_op(
@@ -77,7 +78,7 @@ def fake_logsumexp(query: Tensor, target: Tensor, backend: str, *given: Any) -> 
 @torch.library.custom_op(
     "llave::contrastive_logsumexp_backward",
     mutates_args=(),
-    schema=f"({UPSTREAM}, {OUTPUTS}, Tensor kept, bool scale_gradient, {CALL}) -> ({GRADIENTS})",
+    schema=f"({UPSTREAM}, {OUTPUTS}, Tensor kept, {ASKED}, {CALL}) -> ({GRADIENTS})",
 )
 def contrastive_logsumexp_backward(
     d_positive: Tensor,
@@ -88,12 +89,13 @@ def contrastive_logsumexp_backward(
     target_lse: Tensor,
     kept: Tensor,
     scale_gradient: bool,
+    bias_gradients: bool,
     query: Tensor,
     target: Tensor,
     logit_scale: Tensor,
     backend: str,
     *given: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The backend's ``Gradients``. The scale's is any number unless ``scale_gradient``."""
     rules = checked(query, target, logit_scale, given)
     module = dispatch.named(backend)
@@ -102,16 +104,18 @@ def contrastive_logsumexp_backward(
     expect("kept", kept, module.kept_shape(query, target, rules), query)
     transforms.refuse_tangents(query, target, logit_scale)
     with dispatch.running_on(query):
-        return module.backward(
+        found = module.backward(
             upstream, query, target, logit_scale, outputs, kept, rules,
-            scale_gradient=scale_gradient,
+            scale_gradient=scale_gradient, bias_gradients=bias_gradients,
         )  # fmt: skip
+        return _tensors(found)
 
 
 @contrastive_logsumexp_backward.register_fake
 def _(*arguments: Any) -> Any:
-    query, target = arguments[8:10]
-    return gradients_like(query, target, query.dtype)
+    bias_gradients, query, target = arguments[8:11]
+    of_biases = Rules(*arguments[13:]).bias_gradients(bias_gradients)
+    return _tensors(gradients_like(query, target, query.dtype, *of_biases))
 
 
 @torch.library.custom_op(
@@ -119,11 +123,11 @@ def _(*arguments: Any) -> Any:
 )
 def one_direction_loss(
     query: Tensor, target: Tensor, logit_scale: Tensor, backend: str, *given: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The query direction's loss summed over the rows (), and the ``Gradients`` of that sum.
 
     All are in the accumulation dtype. The upstream gradient is not applied yet, and without it the
-    gradients may not fit the inputs' dtype.
+    gradients may not fit the inputs' dtype. Those of the biases are computed if there are biases.
     """
     rules = checked(query, target, logit_scale, given)
     module = dispatch.one_direction(backend, query)
@@ -134,19 +138,30 @@ def one_direction_loss(
         )
     transforms.refuse_tangents(query, target, logit_scale)
     with dispatch.running_on(query):
-        loss, gradients = module.one_direction(query, target, logit_scale, rules)
-        return loss.sum(), *gradients
+        loss, gradients = module.one_direction(
+            query, target, logit_scale, rules, bias_gradients=True
+        )
+        return loss.sum(), *_tensors(gradients)
 
 
 @one_direction_loss.register_fake
-def _(query: Tensor, target: Tensor, *rest: Any) -> Any:
+def _(query: Tensor, target: Tensor, scale: Tensor, backend: str, *given: Any) -> Any:
     dtype = accumulation_dtype(query.dtype)
-    return query.new_empty((), dtype=dtype), *gradients_like(query, target, dtype)
+    gradients = gradients_like(query, target, dtype, *Rules(*given).bias_gradients(True))
+    return query.new_empty((), dtype=dtype), *_tensors(gradients)
 
 
-def gradients_like(query: Tensor, target: Tensor, dtype: torch.dtype) -> Gradients:
+def gradients_like(
+    query: Tensor, target: Tensor, dtype: torch.dtype, *of_biases: Tensor | None
+) -> Gradients:
     dq, dt = (x.new_empty(x.shape, dtype=dtype) for x in (query, target))
-    return Gradients(dq, dt, query.new_empty((), dtype=accumulation_dtype(query.dtype)))
+    d_scale = query.new_empty((), dtype=accumulation_dtype(query.dtype))
+    return Gradients(dq, dt, d_scale, *of_biases)
+
+
+def _tensors(gradients: Gradients) -> tuple[Tensor, ...]:
+    """An operator returns tensors only. (0,) stands for None."""
+    return tuple(gradients.query.new_empty(0) if x is None else x for x in gradients)
 
 
 def checked(
@@ -176,7 +191,8 @@ def checked(
     unique = rules.symmetric and rules.margin is not None
     labels, owners = checks.rule_tensors(
         query, target, labels=rules.labels, owners=rules.owners, query_ids=rules.query_ids,
-        target_ids=rules.target_ids, symmetric=unique, least_label=ELSEWHERE,
+        target_ids=rules.target_ids, query_bias=rules.query_bias, target_bias=rules.target_bias,
+        symmetric=unique, least_label=ELSEWHERE,
     )  # fmt: skip
     return rules._replace(labels=labels, owners=owners)
 
@@ -221,13 +237,22 @@ def _setup_logsumexp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 def _backward_logsumexp(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     *outputs, kept, query, target, scale = ctx.saved_tensors[:7]
     tensors = ctx.saved_tensors[7:]
-    learnable = ctx.needs_input_grad[2]
+    learnable, biased = ctx.needs_input_grad[2], any(ctx.needs_input_grad[4:])
     given = zip(upstream[:3], outputs, strict=True)
-    dq, dt, d_scale = contrastive_logsumexp_backward(
+    found = contrastive_logsumexp_backward(
         *(torch.zeros_like(x) if d is None else d for d, x in given),
-        *(*outputs, kept, learnable, query, target, scale, ctx.backend, *tensors, *ctx.settings),
+        *(*outputs, kept, learnable, biased, query, target, scale, ctx.backend),
+        *(*tensors, *ctx.settings),
     )
-    return dq, dt, d_scale if learnable else None, *[None] * (1 + len(Rules._fields))
+    return _of_inputs(ctx, found)
+
+
+def _of_inputs(ctx: Any, found: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """An operator's gradients in the order of its arguments. None where none is needed."""
+    dq, dt, d_scale, *d_biases = found
+    places = (4 + Rules._fields.index(name) for name in Gradients._fields[3:])
+    of = {0: dq, 1: dt, 2: d_scale, **dict(zip(places, d_biases, strict=True))}
+    return tuple(of.get(i) if needed else None for i, needed in enumerate(ctx.needs_input_grad))
 
 
 transforms.support(
@@ -238,25 +263,30 @@ transforms.support(contrastive_logsumexp, _setup_logsumexp, _backward_logsumexp)
 
 def _setup_one_direction(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1:])
-    ctx.dtypes = [x.dtype for x in inputs[:3]]
+    ctx.dtypes = gradient_dtypes(*inputs[:3])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # avoids zeros as large as the gradients
 
 
 def _backward_one_direction(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    nothing = [None] * (1 + len(Rules._fields))
     if d_loss is None:
-        return None, None, None, *nothing
-    return *apply_upstream(d_loss, ctx.saved_tensors, ctx.dtypes), *nothing
+        return (None,) * len(ctx.needs_input_grad)
+    return _of_inputs(ctx, apply_upstream(d_loss, ctx.saved_tensors, ctx.dtypes))
+
+
+def gradient_dtypes(query: Tensor, target: Tensor, scale: Tensor) -> list[torch.dtype]:
+    """The dtypes of ``Gradients``."""
+    return [query.dtype, target.dtype, scale.dtype, scale.dtype, scale.dtype]
 
 
 def apply_upstream(
-    d_loss: Tensor, gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype]
-) -> Iterator[Tensor]:
+    d_loss: Tensor, gradients: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]
+) -> Iterator[Tensor | None]:
     """Gradients computed along with a loss, times its upstream gradient, in ``dtypes``."""
     if torch.is_grad_enabled():
         transforms.refuse_second_derivative()
-    return ((x * d_loss).to(dtype) for x, dtype in zip(gradients, dtypes, strict=True))
+    pairs = zip(gradients, dtypes, strict=True)
+    return (None if x is None else (x * d_loss).to(dtype) for x, dtype in pairs)
 
 
 one_direction_loss.register_autograd(_backward_one_direction, setup_context=_setup_one_direction)

@@ -39,7 +39,7 @@ class _Blocks:
         self.rows, self.columns, self.own = rows, columns, own
         in_order, self.row_order = rows.sort(stable=True)
         columns_in_order, self.column_order = columns.sort(stable=True)
-        first = in_order[::ROWS]
+        first = in_order[::ROWS].contiguous()
         last = torch.cat([in_order[ROWS - 1 :: ROWS], in_order[-1:]])[: len(first)]
         begin = torch.searchsorted(columns_in_order, first)
         end = torch.searchsorted(columns_in_order, last, right=True)

@@ -114,6 +114,8 @@ def similarity_logsumexp(
     owners: Tensor | range | None = None,
     query_ids: Tensor | None = None,
     target_ids: Tensor | None = None,
+    query_bias: Tensor | None = None,
+    target_bias: Tensor | None = None,
     false_negative_margin: float | None = None,
     allowance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -123,6 +125,11 @@ def similarity_logsumexp(
     if owners is None or isinstance(owners, range):
         owners = torch.arange(m, device=s.device) % (n if owners is None else m)
     positive = s.gather(1, labels[:, None]).squeeze(1)
+    bias = torch.zeros_like(s)
+    if query_bias is not None:
+        bias = bias + query_bias[:, None]
+    if target_bias is not None:
+        bias = bias + target_bias
 
     is_positive = labels[:, None] == torch.arange(m, device=s.device)
     own = labels[:, None] == owners
@@ -139,7 +146,7 @@ def similarity_logsumexp(
         column_valid = valid & ~(~own & (s > columns_limit))
 
     def logsumexp(alpha: float, valid: Tensor, dim: int) -> Tensor:
-        z = logit_scale * s + alpha * weighted * s.detach()
+        z = logit_scale * s + alpha * weighted * s.detach() + bias
         empty = ~valid.any(dim, keepdim=True)  # stays finite, or autograd would return NaN
         z = z.masked_fill(~valid & ~empty, -INF)
         return torch.where(empty.squeeze(dim), -INF, z.logsumexp(dim))
@@ -147,7 +154,7 @@ def similarity_logsumexp(
     target_alpha = alpha if target_alpha is None else target_alpha
     rows = logsumexp(alpha, row_valid, 1)
     columns = logsumexp(target_alpha, column_valid, 0) if symmetric else None
-    return logit_scale * positive, rows, columns
+    return logit_scale * positive + bias.gather(1, labels[:, None]).squeeze(1), rows, columns
 
 
 def reference_loss(

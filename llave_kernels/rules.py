@@ -56,12 +56,18 @@ class RuleTensors(TypedDict, total=False):
         query_ids: (N,) int64 content ids. A negative with its row's id duplicates the positive and
             is left out. Needs ``target_ids``. Default: none.
         target_ids: (M,) int64 content ids. Needs ``query_ids``.
+        query_bias: (N,) float32, or float64 for float64 embeddings, finite. It is added to every
+            logit of its row. It may require grad. Default: none.
+        target_bias: (M,) the same for the columns. ``-log q_j`` corrects for targets that are
+            sampled with the probability ``q_j``.
     """
 
     labels: Tensor | None
     owners: Tensor | range | None
     query_ids: Tensor | None
     target_ids: Tensor | None
+    query_bias: Tensor | None
+    target_bias: Tensor | None
 
 
 class RuleArguments(RuleSettings, RuleTensors, total=False):
@@ -87,6 +93,9 @@ class Rules(NamedTuple):
             Backends read it only with a margin.
         column_limit: (M,) the same of each column's positive pair, infinite for a column without
             one. None: it follows from the limits of the rows.
+        query_bias: (N,) what is added to the logits of each row, in the accumulation dtype, or
+            None. The margin and the hardness weight do not see it.
+        target_bias: (M,) the same for each column.
         alpha: hardness strength of the query -> target direction.
         target_alpha: hardness strength of the target -> query direction.
         hardness: one of ``HARDNESS_MODES``, or ``WITHIN``.
@@ -100,6 +109,8 @@ class Rules(NamedTuple):
     target_ids: Tensor | None
     row_limit: Tensor | None
     column_limit: Tensor | None
+    query_bias: Tensor | None
+    target_bias: Tensor | None
     alpha: float
     target_alpha: float
     hardness: str
@@ -124,6 +135,8 @@ class Rules(NamedTuple):
             "owners": range(m) if self.owners is None else self.owners,
             "query_ids": self.query_ids,
             "target_ids": self.target_ids,
+            "query_bias": self.query_bias,
+            "target_bias": self.target_bias,
         }
 
     def of_prefix(self, k: int) -> Rules:
@@ -138,6 +151,27 @@ class Rules(NamedTuple):
         if self.labels is not None:
             return self.labels
         return torch.arange(len(query), device=query.device)
+
+    @property
+    def biases(self) -> tuple[Tensor | None, Tensor | None]:
+        """``query_bias`` and ``target_bias``."""
+        return self.query_bias, self.target_bias
+
+    def add_biases(self, positive: Tensor) -> Tensor:
+        """Add the biases to the rows' positives (N,), in place."""
+        if self.query_bias is not None:
+            positive += self.query_bias
+        if self.target_bias is not None:
+            positive += at_labels(self.target_bias, self.labels, len(positive))
+        return positive
+
+    def bias_gradients(self, asked: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Zeros for the gradients of the biases that are given, if they are asked for."""
+        query, target = self.biases
+        return (
+            torch.zeros_like(query) if asked and query is not None else None,
+            torch.zeros_like(target) if asked and target is not None else None,
+        )
 
     def row_limits(
         self,
@@ -167,6 +201,17 @@ class Rules(NamedTuple):
             columns = torch.where(known, safe, m).expand_as(rows)  # labels outside go to entry m
             limits.scatter_(-1, columns, rows)
         return limits[..., :m]
+
+
+# One direction without weights. Every column is its own owner.
+_PLAIN = dict.fromkeys(Rules._fields) | {
+    "alpha": 0.0, "target_alpha": 0.0, "hardness": "in_batch", "symmetric": False,
+}  # fmt: skip
+
+
+def plain_rules(**given: object) -> Rules:
+    """Rules of one direction without weights, but for the fields that are given."""
+    return Rules(**{**_PLAIN, **given})  # type: ignore[arg-type]
 
 
 # The fields of ``Rules`` as an operator schema. Tensors come first.

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from llave_kernels import autograd, checks, dispatch, sigmoid_ops, transforms
 from llave_kernels.precision import accumulation_dtype, autocast, scale_tensor
-from llave_kernels.rules import Rules
+from llave_kernels.rules import Rules, plain_rules
 
 
 class SigmoidPairs(TypedDict, total=False):
@@ -116,7 +116,7 @@ def resolve(
         query, target, labels=labels, owners=None, query_ids=query_ids, target_ids=target_ids,
         symmetric=False,
     )  # fmt: skip
-    rules = sigmoid_ops.rules_of(labels, query_ids, target_ids)
+    rules = plain_rules(labels=labels, query_ids=query_ids, target_ids=target_ids)
     name = dispatch.choose(backend, query, target, rules)
     return Call(query, target, scale_tensor(scale, query), scale_tensor(bias, query), rules, name)
 

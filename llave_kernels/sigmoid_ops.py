@@ -17,23 +17,13 @@ from llave_kernels import checks, dispatch, transforms
 from llave_kernels.backends.protocol import SigmoidGradients
 from llave_kernels.ops import apply_upstream, expect
 from llave_kernels.precision import accumulation_dtype
-from llave_kernels.rules import ELSEWHERE, Rules
+from llave_kernels.rules import ELSEWHERE, Rules, plain_rules
 
 INPUTS = "Tensor query, Tensor target, Tensor logit_scale, Tensor logit_bias"
 CALL = f"{INPUTS}, Tensor? labels, Tensor? query_ids, Tensor? target_ids, str backend"
 GRADIENTS = "Tensor d_query, Tensor d_target, Tensor d_logit_scale, Tensor d_logit_bias"
 LEARNED = 4  # inputs that may require a gradient
 CONSTANTS = 4
-# Every column is its own owner, and no pair is weighted.
-PLAIN = dict.fromkeys(Rules._fields) | {
-    "alpha": 0.0, "target_alpha": 0.0, "hardness": "in_batch", "symmetric": False,
-}  # fmt: skip
-
-
-def rules_of(labels: Tensor | None, query_ids: Tensor | None, target_ids: Tensor | None) -> Rules:
-    """The rules of a sigmoid loss."""
-    given = {"labels": labels, "query_ids": query_ids, "target_ids": target_ids}
-    return Rules(**{**PLAIN, **given})  # type: ignore[arg-type]
 
 
 @torch.library.custom_op(
@@ -110,7 +100,7 @@ def _run(
         symmetric=False, least_label=ELSEWHERE,
     )  # fmt: skip
     transforms.refuse_tangents(query, target, logit_scale, logit_bias)
-    rules = rules_of(labels, query_ids, target_ids)
+    rules = plain_rules(labels=labels, query_ids=query_ids, target_ids=target_ids)
     dispatch.supporting(backend, query, target, rules)
     with dispatch.running_on(query):
         return dispatch.SIGMOID[backend].sigmoid_loss(

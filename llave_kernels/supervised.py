@@ -24,7 +24,7 @@ from llave_kernels.groups import (
 from llave_kernels.losses import direction_loss
 from llave_kernels.positive_pairs import pair_losses
 from llave_kernels.precision import accumulation_dtype, autocast, scale_tensor
-from llave_kernels.rules import ELSEWHERE, Rules
+from llave_kernels.rules import ELSEWHERE, Rules, plain_rules
 
 DENOMINATORS = ("all", "negatives", "pair")
 
@@ -192,10 +192,9 @@ def group_losses(
 def _negatives(query_groups: Tensor, target_groups: Tensor, alpha: float, symmetric: bool) -> Rules:
     """The rules of sums over the negatives: the groups are content ids."""
     labels = torch.full_like(query_groups, ELSEWHERE)
-    return Rules(
-        labels=labels, owners=None, query_ids=query_groups, target_ids=target_groups,
-        row_limit=None, column_limit=None, alpha=alpha, target_alpha=alpha, hardness="all",
-        margin=None, symmetric=symmetric,
+    return plain_rules(
+        labels=labels, query_ids=query_groups, target_ids=target_groups, alpha=alpha,
+        target_alpha=alpha, hardness="all", symmetric=symmetric,
     )  # fmt: skip
 
 
@@ -217,10 +216,10 @@ def _all_pairs(
         query_ids, target_ids = own, torch.arange(m, device=own.device)
     if alpha:
         owners = groups.order[groups.columns]
-    return Rules(
+    return plain_rules(
         labels=torch.where(counts > 0, first, ELSEWHERE), owners=owners, query_ids=query_ids,
-        target_ids=target_ids, row_limit=None, column_limit=None, alpha=alpha, target_alpha=alpha,
-        hardness="in_batch" if alpha else "all", margin=None, symmetric=symmetric,
+        target_ids=target_ids, alpha=alpha, target_alpha=alpha,
+        hardness="in_batch" if alpha else "all", symmetric=symmetric,
     )  # fmt: skip
 
 

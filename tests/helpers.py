@@ -19,6 +19,8 @@ from llave_kernels.reference import (
     within_logits,
 )
 
+BIASES = ("query_bias", "target_bias")
+
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
     """|x - ref| / |ref|. A zero reference is replaced by 1e-30. NaN passes no bound."""
@@ -46,14 +48,18 @@ def multiplicands(x: Tensor) -> Tensor:
 def loss_and_gradients(
     function: Any, query: Tensor, target: Tensor, scale: float, **rules: Any
 ) -> list[Tensor]:
-    """[loss, dQ, dT, d logit_scale]. The upstream gradient rises from 0.5 to 1.5 over the rows."""
+    """[loss, dQ, dT, d logit_scale], then the gradients of the biases that there are.
+
+    The upstream gradient rises from 0.5 to 1.5 over the rows.
+    """
     query, target = query.detach().requires_grad_(), target.detach().requires_grad_()
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     logit_scale = torch.tensor(scale, dtype=dtype, device=query.device, requires_grad=True)
-    loss = function(query, target, logit_scale=logit_scale, **rules)
+    biases = {x: rules[x].to(dtype, copy=True).requires_grad_() for x in BIASES if x in rules}
+    loss = function(query, target, logit_scale=logit_scale, **rules | biases)
     upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype, device=loss.device)
     loss.backward(upstream.reshape(loss.shape))
-    return [loss.detach(), query.grad, target.grad, logit_scale.grad]
+    return [loss.detach(), *(x.grad for x in (query, target, logit_scale, *biases.values()))]
 
 
 def reference(query: Tensor, target: Tensor, scale: float, **rules: Any) -> list[Tensor]:
@@ -72,7 +78,7 @@ def fused(query: Tensor, target: Tensor, scale: float, **rules: Any) -> list[Ten
 def rounding_errors(
     query: Tensor, target: Tensor, scale: float, *, logit_share: float = 1.0, **rules: Any
 ) -> list[float]:
-    """Errors of [loss, dQ, dT, d logit_scale] to expect from rounding each term of their sums.
+    """Errors of ``loss_and_gradients`` to expect from rounding each term of their sums.
 
     When the terms cancel, only these errors are left. A term of dS is rounded to the inputs' dtype.
     It also carries the rounding of its logit. That rounding is ``logit_share`` times eps times the
@@ -100,13 +106,17 @@ def rounding_errors(
         blocks += [(x, x, rows[x], ds) for x, ds in zip(within, parts, strict=True)]
     sums = torch.float64 if query.dtype == torch.float64 else torch.float32
     eps = torch.finfo(sums).eps
+    sides = [side for side, name in enumerate(BIASES) if name in rules]
     half = query.dtype.itemsize == 2
     apart, together = ({k: torch.zeros_like(x) for k, x in pair.items()} for _ in range(2))
+    of_biases = []
     of_loss, of_scale, alike_of_scale = 0.0, 0.0, 0.0
     for side, other, rows, ds in blocks:
         x, y = pair[side][rows], pair[other]
         # A similarity carries the rounding of its products. A product may exceed the similarity.
         logits = logit_share * (scale + rules.get("alpha", 9.0)) * (x.abs() @ y.abs().T)
+        for k in sides:
+            logits = logits + logit_share * rules[BIASES[k]].double().abs().unsqueeze(1 - k)
         # Half precision rounds a term once, by at most eps / 2. Full precision does several times.
         share = 1.0 if half else 6.0
         squares = (ds * (share * torch.finfo(query.dtype).eps + eps * logits)).square()
@@ -119,10 +129,13 @@ def rounding_errors(
         of_loss += float((ds * logits).square().sum())
         of_scale += float((squares * s.square()).sum()) / scale**2
         alike_of_scale += float((alike * s).sum()) / scale
+        # No biases go with several blocks.
+        of_biases = [(squares.sum(1 - k) / scale**2, alike.sum(1 - k) / scale) for k in sides]
     return [
         3 * eps * float(loss.norm()) + eps * of_loss**0.5 / scale,
         *(float(apart[side].sum().sqrt() + together[side].norm()) for side in pair),
         of_scale**0.5 + abs(alike_of_scale),
+        *(float(apart.sum().sqrt() + together.norm()) for apart, together in of_biases),
     ]
 
 
@@ -215,7 +228,8 @@ def assert_contract(query: Tensor, target: Tensor, scale: float, **rules: Any) -
     # row's own logits.
     share = 1.0 if backend == "torch" else 2.0
     limits = allowed_errors(query, target, scale, truth, share, **rules)
-    for i, name in enumerate(("loss", "dQ", "dT", "d logit_scale")):
+    names = ("loss", "dQ", "dT", "d logit_scale", *(x for x in BIASES if x in rules))
+    for i, name in enumerate(names):
         error, size = float((ours[i].double() - truth[i]).norm()), float(truth[i].norm())
         assert error <= limits[i], (
             f"{name}: error {error:.2e}, allowed {limits[i]:.2e} of {size:.2e}"
@@ -255,7 +269,10 @@ def rounding(query: Tensor, target: Tensor) -> float:
 
 
 def draw_rules(n: int, m: int, kinds: Collection[str]) -> dict[str, Any]:
-    """Random arguments for the named rules: labels, owners, ids, margin, target_alpha, within."""
+    """Random arguments for the named rules.
+
+    They are labels, owners, ids, margin, target_alpha, and biases or within.
+    """
     rules: dict[str, Any] = {}
     if "labels" in kinds:
         rules["labels"] = torch.randperm(m)[:n]
@@ -270,6 +287,10 @@ def draw_rules(n: int, m: int, kinds: Collection[str]) -> dict[str, Any]:
         rules["false_negative_margin"] = 0.05
     if "target_alpha" in kinds:
         rules["target_alpha"] = 2.5
-    if "within" in kinds:
+    if "biases" in kinds:
+        # Values that float32 holds. Sometimes they lie further apart than the similarities' logits.
+        rules["query_bias"] = 4 * torch.randn(n)
+        rules["target_bias"] = -(8 * torch.rand(m)).exp().log1p()
+    elif "within" in kinds:
         rules["within"] = ("query", "target")
     return rules

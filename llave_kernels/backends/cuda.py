@@ -163,6 +163,7 @@ def backward(
     *,
     scale_gradient: bool,
     sums: Sums | None = None,
+    bias_gradients: bool = False,
 ) -> Gradients:
     """The gradients. That of logit_scale is uninitialised unless ``scale_gradient``."""
     gain = products.gain(logit_scale, *upstream) if query.dtype == torch.float16 else None
@@ -174,8 +175,9 @@ def backward(
     # A loss composed from log-sum-exps has many launches anyway. So the scale's gradient is left to
     # the products.
     return call.gradients(
-        vectors, gain, gain, kept, scale_gradient=scale_gradient, scale_parts=False
-    )
+        vectors, gain, gain, kept,
+        scale_gradient=scale_gradient, scale_parts=False, bias_gradients=bias_gradients,
+    )  # fmt: skip
 
 
 def total_gradients(
@@ -188,6 +190,7 @@ def total_gradients(
     prepared: object,
     *,
     scale_gradient: bool,
+    bias_gradients: bool = False,
 ) -> Gradients:
     """As ``FusedLoss.total_gradients``."""
     call = prepared if isinstance(prepared, _Call) else _Call(query, target, scale, rules)
@@ -196,7 +199,7 @@ def total_gradients(
     vectors = call.places(results)[:6]
     return call.gradients(
         vectors, factor, divisor, kept[0] if kept else None,
-        scale_gradient=scale_gradient, scale_parts=scale_gradient,
+        scale_gradient=scale_gradient, scale_parts=scale_gradient, bias_gradients=bias_gradients,
     )  # fmt: skip
 
 
@@ -206,7 +209,7 @@ class _Call:
     def __init__(self, query: Tensor, target: Tensor, scale: float | Tensor, rules: Rules) -> None:
         if query.device.type != _cuda.device:
             raise ValueError(f"query is on {query.device}, not on a {_cuda.device} device")
-        self.query, self.target, self.scale = query, target, scale
+        self.query, self.target, self.scale, self.rules = query, target, scale, rules
         n, m = query.shape[0], target.shape[0]
         self.lengths = n, n, m if rules.symmetric else 0  # of LogSumExps
         query, target = aligned(query), aligned(target)
@@ -221,6 +224,8 @@ class _Call:
             "target_ids": rules.target_ids,
             "row_limit": row_limit,
             "column_limit": column_limit,
+            "query_bias": rules.query_bias,
+            "target_bias": rules.target_bias,
         }
         held = {name: None if x is None else x.contiguous() for name, x in tensors.items()}
         self.held = query, target, held
@@ -285,6 +290,7 @@ class _Call:
         *,
         scale_gradient: bool,
         scale_parts: bool,
+        bias_gradients: bool,
     ) -> Gradients:
         """The gradients, from dS times ``factor``, over ``divisor``. None is 1.
 
@@ -292,8 +298,9 @@ class _Call:
         """
         fill = self.strips(vectors, factor, kept, scale_parts=scale_parts)
         return strip_gemm.gradients(
-            self.query, self.target, self.scale, fill, divisor, scale_gradient=scale_gradient
-        )
+            self.query, self.target, self.scale, fill, divisor,
+            self.rules.bias_gradients(bias_gradients), scale_gradient=scale_gradient,
+        )  # fmt: skip
 
     def strips(
         self, vectors: list[int], factor: Tensor | None, kept: Tensor | None, *, scale_parts: bool

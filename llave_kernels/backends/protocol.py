@@ -29,11 +29,16 @@ class LogSumExps(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of query (N, D), target (M, D) and logit_scale ()."""
+    """Gradients of query (N, D), target (M, D), logit_scale (), query_bias (N,), target_bias (M,).
+
+    That of a bias is None if the call has no such bias, or if the caller asks for none.
+    """
 
     query: Tensor
     target: Tensor
     logit_scale: Tensor
+    query_bias: Tensor | None = None
+    target_bias: Tensor | None = None
 
 
 class Sums(NamedTuple):
@@ -98,13 +103,15 @@ class Backend(Protocol):
         rules: Rules,
         *,
         scale_gradient: bool,
+        bias_gradients: bool = False,
         sums: Sums | None = None,
     ) -> Gradients:
         """The gradients. Those of query and target have the inputs' dtype.
 
         ``upstream`` and ``outputs`` are contiguous. Without ``scale_gradient``, the gradient of the
-        scale may be any number. With ``sums``, the gradients of query and target are added there
-        and nowhere else, and what is returned has no meaning.
+        scale may be any number. The gradients of the biases are in the accumulation dtype. With
+        ``sums``, the gradients of query and target are added there and nowhere else, and what is
+        returned has no meaning.
         """
 
 
@@ -119,7 +126,13 @@ class OneDirection(Protocol):
         """Whether ``one_direction`` serves such inputs."""
 
     def one_direction(
-        self, query: Tensor, target: Tensor, logit_scale: Tensor, rules: Rules
+        self,
+        query: Tensor,
+        target: Tensor,
+        logit_scale: Tensor,
+        rules: Rules,
+        *,
+        bias_gradients: bool = False,
     ) -> tuple[Tensor, Gradients]:
         """Per-row loss (N,) of the query direction, and the gradients of its sum.
 
@@ -165,6 +178,7 @@ class FusedLoss(Protocol):
         prepared: object,
         *,
         scale_gradient: bool,
+        bias_gradients: bool = False,
     ) -> Gradients:
         """The gradients, from the total's upstream gradient (). The rest is as in ``Backend``.
 

@@ -62,22 +62,27 @@ def gradients(
     logit_scale: float | Tensor,
     fill: Callable[[Tensor, int, int], Tensor | None],
     gain: Tensor | None,
+    d_biases: tuple[Tensor | None, Tensor | None] = (None, None),
     *,
     scale_gradient: bool,
+    dtype: torch.dtype | None = None,
 ) -> Gradients:
     """The gradients. That of logit_scale is uninitialised unless ``scale_gradient``.
+
+    Those of query and target are in ``dtype``, by default the inputs'.
 
     ``fill(ds, start, stop)`` writes ``gain * dS`` of those rows into the first M columns of ``ds``.
     ``ds`` is contiguous, and its width is a multiple of 16. ``gain`` is 0-d, or None for 1. If
     ``fill`` returns a tensor (), that is the strip's part of the scale's gradient, times ``gain``.
-    If it returns None, the part is summed from the strip of dQ.
+    If it returns None, the part is summed from the strip of dQ. ``d_biases`` are zeros for the
+    gradients of the biases, or None. They are summed from dS as it is stored.
     """
     n, m = query.shape[0], target.shape[0]  # len(x) takes three times as long on the host
     workspace = strip_workspace(query, target)
     rows = workspace.shape[0]
-    d_query = query.new_empty(query.shape)
+    d_query = query.new_empty(query.shape, dtype=dtype)
     final = rows >= n and gain is None  # the first product is dT itself
-    d_target = target.new_empty(target.shape, dtype=target.dtype if final else torch.float32)
+    d_target = target.new_empty(target.shape, dtype=d_query.dtype if final else torch.float32)
     sums: list[Tensor] = []
     for start in range(0, n, rows):
         stop = min(start + rows, n)
@@ -86,6 +91,10 @@ def gradients(
             ds, queries, out = workspace[: stop - start], query[start:stop], d_query[start:stop]
         d_scale = fill(ds, start, stop)
         ds = ds[:, :m]
+        if d_biases[0] is not None:
+            d_biases[0][start:stop] = ds.sum(1, dtype=torch.float32)
+        if d_biases[1] is not None:
+            d_biases[1].add_(ds.sum(0, dtype=torch.float32))
         sums_products = scale_gradient and d_scale is None
         if gain is None and not sums_products:
             store_product(out, ds, target)
@@ -100,13 +109,23 @@ def gradients(
         put = add_product if start else store_product
         put(d_target, ds.T, queries)
     del workspace, ds  # before the last allocation
-    if d_target.dtype != target.dtype or gain is not None:
-        total, d_target = d_target, target.new_empty(target.shape)
+    if d_target.dtype != d_query.dtype:
+        total, d_target = d_target, target.new_empty(target.shape, dtype=d_query.dtype)
         _round(d_target, total, gain)
+    elif gain is not None:
+        d_target.div_(gain)
+    for x in d_biases:
+        if x is not None:
+            _divide(x.div_(logit_scale), gain)
     if not sums:
-        return Gradients(d_query, d_target, query.new_empty((), dtype=torch.float32))
+        return Gradients(d_query, d_target, query.new_empty((), dtype=torch.float32), *d_biases)
     d_scale = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
-    return Gradients(d_query, d_target, d_scale if gain is None else d_scale.div_(gain))
+    return Gradients(d_query, d_target, _divide(d_scale, gain), *d_biases)
+
+
+def _divide(x: Tensor, gain: Tensor | None) -> Tensor:
+    """``x / gain`` in place."""
+    return x if gain is None else x.div_(gain)
 
 
 def add_gradients(

@@ -132,8 +132,9 @@ class Strips:
 
     @cached_property
     def positive(self) -> Tensor:
-        """(N,) similarities of the positives. Computed on demand, as a backward needs none."""
-        return positives.positive_similarity(self.query, self.target, self.rules.labels)
+        """(N,) logits of the positives. Computed on demand, as a backward needs none."""
+        found = positives.positive_similarity(self.query, self.target, self.rules.labels)
+        return self.rules.add_biases(found * self.scale)
 
     def put_positives(self, strip: slice, matrix: Tensor, values: Tensor | float) -> None:
         """Overwrite the positives in ``matrix`` (M, rows) by values (rows,) or a number."""
@@ -155,8 +156,8 @@ class Strips:
     def _bounded(self) -> bool:
         """Whether all logits are small enough for exponentials without the maximum subtracted.
 
-        The row norms bound them (Cauchy-Schwarz). This is tested only on a CPU, where the host can
-        read a value without waiting.
+        The row norms (Cauchy-Schwarz) and the largest biases bound them. This is tested only on a
+        CPU, where the host can read a value without waiting.
         """
         if self.query.device.type != "cpu":
             return False
@@ -164,7 +165,9 @@ class Strips:
             torch.linalg.vector_norm(x, dim=1, dtype=self.dtype) for x in (self.query, self.target)
         ]
         strength = self.scale + max(self.rules.alpha, self.rules.target_alpha)
-        return bool(strength * norms[0].max() * norms[1].max() <= SAFE_EXPONENT)
+        bound = strength * norms[0].max() * norms[1].max()
+        bound = bound + sum(x.abs().max() for x in self.rules.biases if x is not None)
+        return bool(bound <= SAFE_EXPONENT)
 
     def similarity(self, strip: slice, *, fresh: bool = False) -> Tensor:
         """(M, rows) similarities of the strip. The caller may overwrite them.
@@ -215,6 +218,10 @@ class Strips:
             factor = torch.where(own, weighted, plain)
         suspect = None if limit is None else similarity > limit
         z = torch.mul(similarity, factor, out=out)
+        if rules.query_bias is not None:
+            z += rules.query_bias[strip]
+        if rules.target_bias is not None:
+            z += rules.target_bias[:, None]
         if suspect is not None:
             z.masked_fill_(suspect if own is None else suspect & ~own, -INF)
         if own is not None and rules.hardness == WITHIN:
@@ -290,7 +297,7 @@ def forward(
     for strip in strips:
         rows[strip] = reduced(strips, strip, strips.similarity(strip, fresh=True), columns)
     target_lse = columns.logsumexp() if rules.symmetric else rows.new_empty(0)
-    return LogSumExps(strips.positive * strips.scale, strips.nan_outside(rows), target_lse)
+    return LogSumExps(strips.positive, strips.nan_outside(rows), target_lse)
 
 
 class Slopes:
@@ -336,13 +343,18 @@ def backward(
     rules: Rules,
     *,
     scale_gradient: bool,
+    bias_gradients: bool = False,
     sums: Sums | None = None,
 ) -> Gradients:
     """As ``Backend.backward``. The scale's gradient is cheap and is always computed."""
     strips = Strips(query, target, logit_scale, rules, kept)
     # Used for float32 dS too, because exp(z) and the factors below have very different sizes.
     factor = gain(strips.scale, *upstream) if sums is None else sums.gain
-    gradients = _Gradients(strips, query.dtype, factor, sums)
+    gradients = (
+        _Gradients(strips, query.dtype, factor, bias_gradients=bias_gradients)
+        if sums is None
+        else _Added(strips, sums)
+    )
     scale = strips.scale * factor
     slopes = Slopes(strips, upstream, outputs, scale)
     for strip in strips:
@@ -356,18 +368,23 @@ def merges_gradients(query: Tensor) -> bool:
 
 
 def one_direction(
-    query: Tensor, target: Tensor, logit_scale: Tensor, rules: Rules
+    query: Tensor,
+    target: Tensor,
+    logit_scale: Tensor,
+    rules: Rules,
+    *,
+    bias_gradients: bool = False,
 ) -> tuple[Tensor, Gradients]:
     """As ``OneDirection.one_direction``."""
     dtype, m = accumulation_dtype(query.dtype), len(target)
     strips = Strips(query, target, logit_scale, rules, query.new_empty((m, 0), dtype=dtype))
-    gradients = _Gradients(strips, dtype, None)
+    gradients = _Gradients(strips, dtype, None, bias_gradients=bias_gradients)
     loss = query.new_empty(len(query), dtype=dtype)
 
     def accumulate(strip: slice) -> None:
         similarity = strips.similarity(strip)
         e, total, shift = _row_exponentials(strips, strips.row_logits(strip, similarity))
-        positive, lse = strips.positive[strip] * strips.scale, shift + total.log()
+        positive, lse = strips.positive[strip], shift + total.log()
         loss[strip] = direction_loss(positive, lse)
         slope = torch.sigmoid(lse - positive) * strips.scale
         gradients.add(strip, e.mul_(slope / total.masked_fill(total == 0, 1.0)), -slope)
@@ -378,35 +395,33 @@ def one_direction(
 
 
 class _Gradients:
-    """dQ, dT (both in ``dtype``) and d logit_scale, summed over strips of ``factor * dS``.
-
-    With ``sums`` they are added there.
-    """
+    """The gradients, summed over strips of ``factor * dS``. dQ and dT are in ``dtype``."""
 
     def __init__(
         self,
         strips: Strips,
         dtype: torch.dtype,
         factor: Tensor | None,
-        sums: Sums | None = None,
+        *,
+        bias_gradients: bool = False,
     ) -> None:
-        self.strips, self.factor, self.sums = strips, factor, sums
-        if sums is not None:
-            return
+        self.strips, self.factor = strips, factor
         self.d_query = strips.query.new_empty(strips.query.shape, dtype=dtype)
         self.d_target = strips.target.new_zeros(strips.target.shape, dtype=strips.dtype)
         self.d_scales: list[Tensor] = []
+        self.d_biases = strips.rules.bias_gradients(bias_gradients)
 
     def add(self, strip: slice, ds: Tensor, d_positive: Tensor) -> None:
         """Complete ``ds`` (M, rows) with the positives' gradient, then run both GEMMs."""
         strips, queries = self.strips, self.strips.queries(strip)
         strips.put_positives(strip, ds, d_positive)
+        d_query_bias, d_target_bias = self.d_biases
+        if d_query_bias is not None:
+            d_query_bias[strip] = ds.sum(0)
+        if d_target_bias is not None:
+            d_target_bias += ds.sum(1)
         if rounds_gradients(strips.query):
             ds = ds.to(queries.dtype)
-        if self.sums is not None:
-            add_product(self.sums.query[strip], ds.T, strips.target)
-            add_product(self.sums.target, ds, queries)
-            return
         d_query = product(ds.T, strips.target)
         add_product(self.d_target, ds, queries)
         # d logit_scale follows from dQ, because s has a gradient only through kappa s. It takes dQ
@@ -415,10 +430,27 @@ class _Gradients:
         self.d_query[strip] = d_query if self.factor is None else d_query.div_(self.factor)
 
     def result(self) -> Gradients:
-        if self.sums is not None:
-            return Gradients(*self.sums)
-        d_scale = torch.stack(self.d_scales).sum() / self.strips.scale
         if self.factor is not None:
             self.d_target /= self.factor
-            d_scale = d_scale / self.factor
-        return Gradients(self.d_query, self.d_target.to(self.d_query.dtype), d_scale)
+        divisor = self.strips.scale if self.factor is None else self.strips.scale * self.factor
+        d_scale = torch.stack(self.d_scales).sum() / divisor
+        d_biases = (None if x is None else x / divisor for x in self.d_biases)
+        return Gradients(self.d_query, self.d_target.to(self.d_query.dtype), d_scale, *d_biases)
+
+
+class _Added:
+    """As ``_Gradients``, added to ``sums``."""
+
+    def __init__(self, strips: Strips, sums: Sums) -> None:
+        self.strips, self.sums = strips, sums
+
+    def add(self, strip: slice, ds: Tensor, d_positive: Tensor) -> None:
+        strips, queries = self.strips, self.strips.queries(strip)
+        strips.put_positives(strip, ds, d_positive)
+        if rounds_gradients(strips.query):
+            ds = ds.to(queries.dtype)
+        add_product(self.sums.query[strip], ds.T, strips.target)
+        add_product(self.sums.target, ds, queries)
+
+    def result(self) -> Gradients:
+        return Gradients(*self.sums)

@@ -60,4 +60,4 @@ def sigmoid_loss(
         accumulate(strip)
     if sums is None:
         return loss, None
-    return loss, SigmoidGradients(*sums.result(), (slope * ones).sum())
+    return loss, SigmoidGradients(*sums.result()[:3], (slope * ones).sum())

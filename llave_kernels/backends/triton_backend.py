@@ -91,7 +91,7 @@ def forward(
     call = _Forward(query, target, logit_scale, rules)
     lse = call.log_sum_exps()
     call.run(call.tile(), lse, kept)
-    positive = call.positive_similarity().mul_(logit_scale)
+    positive = rules.add_biases(call.positive_similarity().mul_(logit_scale))
     rows, columns = lse.unbind()
     # An operator's outputs may not share memory.
     columns = columns[: len(target)].clone() if rules.symmetric else rows.new_empty(0)
@@ -114,9 +114,11 @@ def total_loss(
     length = results.shape[1]
     total = query.new_empty((), dtype=torch.float32)
     kept = strip_gemm.new_kept(query, target) if keep else None
+    pairs = call.pairs
     call.run(call.tile(), results[1:3], kept)
     loss.loss_kernel[(1,)](
-        call.positive_similarity(), scale, call.pairs.label, results, total, length, weight, n, m,
+        call.positive_similarity(), scale, pairs.label, pairs.query_bias, pairs.target_bias,
+        results, total, length, weight, n, m,
         SYMMETRIC=rules.symmetric, BLOCK=LOSS_BLOCK, num_warps=8, **COMPILE,
     )  # fmt: skip
     return total, (results,) if kept is None else (results, kept), None
@@ -138,6 +140,7 @@ def backward(
     rules: Rules,
     *,
     scale_gradient: bool,
+    bias_gradients: bool = False,
     sums: Sums | None = None,
 ) -> Gradients:
     """The gradients. That of logit_scale is uninitialised unless ``scale_gradient``."""
@@ -151,8 +154,9 @@ def backward(
         )
     fill = partial(call.fill, call.tile(), sums=scale_gradient)
     return strip_gemm.gradients(
-        query, target, logit_scale, fill, factor, scale_gradient=scale_gradient
-    )
+        query, target, logit_scale, fill, factor, rules.bias_gradients(bias_gradients),
+        scale_gradient=scale_gradient,
+    )  # fmt: skip
 
 
 def total_gradients(
@@ -165,6 +169,7 @@ def total_gradients(
     prepared: object,
     *,
     scale_gradient: bool,
+    bias_gradients: bool = False,
 ) -> Gradients:
     """As ``FusedLoss.total_gradients``."""
     results, *kept = saved
@@ -174,7 +179,10 @@ def total_gradients(
     similarities = kept[0] if kept else None
     call = _Backward(query, target, scale, rules, outputs, slopes, factor, similarities)
     fill = partial(call.fill, call.tile(), sums=scale_gradient)
-    return strip_gemm.gradients(query, target, scale, fill, divisor, scale_gradient=scale_gradient)
+    return strip_gemm.gradients(
+        query, target, scale, fill, divisor, rules.bias_gradients(bias_gradients),
+        scale_gradient=scale_gradient,
+    )  # fmt: skip
 
 
 def pairs(query: Tensor, target: Tensor, rules: Rules) -> Pairs:
@@ -191,6 +199,8 @@ def pairs(query: Tensor, target: Tensor, rules: Rules) -> Pairs:
         target_id=_contiguous(rules.target_ids),
         row_limit=_contiguous(row_limit),
         column_limit=_contiguous(column_limit),
+        query_bias=_contiguous(rules.query_bias),
+        target_bias=_contiguous(rules.target_bias),
         alpha=rules.alpha,
         target_alpha=None if one_alpha else rules.target_alpha,
     )
@@ -221,18 +231,27 @@ class _Call:
 
     def options(self, tile: tiles.Tile) -> dict[str, Any]:
         """The kernel's constants and its launch and compile options."""
-        constants = {"HARDNESS": self.rules.hardness, "PRECISION": _precision(self.query)}
+        constants = {"PRECISION": _precision(self.query)}
         launch = {"num_warps": tile.warps, "num_stages": tile.stages}
         return constants | {"TILE": tile} | launch | COMPILE
+
+    @property
+    def hardness(self) -> dict[str, str]:
+        """The constant of the kernels that weigh pairs."""
+        return {"HARDNESS": self.rules.hardness}
+
+    @property
+    def masked(self) -> bool:
+        """Whether the largest tile would spill registers."""
+        ids, margin = self.rules.query_ids is not None, self.rules.margin is not None
+        return tiles.masked(self.query.dtype, ids=ids, margin=margin)
 
     def tile(self) -> tiles.Tile:
         query, d = self.query, self.query.shape[1]
         if query.device.type != "cuda":
             return tiles.INTERPRETER
         major = torch.cuda.get_device_capability(query.device)[0]
-        ids, margin = self.rules.query_ids is not None, self.rules.margin is not None
-        masked = tiles.masked(query.dtype, ids=ids, margin=margin)
-        untimed = tiles.table(major, query.dtype, d, len(query), masked=masked)
+        untimed = tiles.table(major, query.dtype, d, len(query), masked=self.masked)
         if not tiles.autotuning():
             return untimed
         key = self._key()
@@ -298,7 +317,7 @@ class _Forward(_Call):
         kept, pitch = _kept(kept)
         kernels.forward_kernel[grid](
             *self.inputs, *by_row, *by_column, kept, *self.sizes, pitch, rows, columns,
-            **self.options(tile),
+            **self.hardness, **self.options(tile),
         )  # fmt: skip
         blocks = triton.cdiv(max(n, m) if symmetric else n, COMBINE_BLOCK)
         kernels.combine_kernel[(blocks, 2 if symmetric else 1)](
@@ -354,7 +373,7 @@ class _Backward(_Call):
         parts = ds.new_empty(programs, dtype=torch.float32) if sums else None
         kernels.strip_kernel[(programs,)](
             *self.inputs, *self.gradients, ds, parts, start, stop, *self.sizes[1:], ds.stride(0),
-            tiles_each, **self.options(tile),
+            tiles_each, **self.hardness, **self.options(tile),
         )  # fmt: skip
         return None if parts is None else parts.sum()
 

@@ -109,7 +109,7 @@ def _sum_each(
     b_max, b_sum = _sums(b_z, in_row, 1)
     if p_column_max is not None:
         if pairs.target_alpha is not None:
-            b_z = logits(b_s, b_label, pairs, scale, pairs.target_alpha, o_n, M, HARDNESS)
+            b_z = logits(b_s, b_label, pairs, scale, pairs.target_alpha, o_m, o_n, N, M, HARDNESS)
         b_column_max, b_column_sum = _sums(b_z, in_column, 0)
         b_column_max, b_column_sum = _merged(
             p_column_max, p_column_sum, o_column, o_n < n_known, b_column_max, b_column_sum
@@ -160,7 +160,8 @@ def _kept(p_similarity, o_m, o_n, s_s):
 @triton.jit(do_not_specialize=["N", "M", "D", "s_q", "s_t", "ROWS", "COLUMNS"])
 def forward_kernel(
     p_q, p_t, p_scale,
-    p_label, p_owner, p_query_id, p_target_id, p_row_limit, p_column_limit, alpha, target_alpha,
+    p_label, p_owner, p_query_id, p_target_id, p_row_limit, p_column_limit,
+    p_query_bias, p_target_bias, alpha, target_alpha,
     p_row_max, p_row_sum, p_column_max, p_column_sum, p_similarity,
     N, M, D, s_q, s_t, s_s, ROWS, COLUMNS,
     HARDNESS: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
@@ -180,8 +181,9 @@ def forward_kernel(
     ``p_similarity`` takes the similarities, if the backward is to read them.
     """
     pairs = Pairs(
-        p_label, p_owner, p_query_id, p_target_id, p_row_limit, p_column_limit, alpha, target_alpha
-    )
+        p_label, p_owner, p_query_id, p_target_id, p_row_limit, p_column_limit,
+        p_query_bias, p_target_bias, alpha, target_alpha,
+    )  # fmt: skip
     BM: tl.constexpr = TILE.bm
     BN: tl.constexpr = TILE.bn
     PLAIN: tl.constexpr = (
@@ -207,7 +209,7 @@ def forward_kernel(
         if p_similarity is not None:
             p_kept = _kept(p_similarity, o_m, o_n, s_s)
             tl.store(p_kept, b_s, mask=m_m[:, None] & (o_n < s_s)[None, :])
-        b_z = logits(b_s, b_label, pairs, scale, alpha, o_n, M, HARDNESS)
+        b_z = logits(b_s, b_label, pairs, scale, alpha, o_m, o_n, N, M, HARDNESS)
         if SHARED:
             if i == 0:  # one shift per program, near its first logits
                 shift = _power_of_two(tl.sum(b_z) / (BM * BN))
@@ -310,7 +312,7 @@ def _each_direction(
     b_ds = b_d[:, None] * _softmax(b_z, in_row, b_lse, 1)
     if p_target_lse is not None:
         if pairs.target_alpha is not None:
-            b_z = logits(b_s, b_label, pairs, scale, pairs.target_alpha, o_n, M, HARDNESS)
+            b_z = logits(b_s, b_label, pairs, scale, pairs.target_alpha, o_m, o_n, N, M, HARDNESS)
         m_n = o_n < M
         b_lse_column = tl.load(p_target_lse + o_n, mask=m_n, other=0.0)
         b_d_column = tl.load(p_d_target_lse + o_n, mask=m_n, other=0.0) * gain
@@ -321,7 +323,8 @@ def _each_direction(
 @triton.jit(do_not_specialize=["START", "STOP", "M", "D", "s_q", "s_t", "TILES"])
 def strip_kernel(
     p_q, p_t, p_scale,
-    p_label, p_owner, p_query_id, p_target_id, p_row_limit, p_column_limit, alpha, target_alpha,
+    p_label, p_owner, p_query_id, p_target_id, p_row_limit, p_column_limit,
+    p_query_bias, p_target_bias, alpha, target_alpha,
     p_d_positive, p_query_lse, p_d_query_lse, p_target_lse, p_d_target_lse, p_gain,
     p_similarity, p_ds, p_row_sum,
     START, STOP, M, D, s_q, s_t, s_ds, TILES,
@@ -342,8 +345,9 @@ def strip_kernel(
     of dS times s over its rows, over the scale.
     """
     pairs = Pairs(
-        p_label, p_owner, p_query_id, p_target_id, p_row_limit, p_column_limit, alpha, target_alpha
-    )
+        p_label, p_owner, p_query_id, p_target_id, p_row_limit, p_column_limit,
+        p_query_bias, p_target_bias, alpha, target_alpha,
+    )  # fmt: skip
     BM: tl.constexpr = TILE.bm
     BN: tl.constexpr = TILE.bn
     SHARED: tl.constexpr = p_target_lse is not None and target_alpha is None
@@ -381,7 +385,7 @@ def strip_kernel(
         else:
             m_kept = m_m[:, None] & (o_n < s_ds)[None, :]
             b_s = tl.load(_kept(p_similarity, o_m, o_n, s_ds), mask=m_kept, other=0.0)
-        b_z = logits(b_s, b_label, pairs, scale, alpha, o_n, M, HARDNESS)
+        b_z = logits(b_s, b_label, pairs, scale, alpha, o_m, o_n, STOP, M, HARDNESS)
         b_lse = tl.load(p_query_lse + o_m, mask=m_m, other=-INF)
         b_d = tl.load(p_d_query_lse + o_m, mask=m_m, other=0.0) * gain
         b_d_positive = tl.load(p_d_positive + o_m, mask=m_m, other=0.0) * gain

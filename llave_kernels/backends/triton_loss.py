@@ -6,26 +6,12 @@ import triton
 import triton.language as tl
 
 from llave_kernels.backends import products
-from llave_kernels.backends.triton_tile import INF, LOG2E, exp, labels, load_scale
+from llave_kernels.backends.triton_tile import INF, LOG2E, exp, labels, load_scale, log1p
 
 LN2_HIGH = tl.constexpr(0.693145751953125)  # log(2) = LN2_HIGH + LN2_LOW, the first with few bits
 LN2_LOW = tl.constexpr(1.42860677e-06)
 LARGEST = tl.constexpr(products.LARGEST)
 SMALLEST = tl.constexpr(2.0**products.SMALLEST)
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) for 0 <= x <= 1, from the series of 2 atanh(x / (2 + x)).
-
-    The fast logarithm is accurate relative to 1, and a small loss is not.
-    """
-    b = x / (2.0 + x)
-    b_square = b * b
-    b_sum = tl.full(x.shape, 1 / 17, tl.float32)
-    for k in tl.static_range(7, -1, -1):
-        b_sum = b_sum * b_square + 1 / (2 * k + 1)
-    return 2.0 * b * b_sum
 
 
 @triton.jit
@@ -38,7 +24,7 @@ def _softplus_and_slope(x):
     b_rest = (b_size - b_whole * LN2_HIGH) - b_whole * LN2_LOW
     b = tl.exp2(-b_whole) * exp(-b_rest)
     b_slope = tl.where(x < 0, b, 1.0) / (1.0 + b)
-    return tl.where(x > 0, x, 0.0) + _log1p(b), b_slope
+    return tl.where(x > 0, x, 0.0) + log1p(b), b_slope
 
 
 @triton.jit
@@ -50,7 +36,8 @@ def _largest(x):
 
 @triton.jit(do_not_specialize=["N", "M"])
 def loss_kernel(
-    p_similarity, p_scale, p_label, p_lse, p_row_sum, LENGTH, weight, N, M,
+    p_similarity, p_scale, p_label, p_query_bias, p_target_bias, p_lse, p_row_sum, LENGTH, weight,
+    N, M,
     SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The loss of all rows and its slopes, by one program, which sums in a fixed order.
@@ -79,11 +66,15 @@ def loss_kernel(
         o_m = start + o
         m_m = o_m < N
         b_positive = tl.load(p_similarity + o_m, mask=m_m, other=0.0) * scale
+        b_label = labels(p_label, o_m, N, M)
+        m_label = m_m & (b_label >= 0) & (b_label < M)
+        if p_query_bias is not None:
+            b_positive += tl.load(p_query_bias + o_m, mask=m_m, other=0.0)
+        if p_target_bias is not None:
+            b_positive += tl.load(p_target_bias + b_label, mask=m_label, other=0.0)
         b_row = tl.load(p_row + o_m, mask=m_m, other=-INF) - b_positive
         b_term, b_slope = _softplus_and_slope(b_row)
         if SYMMETRIC:
-            b_label = labels(p_label, o_m, N, M)
-            m_label = m_m & (b_label >= 0) & (b_label < M)
             b_column = tl.load(p_column + b_label, mask=m_label, other=-INF) - b_positive
             b_term_column, b_slope_column = _softplus_and_slope(b_column)
             b_term = 0.5 * (b_term + b_term_column)

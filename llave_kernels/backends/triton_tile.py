@@ -33,6 +33,8 @@ class Pairs(NamedTuple):
     target_id: Any  # (M,)
     row_limit: Any  # (N,) the similarity above which a negative of the row is left out
     column_limit: Any  # (M,) the same in the target -> query direction
+    query_bias: Any  # (N,) added to each logit of the row
+    target_bias: Any  # (M,) the same for the column
     alpha: Any
     target_alpha: Any  # None: the same as alpha
 
@@ -40,6 +42,24 @@ class Pairs(NamedTuple):
 @triton.jit
 def exp(x):
     return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for 0 <= x <= 1, with the relative error of a few roundings.
+
+    The fast logarithm is accurate relative to 1, and a small loss is not. The polynomial is the
+    best one of its degree for log(1 + x) / x.
+    """
+    b_sum = x * 0.00523268804 - 0.0295052137
+    b_sum = b_sum * x + 0.0782259107
+    b_sum = b_sum * x - 0.136632428
+    b_sum = b_sum * x + 0.191060051
+    b_sum = b_sum * x - 0.24842982
+    b_sum = b_sum * x + 0.333190978
+    b_sum = b_sum * x - 0.499994934
+    b_sum = b_sum * x + 0.99999994
+    return x * b_sum
 
 
 @triton.jit
@@ -111,8 +131,11 @@ def _own(b_label, pairs, o_n, M):
 
 
 @triton.jit
-def logits(b_s, b_label, pairs, scale, alpha, o_n, M, HARDNESS: tl.constexpr):
-    """Logits of similarities. Where no row owns a negative, the factor is a number."""
+def logits(b_s, b_label, pairs, scale, alpha, o_m, o_n, N, M, HARDNESS: tl.constexpr):
+    """Logits of similarities. Where no row owns a negative, the factor is a number.
+
+    Beyond the edges, the last bias is added again, as in ``similarity``.
+    """
     if HARDNESS == "all" or HARDNESS == "within":
         factor = scale + alpha
     elif pairs.owner is None:
@@ -121,7 +144,12 @@ def logits(b_s, b_label, pairs, scale, alpha, o_n, M, HARDNESS: tl.constexpr):
         factor = tl.where(_own(b_label, pairs, o_n, M), scale, scale + alpha)
     else:
         factor = tl.where(_own(b_label, pairs, o_n, M), scale + alpha, scale)
-    return b_s * factor
+    b_z = b_s * factor
+    if pairs.query_bias is not None:
+        b_z += tl.load(pairs.query_bias + tl.minimum(o_m, N - 1))[:, None]
+    if pairs.target_bias is not None:
+        b_z += tl.load(pairs.target_bias + tl.minimum(o_n, M - 1))[None, :]
+    return b_z
 
 
 @triton.jit

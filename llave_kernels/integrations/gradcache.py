@@ -75,6 +75,8 @@ class BlockLoss:
         *,
         query_ids: Tensor | None = None,
         target_ids: Tensor | None = None,
+        query_bias: Tensor | None = None,
+        target_bias: Tensor | None = None,
     ) -> Tensor:
         """Loss of queries ``x`` (N, D) against targets ``y`` (M, D).
 
@@ -85,9 +87,11 @@ class BlockLoss:
                 query's own also when ``target`` is given.
             reduction: ``"mean"``, ``"sum"`` or ``"none"`` (N,).
             query_ids, target_ids: (N,), (M,) int64. A negative with its query's id is left out.
+            query_bias, target_bias: (N,), (M,). They are added to the logits (``RuleTensors``).
         """
         pairs = self.blocks(x, y, target)
         pairs.update({"query_ids": query_ids, "target_ids": target_ids})
+        pairs.update({"query_bias": query_bias, "target_bias": target_bias})
         return hardness_weighted_contrastive_loss(
             x, y, logit_scale=self.logit_scale, reduction=reduction, backend=self.backend,
             **pairs, **self.settings,

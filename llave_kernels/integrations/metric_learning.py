@@ -1,4 +1,4 @@
-"""pytorch-metric-learning's NT-Xent loss, fused and hardness-weighted."""
+"""pytorch-metric-learning's NT-Xent and supervised contrastive losses, fused and weighted."""
 
 from __future__ import annotations
 
@@ -7,14 +7,142 @@ from typing import Any
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity
 from pytorch_metric_learning.losses import BaseMetricLossFunction
+from pytorch_metric_learning.reducers import AvgNonZeroReducer, MeanReducer
 from torch import Tensor
 
 from llave_kernels import checks, dispatch
 from llave_kernels.functional import contrastive_logsumexp
+from llave_kernels.label_pairs import LabelPairs, similarities
 from llave_kernels.losses import direction_loss
+from llave_kernels.supervised import GroupLosses, group_losses
+
+Indices = tuple[Tensor, ...] | None
+LossDict = dict[str, dict[str, Any]]
 
 
-class NTXentLoss(BaseMetricLossFunction):  # type: ignore[misc]
+class _GroupLoss(BaseMetricLossFunction):  # type: ignore[misc]
+    """What both losses share: a cosine or dot product over a temperature, and pairs by label."""
+
+    def __init__(self, temperature: float, alpha: float, backend: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        distance = self.distance
+        if not isinstance(distance, DotProductSimilarity) or distance.power != 1:
+            raise ValueError(
+                "distance must be CosineSimilarity or DotProductSimilarity of power 1, got "
+                f"{distance}; use pytorch_metric_learning.losses.{type(self).__name__} for others"
+            )
+        self.temperature = checks.positive("temperature", temperature)
+        self.alpha = checks.strength("alpha", alpha)
+        self.backend = dispatch.known(backend)
+        self.add_to_recordable_attributes(list_of_names=["temperature", "alpha"], is_stat=False)
+
+    def get_default_distance(self) -> CosineSimilarity:
+        return CosineSimilarity()
+
+    def compute_loss(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None,
+        indices_tuple: Indices,
+        ref_emb: Tensor,
+        ref_labels: Tensor | None,
+    ) -> LossDict:
+        """The host's hook: the losses for the reducer."""
+        if labels is None or ref_labels is None:
+            name = "labels" if labels is None else "ref_labels"
+            raise ValueError(f"{name} must be given, got None: negatives are found by label")
+        pairs = LabelPairs(labels, ref_labels, itself=ref_labels is labels)  # the host's test
+        listed = None
+        if indices_tuple is not None:
+            host = f"pytorch_metric_learning.losses.{type(self).__name__}"
+            listed = pairs.accept(indices_tuple, host)
+        query = self.distance.maybe_normalize(embeddings)
+        target = query if ref_emb is embeddings else self.distance.maybe_normalize(ref_emb)
+        return self._found(query, target, pairs, listed) or self.zero_losses()
+
+    def _found(
+        self,
+        query: Tensor,
+        target: Tensor,
+        pairs: LabelPairs,
+        listed: tuple[Tensor, Tensor] | None,
+    ) -> LossDict | None:
+        """The losses of normalised rows, or None for the host's 0.
+
+        Args:
+            listed: the positive pairs. None: all that ``pairs`` has.
+        """
+        raise NotImplementedError
+
+    def _losses(
+        self, query: Tensor, target: Tensor, pairs: LabelPairs, denominator: str
+    ) -> GroupLosses:
+        (found,) = group_losses(
+            query, target, pairs.classes, pairs.ref_classes, own=pairs.own,
+            logit_scale=1.0 / self.temperature, alpha=self.alpha, denominator=denominator,
+            symmetric=False, backend=self.backend,
+        )  # fmt: skip
+        return found
+
+
+class SupConLoss(_GroupLoss):
+    """``pytorch_metric_learning.losses.SupConLoss`` without its N x M matrices.
+
+    ``loss(embeddings, labels, ref_emb=None, ref_labels=None)``. The loss of a row is that of
+    ``llave_kernels.supervised_contrastive_loss`` with ``denominator="all"``. At ``alpha=0`` loss
+    and gradients are the host's. Without ``ref_emb`` a row is neither its own positive nor its own
+    negative.
+
+    It works inside the host's wrappers, as ``NTXentLoss`` does. ``indices_tuple`` may leave out one
+    positive of each anchor, which the wrappers do for the anchor itself. The dtypes are as there.
+
+    Args:
+        temperature: 1 / logit scale, positive.
+        alpha: hardness strength of the negatives. Default 0: the host's loss.
+        backend: as in ``llave_kernels.hardness_weighted_contrastive_loss``.
+        kwargs: as in ``NTXentLoss``. The default ``reducer`` is the host's, the mean over the
+            losses above 0.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a wrong value; another distance. In the call: labels are missing, or
+            ``indices_tuple`` leaves out other pairs.
+
+    Example:
+        >>> loss_fn = SupConLoss(temperature=0.1)
+        >>> views = torch.randn(8, 16)  # four of each of two classes
+        >>> loss = loss_fn(views, torch.arange(2).repeat(4))
+    """
+
+    def __init__(
+        self, temperature: float = 0.1, alpha: float = 0.0, *, backend: str = "auto", **kwargs: Any
+    ) -> None:
+        super().__init__(temperature, alpha, backend, **kwargs)
+
+    def get_default_reducer(self) -> AvgNonZeroReducer:
+        return AvgNonZeroReducer()
+
+    def _found(
+        self,
+        query: Tensor,
+        target: Tensor,
+        pairs: LabelPairs,
+        listed: tuple[Tensor, Tensor] | None,
+    ) -> LossDict | None:
+        if listed is not None and not pairs.leave_out_rest(*listed):
+            raise ValueError(
+                "indices_tuple must list all pairs of equal labels, or all but one of an anchor, "
+                f"got {len(listed[0])} of {int(pairs.counts.sum())}; leave the miner out, or use "
+                "pytorch_metric_learning.losses.SupConLoss"
+            )
+        if not pairs.any_positive() or not pairs.any_negative():
+            return None
+        losses = self._losses(query, target, pairs, "all").losses
+        rows = torch.arange(len(losses), device=losses.device)
+        return {"loss": {"losses": losses, "indices": rows, "reduction_type": "element"}}
+
+
+class NTXentLoss(_GroupLoss):
     """``pytorch_metric_learning.losses.NTXentLoss`` without its (pairs x pairs) matrix.
 
     ``loss(embeddings, labels, ref_emb=None, ref_labels=None)``. Two rows of equal labels are a
@@ -34,9 +162,9 @@ class NTXentLoss(BaseMetricLossFunction):  # type: ignore[misc]
     Gradients have the embeddings' dtype.
 
     It works inside the host's ``SelfSupervisedLoss``, ``CrossBatchMemory`` and
-    ``DistributedLossWrapper``. It accepts their list of all pairs as ``indices_tuple``. Memory is
-    N + M embeddings and the pairs of equal labels. Where these pairs' embeddings would take more
-    than the N x M similarities, it makes those instead. The wrappers' lists come on top.
+    ``DistributedLossWrapper``. It accepts their list of all pairs as ``indices_tuple``. With the
+    default reducer, memory is N + M embeddings. Other reducers get a loss for each pair of equal
+    labels, and memory grows with these pairs. The wrappers' lists come on top.
 
     Args:
         temperature: 1 / logit scale, positive.
@@ -60,42 +188,25 @@ class NTXentLoss(BaseMetricLossFunction):  # type: ignore[misc]
     def __init__(
         self, temperature: float = 0.07, alpha: float = 0.0, *, backend: str = "auto", **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs)
-        distance = self.distance
-        if not isinstance(distance, DotProductSimilarity) or distance.power != 1:
-            raise ValueError(
-                "distance must be CosineSimilarity or DotProductSimilarity of power 1, got "
-                f"{distance}; use pytorch_metric_learning.losses.NTXentLoss for others"
-            )
-        self.temperature = checks.positive("temperature", temperature)
-        self.alpha = checks.strength("alpha", alpha)
-        self.backend = dispatch.known(backend)
-        self.add_to_recordable_attributes(list_of_names=["temperature", "alpha"], is_stat=False)
+        super().__init__(temperature, alpha, backend, **kwargs)
 
-    def get_default_distance(self) -> CosineSimilarity:
-        return CosineSimilarity()
-
-    def compute_loss(
+    def _found(
         self,
-        embeddings: Tensor,
-        labels: Tensor | None,
-        indices_tuple: tuple[Tensor, ...] | None,
-        ref_emb: Tensor,
-        ref_labels: Tensor | None,
-    ) -> dict[str, dict[str, Any]]:
-        """The host's hook: a loss per positive pair, for the reducer."""
-        if labels is None or ref_labels is None:
-            name = "labels" if labels is None else "ref_labels"
-            raise ValueError(f"{name} must be given, got None: negatives are found by label")
-        pairs = _Pairs(labels, ref_labels)
-        if indices_tuple is not None:
-            anchor, positive = pairs.accept(indices_tuple)
-        else:
-            anchor, positive = pairs.positives(other=ref_labels is labels)  # the host's test
+        query: Tensor,
+        target: Tensor,
+        pairs: LabelPairs,
+        listed: tuple[Tensor, Tensor] | None,
+    ) -> LossDict | None:
+        whole = listed is None or pairs.leave_out_rest(*listed)
+        if whole and type(self.reducer) is MeanReducer:
+            if not pairs.any_positive():
+                return None
+            found = self._losses(query, target, pairs, "pair")
+            mean = (found.losses * found.counts).sum() / found.counts.sum()
+            return {"loss": {"losses": mean, "indices": None, "reduction_type": "already_reduced"}}
+        anchor, positive = pairs.positives() if listed is None else listed
         if not len(anchor):
-            return self.zero_losses()
-        query = self.distance.maybe_normalize(embeddings)
-        target = query if ref_emb is embeddings else self.distance.maybe_normalize(ref_emb)
+            return None
         logits = contrastive_logsumexp(
             query,
             target,
@@ -109,86 +220,7 @@ class NTXentLoss(BaseMetricLossFunction):  # type: ignore[misc]
             backend=self.backend,
         )
         # The anchor's sum over its negatives serves all its positives.
-        positive_logit = _similarity(query, target, anchor, positive) / self.temperature
+        positive_logit = similarities(query, target, anchor, positive) / self.temperature
         losses = direction_loss(positive_logit, logits.query[anchor])
         indices = (anchor, positive)
         return {"loss": {"losses": losses, "indices": indices, "reduction_type": "pos_pair"}}
-
-
-class _Pairs:
-    """The pairs of equal labels between N anchors and M references, without an N x M matrix.
-
-    Args:
-        labels, ref_labels: (N,), (M,) any dtype.
-
-    Attributes:
-        classes, ref_classes: (N,), (M,) int64, the labels numbered from 0.
-        first: (N,) a reference of each anchor's class. Any reference where the class has none.
-        by_class: (M,) the references, class after class.
-        start, counts: (N,) where in ``by_class`` each anchor's class starts, and its size.
-    """
-
-    def __init__(self, labels: Tensor, ref_labels: Tensor) -> None:
-        both = torch.cat([labels, ref_labels.to(labels.device)])
-        values, numbers = torch.unique(both, return_inverse=True)
-        self.classes, self.ref_classes = numbers[: len(labels)], numbers[len(labels) :]
-        sizes = self.ref_classes.bincount(minlength=len(values))
-        self.by_class = self.ref_classes.argsort(stable=True)
-        self.start = (sizes.cumsum(0) - sizes)[self.classes]
-        self.counts = sizes[self.classes]
-        self.first = self.by_class[self.start.clamp(max=len(ref_labels) - 1)]
-
-    def positives(self, *, other: bool) -> tuple[Tensor, Tensor]:
-        """The (anchor, reference) of all positive pairs, in the host's order.
-
-        Args:
-            other: leave out the pairs of a row with itself.
-        """
-        counts = self.counts
-        rows = torch.arange(len(counts), device=counts.device)
-        anchor = rows.repeat_interleave(counts)
-        begin = self.start - (counts.cumsum(0) - counts)
-        place = torch.arange(len(anchor), device=counts.device) + begin[anchor]
-        positive = self.by_class[place]
-        if other:
-            keep = anchor != positive
-            anchor, positive = anchor[keep], positive[keep]
-        return anchor, positive
-
-    def accept(self, indices_tuple: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """The positive pairs of a tuple that lists every negative pair once."""
-        remedy = (
-            "leave the miner out, or use pytorch_metric_learning.losses.NTXentLoss; all pairs of "
-            "different labels are negatives here"
-        )
-        if len(indices_tuple) != 4:
-            raise ValueError(
-                f"indices_tuple must be None or hold 4 tensors, got {len(indices_tuple)} (mined "
-                f"triplets); {remedy}"
-            )
-        anchor, positive, negatives_anchor, negative = indices_tuple
-        n, m = len(self.classes), len(self.ref_classes)
-        expected = n * m - int(self.counts.sum())
-        number = negatives_anchor * m + negative
-        if (
-            len(number) != expected
-            or not bool((number[1:] > number[:-1]).all())
-            or bool((self.classes[negatives_anchor] == self.ref_classes[negative]).any())
-            or bool((self.classes[anchor] != self.ref_classes[positive]).any())
-        ):
-            raise ValueError(
-                "indices_tuple must be None or list all pairs of different labels in order, with "
-                f"positives of equal labels, got {len(number)} negative pairs where there are "
-                f"{expected}, or pairs of other labels; {remedy}"
-            )
-        return anchor, positive
-
-
-def _similarity(query: Tensor, target: Tensor, anchor: Tensor, positive: Tensor) -> Tensor:
-    """(pairs,) similarities in float32 or better, in the way that needs less memory."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
-        query, target = query.to(dtype), target.to(dtype)
-        if len(anchor) * query.shape[1] > len(query) * len(target):
-            return (query @ target.T)[anchor, positive]
-        return torch.linalg.vecdot(query[anchor], target[positive])

@@ -204,7 +204,7 @@ def test_rows_whose_positives_lie_in_order_need_no_labels(
     monkeypatch.setattr(strip_gemm, "WORKSPACE", workspace)
     n, m = 150, 200
     query, target = embeddings(n, m, 8)
-    rules = Rules(None, None, None, None, None, None, 9.0, 9.0, "in_batch", None, True)
+    rules = Rules(*[None] * 8, 9.0, 9.0, "in_batch", None, True)
     for named in (rules, rules._replace(owners=torch.arange(m) % n, target_alpha=2.0)):
         each = [
             outputs_and_gradients(query, target, given)

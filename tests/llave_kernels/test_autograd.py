@@ -183,7 +183,7 @@ def test_launches_of_a_small_call(
         for _ in range(2)
     )
     kappa: Any = torch.empty((), device="meta", requires_grad=True) if scale is None else scale
-    rules = Rules(None, None, None, None, None, None, 9.0, 9.0, "in_batch", None, True)
+    rules = Rules(*[None] * 8, 9.0, 9.0, "in_batch", None, True)
     module = {"cuda": cuda, "triton": triton_backend}[backend]
     d_total = torch.empty((), device="meta")
     with accounts:

@@ -11,7 +11,7 @@ from llave_kernels.backends import cuda, torch_backend, triton_backend
 from llave_kernels.rules import Rules
 from tests.helpers import embeddings
 
-RULES = Rules(None, None, None, None, None, None, 9.0, 9.0, "in_batch", None, True)
+RULES = Rules(*[None] * 8, 9.0, 9.0, "in_batch", None, True)
 
 
 def test_available_backends_explains_every_absence(monkeypatch: pytest.MonkeyPatch) -> None:

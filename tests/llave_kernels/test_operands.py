@@ -25,7 +25,7 @@ GOOD = torch.tensor([i for i in range(N) if i not in OUTSIDE])
 
 
 def rules_of(labels: Tensor, owners: Tensor | None, margin: float | None, symmetric: bool) -> Rules:
-    return Rules(labels, owners, None, None, None, None, 9.0, 2.0, "in_batch", margin, symmetric)
+    return Rules(labels, owners, *[None] * 6, 9.0, 2.0, "in_batch", margin, symmetric)
 
 
 def outside(labels: Tensor) -> Tensor:
@@ -122,8 +122,8 @@ def test_blocks_of_columns_make_up_the_whole(
             torch.where(here, labels - block.start, ELSEWHERE),
             torch.where(owners[block] == M, -1, owners[block] - block.start),
             ids["query_ids"], ids["target_ids"][block], row_limit,
-            None if column_limit is None else column_limit[block], 9.0, 2.0, hardness, margin,
-            symmetric,
+            None if column_limit is None else column_limit[block], None, None, 9.0, 2.0, hardness,
+            margin, symmetric,
         )  # fmt: skip
         arguments = query, target[block], torch.tensor(20.0)
         kept = torch.empty(dispatch.named(backend).kept_shape(*arguments[:2], rules))
@@ -146,7 +146,7 @@ def test_blocks_of_columns_make_up_the_whole(
         )
         back = dispatch.named(backend).backward
         gradients.append(back(given, *arguments, found, kept, rules, scale_gradient=True))
-    dq, dt, _ = zip(*gradients, strict=True)
+    dq, dt, *_ = zip(*gradients, strict=True)
     assert relative_error(sum(dq[1:], dq[0]), pair[0].grad) < 1e-4
     assert relative_error(torch.cat(dt), pair[1].grad) < 1e-4
 
@@ -203,7 +203,7 @@ def test_an_owner_outside_owns_nothing(backend: str) -> None:
         for x in (wrong, none)
     )
     for pair in zip(found, expected, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(*pair, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(*pair, strict=True) if a is not None)
 
 
 def test_what_is_read_and_written_at_labels() -> None:
@@ -230,6 +230,8 @@ ARGUMENTS: dict[str, Any] = {
     "target_ids": None,
     "row_limit": None,
     "column_limit": None,
+    "query_bias": None,
+    "target_bias": None,
     "alpha": 9.0,
     "target_alpha": 9.0,
     "hardness": "in_batch",
@@ -258,6 +260,8 @@ MISTAKES: list[tuple[str, dict[str, Any]]] = [
     ("column_limit must be torch.float32", {"column_limit": torch.ones(6, dtype=torch.float64)}),
     (r"logit_scale must be torch.float32 of shape \(\)", {"logit_scale": torch.ones(1)}),
     ("logit_scale must be torch.float32", {"logit_scale": torch.tensor(1.0, dtype=torch.float64)}),
+    (r"query_bias must have shape \(4,\), got \(6,\)", {"query_bias": torch.ones(6)}),
+    ("target_bias must be torch.float32 for", {"target_bias": torch.ones(6).half()}),
     ("hardness must be one of", {"hardness": "hard"}),
     ("same width, got 3 and 5", {"target": torch.ones(6, 5)}),
     ("target is empty", {"target": torch.ones(0, 3)}),
@@ -277,7 +281,7 @@ def call(operator: str, backend: str = "torch", **change: Any) -> Any:
     sizes = {"positive": 4, "query_lse": 4, "target_lse": 6}
     outputs = {k: torch.zeros(n) for k, n in sizes.items()}
     outputs |= {f"d_{k}": torch.ones(n) for k, n in sizes.items()}
-    arguments |= outputs | {"kept": kept, "scale_gradient": True} | change
+    arguments |= outputs | {"kept": kept, "scale_gradient": True, "bias_gradients": True} | change
     schema = getattr(torch.ops.llave, operator).default._schema
     return getattr(torch.ops.llave, operator)(*(arguments[x.name] for x in schema.arguments))
 

@@ -29,6 +29,8 @@ def arguments(n: int = 6, m: int = 10, *, symmetric: bool = True) -> tuple[objec
         None,
         None,
         None,
+        torch.randn(n, requires_grad=True),
+        torch.randn(m, requires_grad=True),
         9.0,
         9.0,
         "in_batch",

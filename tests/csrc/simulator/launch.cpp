@@ -96,7 +96,7 @@ void run_kept(const Problem& p, const BackwardOutputs& outputs) {
 template <int Architecture, class Element, Size largest,
           template <class, class, class> class Epilogue, class Outputs>
 Size run_size(const Problem& p, const Outputs& outputs) {
-  const Size size = choose_size(p.n, p.m, kMultiprocessors, largest);
+  const Size size = choose_size(p.n, p.m, kMultiprocessors, p.rules.biased() ? Size::large : largest);
   const auto with = [&](auto tile) {
     using Tile = decltype(tile);
     run<Tile, Epilogue<SimulatedWarp, Element, Tile>, Element>(p, outputs);

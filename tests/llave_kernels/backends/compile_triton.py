@@ -20,17 +20,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import machine_code
-from llave_kernels.backends import tiles, triton_kernels
+from llave_kernels.backends import tiles, triton_kernels, triton_sigmoid_kernel
 
 # These arguments are None unless a call has such rules.
 RULES = (
     "p_label", "p_owner", "p_query_id", "p_target_id", "p_row_limit", "p_column_limit",
-    "target_alpha",
+    "p_query_bias", "p_target_bias", "target_alpha",
 )  # fmt: skip
-# And these unless similarities are kept and the scale learns.
+# And these unless similarities are kept, the scale learns or gradients are asked for.
 OPTIONS = {
     "forward_kernel": ("p_similarity",),
     "strip_kernel": ("p_similarity", "p_row_sum"),
+    "sigmoid_kernel": ("p_ds", "p_sums", "p_weight"),
 }
 INTEGERS = {"p_label", "p_owner", "p_query_id", "p_target_id"}
 
@@ -62,7 +63,8 @@ def compiled(
         absent: arguments that are None.
         options: those of ``OPTIONS`` that are not.
     """
-    kernel = getattr(triton_kernels, name)
+    module = triton_sigmoid_kernel if name == "sigmoid_kernel" else triton_kernels
+    kernel = getattr(module, name)
     absent = [*absent, *(a for a in OPTIONS.get(name, ()) if a not in options)]
     values = dict.fromkeys(absent) | {
         "HARDNESS": hardness, "PRECISION": precision, "TILE": tile,

@@ -37,7 +37,7 @@ def layouts(n: int, d: int) -> list[torch.Tensor]:
 def step(query: torch.Tensor, target: torch.Tensor) -> None:
     n, m = len(query), len(target)
     owners = torch.arange(m) % n
-    rules = Rules(None, owners, None, None, None, None, 9.0, 9.0, "in_batch", None, True)
+    rules = Rules(None, owners, *[None] * 6, 9.0, 9.0, "in_batch", None, True)
     scale = torch.tensor(50.0)
     kept = torch.empty(0)
     outputs = triton_backend.forward(query, target, scale, rules, kept)

@@ -55,7 +55,8 @@ def rules_of(n: int, m: int, *, symmetric: bool, **given: Any) -> Rules:
     labels = given.get("labels", torch.arange(n))
     return Rules(
         labels, given.get("owners"), given.get("query_ids"), given.get("target_ids"), None, None,
-        9.0, given.get("target_alpha", 9.0), "in_batch", given.get("false_negative_margin"),
+        given.get("query_bias"), given.get("target_bias"), 9.0, given.get("target_alpha", 9.0),
+        "in_batch", given.get("false_negative_margin"),
         symmetric,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from tests.conftest import BACKENDS
 from tests.helpers import assert_contract, draw_rules, embeddings, fused, relative_error
 from tests.llave_kernels import accounting
 
-PLAIN = Rules(None, None, None, None, None, None, 9.0, 9.0, "in_batch", None, True)
+PLAIN = Rules(*[None] * 8, 9.0, 9.0, "in_batch", None, True)
 KINDS = [
     (),
     ("labels", "owners"),

@@ -110,9 +110,7 @@ def negatives_that_count(
     """
     n, m = len(query), len(target)
     dtype = torch.promote_types(query.dtype, torch.float32)
-    rules = Rules(
-        torch.arange(n), torch.arange(m), None, None, None, None, 0.0, 0.0, "in_batch", margin, True
-    )
+    rules = Rules(torch.arange(n), torch.arange(m), *[None] * 6, 0.0, 0.0, "in_batch", margin, True)
     scale = torch.tensor(1e-6, dtype=dtype)  # each negative adds exp(0)
     outputs = torch.ops.llave.contrastive_logsumexp(query, target, scale, backend, *rules)
     return torch.cat(outputs[1:3]).exp().round()
@@ -157,7 +155,8 @@ def test_the_directions_judge_alike_wherever_a_column_is_known(backend: str) -> 
     limit = torch.empty(n).index_put((labels,), rows)
 
     def columns(part: slice, limit: Tensor | None) -> Tensor:
-        rules = Rules(labels[part], None, None, None, None, limit, 0.1, 0.1, "in_batch", 0.0, True)
+        given = labels[part], None, None, None, None, limit, None, None
+        rules = Rules(*given, 0.1, 0.1, "in_batch", 0.0, True)
         return torch.ops.llave.contrastive_logsumexp(query[part], target, scale, backend, *rules)[2]
 
     whole = columns(slice(None), None)

@@ -24,6 +24,8 @@ PLAIN = Rules(
     target_ids=None,
     row_limit=None,
     column_limit=None,
+    query_bias=None,
+    target_bias=None,
     alpha=9.0,
     target_alpha=9.0,
     hardness="in_batch",
@@ -122,6 +124,7 @@ def test_timing_happens_once_and_is_remembered(
         {"owners": COLUMNS},
         {"query_ids": COLUMNS, "target_ids": COLUMNS},
         {"target_alpha": 2.5},
+        {"target_bias": torch.ones(2)},
     ],
     ids=str,
 )

@@ -20,7 +20,7 @@ from pytorch_metric_learning import distances, losses, miners, reducers, regular
 from pytorch_metric_learning.utils import loss_and_miner_utils
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 
-from llave_kernels.integrations.metric_learning import NTXentLoss
+from llave_kernels.integrations.metric_learning import NTXentLoss, SupConLoss
 
 Case = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -200,9 +200,10 @@ def wrapped() -> list[list[list[Tensor]]]:
     return [
         [
             value_and_gradients(DistributedLossWrapper(f(), efficient), own, torch.float32)
-            for f in (losses.NTXentLoss, NTXentLoss)
+            for f in pair
         ]
         for efficient in (False, True)
+        for pair in ((losses.NTXentLoss, NTXentLoss), (losses.SupConLoss, SupConLoss))
     ]
 
 
