@@ -6,8 +6,10 @@ A file has ``FAMILY``: its implementations and its dense formula.
 from __future__ import annotations
 
 from benchmarks import peers
+from benchmarks.losses import within
 from benchmarks.peer import Family
 
 LOSSES: dict[str, Family] = {
     "contrastive": peers.FAMILY,
+    "within": within.FAMILY,
 }
