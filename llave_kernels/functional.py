@@ -113,8 +113,8 @@ def contrastive_logsumexp(
     the biases. Arguments and errors are as in ``hardness_weighted_contrastive_loss``.
     """
     query, target = autocast(query, target)
-    sides = checks.sides("within", within)
     scale, resolved = resolve(query, target, logit_scale, **rules)
+    sides = checks.sides("within", within, resolved)
     name = dispatch.choose(backend, query, target, resolved)
     return logsumexp(query, target, scale, resolved, name, sides=sides)
 
@@ -230,9 +230,9 @@ def hardness_weighted_contrastive_loss(
         error.
     """
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
-    sides = checks.sides("within", within)
     query, target = autocast(query, target)
     scale, resolved = resolve(query, target, logit_scale, **rules)
+    sides = checks.sides("within", within, resolved)
     nested = matryoshka.checked(matryoshka_dims, matryoshka_weights, query.shape[1])
     name = dispatch.choose(backend, query, target, resolved)
     if reduction != "none" and not sides:
@@ -295,10 +295,6 @@ def logsumexp(
     if dims is not None:
         outputs = matryoshka.logsumexp(query, target, scale, dims, rules)
     elif sides:
-        if rules.biased:
-            raise ValueError(
-                f"within={tuple(sides)} takes no query_bias and no target_bias; leave out either"
-            )
         outputs, within = within_logsumexp(query, target, scale, backend, rules, sides)
     elif autograd.serves(query, target, scale, *rules.biases):
         outputs = autograd.logsumexp(query, target, scale, dispatch.named(backend), rules)

@@ -184,7 +184,7 @@ def backward(
 
     for strip in prefixes:
         gradients.add(strip, ds_of)
-    d_query, d_target, d_scale = gradients.result(query, target)
+    d_query, d_target, d_scale, *_ = gradients.result(query, target)
     d_query, d_target = (x.div_(factor).to(query.dtype) for x in (d_query, d_target))
     return Gradients(d_query, d_target, d_scale / factor)
 

@@ -69,7 +69,7 @@ def results(
 def test_random_settings_equal_the_host(
     name: str, draws: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several blocks and strips. The host's float64 is the judge of our float64 and float32, in turn."""
+    """Several blocks and strips. The host's float64 judges our float64 and float32, in turn."""
     for module, size, value in (
         (positive_pairs, "ROWS", 3),
         (positive_pairs, "COLUMNS", 5),
