@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from llave_kernels import autograd, checks, dispatch, losses, matryoshka, ops, transforms
 from llave_kernels.precision import accumulation_dtype, autocast, scale_tensor
 from llave_kernels.rules import HARDNESS_MODES, RuleArguments, Rules, at_labels, default_owners
+from llave_kernels.within import within_logsumexp
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -25,11 +26,14 @@ class ContrastiveLogits(NamedTuple):
         query: (N,) log-sum-exp of each row over its valid negatives, -inf without any.
         target: (M,) log-sum-exp of each column over its valid negatives, the rows whose positive it
             is not. None when not symmetric. The loss reads it at ``labels`` only.
+        within: (N,) log-sum-exp of each row's negatives within the sides, -inf without any. None
+            without ``within``.
     """
 
     positive: Tensor
     query: Tensor
     target: Tensor | None
+    within: Tensor | None = None
 
 
 def resolve(
@@ -99,6 +103,7 @@ def contrastive_logsumexp(
     target: Tensor,
     *,
     logit_scale: float | Tensor = 50.0,
+    within: Sequence[str] = (),
     backend: str = "auto",
     **rules: Unpack[RuleArguments],
 ) -> ContrastiveLogits:
@@ -109,8 +114,9 @@ def contrastive_logsumexp(
     """
     query, target = autocast(query, target)
     scale, resolved = resolve(query, target, logit_scale, **rules)
+    sides = checks.sides("within", within, resolved)
     name = dispatch.choose(backend, query, target, resolved)
-    return logsumexp(query, target, scale, resolved, name)
+    return logsumexp(query, target, scale, resolved, name, sides=sides)
 
 
 @shows_rules
@@ -147,7 +153,7 @@ def matryoshka_logsumexp(
     name = dispatch.choose(backend, query, target, resolved)
     found = logsumexp(query, target, scale, resolved, name, nested.dims)
     order = [nested.dims.index(int(d)) for d in dims]
-    positive, rows, columns = found
+    positive, rows, columns, _ = found
     return ContrastiveLogits(
         positive[order], rows[order], None if columns is None else columns[order]
     )
@@ -159,6 +165,7 @@ def hardness_weighted_contrastive_loss(
     target: Tensor,
     *,
     logit_scale: float | Tensor = 50.0,
+    within: Sequence[str] = (),
     reduction: str = "mean",
     backend: str = "auto",
     matryoshka_dims: Sequence[int] | None = None,
@@ -184,6 +191,15 @@ def hardness_weighted_contrastive_loss(
             ``labels``, M must be at least N.
         logit_scale: kappa = 1 / temperature, a positive number or a tensor of one element, which
             may require grad. kappa, alpha and their sum must be finite in the dtype of the loss.
+        within: sides whose own pairs are negatives too, of ``"query"`` and ``"target"``
+            (Qwen3-Embedding: both). Each direction's sum then also has, for row i,
+
+            - ``"query"``: query i with every query that has another id.
+            - ``"target"``: row i's positive with every target that has another id, but not with
+              those that it owns: itself and row i's mined negatives.
+
+            These pairs carry no hardness weight. The margin leaves one out if its similarity
+            exceeds that of row i's positive by more. Default: none.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (a loss per row).
         backend: ``"auto"`` or a name from ``available_backends()``.
         matryoshka_dims: different lengths from 1 to D, such as ``(64, 256, 768)``, in any order.
@@ -216,25 +232,36 @@ def hardness_weighted_contrastive_loss(
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
     query, target = autocast(query, target)
     scale, resolved = resolve(query, target, logit_scale, **rules)
+    sides = checks.sides("within", within, resolved)
     nested = matryoshka.checked(matryoshka_dims, matryoshka_weights, query.shape[1])
     name = dispatch.choose(backend, query, target, resolved)
-    if nested is None and reduction != "none":
+    if reduction != "none" and not sides:
         weight = 1 / query.shape[0] if reduction == "mean" else 1.0
         merges = _merges_gradients(name, query, target, scale, resolved)
-        if autograd.serves(query, target, scale, *resolved.biases):
+        eager = autograd.serves(query, target, scale, *resolved.biases)
+        if nested is not None:
+            if eager and merges and _in_one_product(name, resolved):
+                merging = matryoshka.OneDirection(nested)
+                return autograd.one_direction_loss(query, target, scale, merging, resolved, weight)
+        elif eager:
             run = autograd.one_direction_loss if merges else autograd.total_loss
             return run(query, target, scale, dispatch.named(name), resolved, weight)
-        if merges:
+        elif merges:
             scale = scale_tensor(scale, query)
             return weight * ops.one_direction_loss(query, target, scale, name, *resolved)[0]
-    logits = logsumexp(query, target, scale, resolved, name, nested and nested.dims)
+    logits = logsumexp(query, target, scale, resolved, name, nested and nested.dims, sides)
     target_lse = logits.target
     if target_lse is not None:
         target_lse = at_labels(target_lse, resolved.labels, len(query))
-    loss = losses.loss_of_rows(logits.positive, logits.query, target_lse)
+    loss = losses.loss_of_rows(logits.positive, logits.query, target_lse, logits.within)
     if nested is not None:
         loss = nested.summed(loss)
     return losses.reduce(loss, reduction)
+
+
+def _in_one_product(backend: str, rules: Rules) -> bool:
+    """Whether the prefixes of a matryoshka loss share one product."""
+    return backend == matryoshka.BACKEND and not rules.biased
 
 
 def _merges_gradients(
@@ -255,23 +282,26 @@ def logsumexp(
     rules: Rules,
     backend: str,
     dims: tuple[int, ...] | None = None,
+    sides: Sequence[str] = (),
 ) -> ContrastiveLogits:
     """``contrastive_logsumexp`` of resolved arguments, on the named backend.
 
     With ``dims``, which ascend, it is ``matryoshka_logsumexp``.
     """
     scale = scale_tensor(scale, query)
-    one_product = backend == matryoshka.BACKEND and not rules.biased
-    if dims is not None and not one_product:
-        return _prefix_by_prefix(query, target, scale, rules, backend, dims)
+    within = None
+    if dims is not None and (sides or not _in_one_product(backend, rules)):
+        return _prefix_by_prefix(query, target, scale, rules, backend, dims, sides)
     if dims is not None:
         outputs = matryoshka.logsumexp(query, target, scale, dims, rules)
+    elif sides:
+        outputs, within = within_logsumexp(query, target, scale, backend, rules, sides)
     elif autograd.serves(query, target, scale, *rules.biases):
         outputs = autograd.logsumexp(query, target, scale, dispatch.named(backend), rules)
     else:
         outputs = ops.contrastive_logsumexp(query, target, scale, backend, *rules)[:3]
     positive, rows, columns = outputs
-    return ContrastiveLogits(positive, rows, columns if rules.symmetric else None)
+    return ContrastiveLogits(positive, rows, columns if rules.symmetric else None, within)
 
 
 def margin_limits(
@@ -294,16 +324,22 @@ def _prefix_by_prefix(
     rules: Rules,
     backend: str,
     dims: tuple[int, ...],
+    sides: Sequence[str],
 ) -> ContrastiveLogits:
     """``matryoshka_logsumexp`` for a call that computes the logits of one prefix at a time."""
-    positives, rows, columns = [], [], []
+    positives, rows, columns, within = [], [], [], []
     for k, d in enumerate(dims):
         q, t = matryoshka.truncated(query, d), matryoshka.truncated(target, d)
-        found = logsumexp(q, t, scale, rules.of_prefix(k), backend)
+        found = logsumexp(q, t, scale, rules.of_prefix(k), backend, sides=sides)
         positives.append(found.positive)
         rows.append(found.query)
         if found.target is not None:
             columns.append(found.target)
+        if found.within is not None:
+            within.append(found.within)
     return ContrastiveLogits(
-        torch.stack(positives), torch.stack(rows), torch.stack(columns) if columns else None
+        torch.stack(positives),
+        torch.stack(rows),
+        torch.stack(columns) if columns else None,
+        torch.stack(within) if within else None,
     )

@@ -15,14 +15,15 @@ from torch import Tensor
 from llave_kernels import checks, dispatch, transforms
 from llave_kernels.backends.protocol import Backend, Gradients, LogSumExps
 from llave_kernels.precision import accumulation_dtype
-from llave_kernels.rules import ELSEWHERE, HARDNESS_MODES, SCHEMA, TENSORS, Rules
+from llave_kernels.rules import ELSEWHERE, HARDNESS_MODES, SCHEMA, TENSORS, WITHIN, Rules
 
 # An operator's schema takes only tensors and scalars. So the rules are passed flat, field by field.
 INPUTS = "Tensor query, Tensor target, Tensor logit_scale"
 CALL = f"{INPUTS}, str backend, {SCHEMA}"
 OUTPUTS = "Tensor positive, Tensor query_lse, Tensor target_lse"
 UPSTREAM = "Tensor d_positive, Tensor d_query_lse, Tensor d_target_lse"
-GRADIENTS = ", ".join(f"Tensor d_{name}" for name in Gradients._fields)
+GRADIENTS = "Tensor d_query, Tensor d_target, Tensor d_logit_scale"
+WITH_BIASES = f"{GRADIENTS}, Tensor d_query_bias, Tensor d_target_bias"
 ASKED = "bool scale_gradient, bool bias_gradients"
 
 
@@ -63,6 +64,11 @@ def forward(
 
 @contrastive_logsumexp.register_fake
 def _(query: Tensor, target: Tensor, logit_scale: Tensor, backend: str, *given: Any) -> Any:
+    return fake_logsumexp(query, target, backend, *given)
+
+
+def fake_logsumexp(query: Tensor, target: Tensor, backend: str, *given: Any) -> Any:
+    """Empty outputs of ``contrastive_logsumexp``."""
     rules, n, m = Rules(*given), query.shape[0], target.shape[0]
     kept = dispatch.named(backend).kept_shape(query, target, rules)
     shapes = (n,), (n,), (m if rules.symmetric else 0,), kept
@@ -73,7 +79,7 @@ def _(query: Tensor, target: Tensor, logit_scale: Tensor, backend: str, *given: 
 @torch.library.custom_op(
     "llave::contrastive_logsumexp_backward",
     mutates_args=(),
-    schema=f"({UPSTREAM}, {OUTPUTS}, Tensor kept, {ASKED}, {CALL}) -> ({GRADIENTS})",
+    schema=f"({UPSTREAM}, {OUTPUTS}, Tensor kept, {ASKED}, {CALL}) -> ({WITH_BIASES})",
 )
 def contrastive_logsumexp_backward(
     d_positive: Tensor,
@@ -114,7 +120,7 @@ def _(*arguments: Any) -> Any:
 
 
 @torch.library.custom_op(
-    "llave::one_direction_loss", mutates_args=(), schema=f"({CALL}) -> (Tensor loss, {GRADIENTS})"
+    "llave::one_direction_loss", mutates_args=(), schema=f"({CALL}) -> (Tensor loss, {WITH_BIASES})"
 )
 def one_direction_loss(
     query: Tensor, target: Tensor, logit_scale: Tensor, backend: str, *given: Any
@@ -177,7 +183,7 @@ def checked(
     rules = Rules(*given)
     checks.embeddings(query, target)
     expect("logit_scale", logit_scale, (), query)
-    checks.one_of("hardness", rules.hardness, HARDNESS_MODES)
+    checks.one_of("hardness", rules.hardness, (*HARDNESS_MODES, WITHIN))
     if rules.row_limit is not None:
         expect("row_limit", rules.row_limit, (*prefixes, len(query)), query)
     if rules.column_limit is not None:

@@ -78,12 +78,12 @@ def test_outputs_have_the_biases_in_them(backend: str, symmetric: bool) -> None:
     truth = reference_logsumexp(
         *(x.double() for x in pair), **rules, **{k: x.double() for k, x in given.items()}
     )
-    for ours, expected in zip(found, truth, strict=True):
+    for ours, expected in zip(found[:3], truth, strict=True):
         assert (ours is None) == (expected is None)
         assert ours is None or relative_error(ours, expected) < 2e-6
     # Any loss of the outputs differentiates.
     upstream = [torch.rand(len(x)) for x in truth if x is not None]
-    outputs = [x for x in found if x is not None]
+    outputs = [x for x in found[:3] if x is not None]
     ours = torch.autograd.grad(outputs, list(given.values()), upstream)
     outputs = [x for x in truth if x is not None]
     expected = torch.autograd.grad(outputs, list(given.values()), [x.double() for x in upstream])
