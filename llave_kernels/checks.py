@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llave_kernels.rules import HARDNESS_MODES, RuleSettings
+from llave_kernels.rules import HARDNESS_MODES, Rules, RuleSettings
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -234,12 +234,17 @@ def one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {short(value)}")
 
 
-def sides(name: str, value: Any) -> tuple[str, ...]:
-    """Sides of the pairs, each once, in the order of ``SIDES``."""
+def sides(name: str, value: Any, rules: Rules | None = None) -> tuple[str, ...]:
+    """Sides of the pairs, each once, in the order of ``SIDES``. ``rules``: of a call."""
     given = value if isinstance(value, (tuple, list, set, frozenset)) else [value]
     if isinstance(value, str) or not all(isinstance(x, str) and x in SIDES for x in given):
         raise ValueError(
             f"{name} must be a tuple of {' and '.join(map(repr, SIDES))}, or (), got {short(value)}"
+        )
+    if given and rules is not None and rules.biases != (None, None):
+        raise ValueError(
+            f"{name}={value!r} does not go with query_bias or target_bias, which are of pairs of a "
+            "query and a target; leave one out"
         )
     return tuple(side for side in SIDES if side in given)
 

@@ -181,9 +181,9 @@ def checked(
 ) -> tuple[Call, Terms]:
     """Checked arguments of ``distributed_contrastive_loss``, and what other processes are told."""
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
-    sides = checks.sides("within", within)
     query, target = autocast(query, target)
     scale, rules = functional.resolve(query, target, logit_scale, **given)
+    sides = checks.sides("within", within, rules)
     nested = matryoshka.checked(matryoshka_dims, matryoshka_weights, query.shape[1])
     if nested is not None and sides:
         raise ValueError(

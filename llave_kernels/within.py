@@ -266,10 +266,10 @@ def _(query: Tensor, target: Tensor, scale: Tensor, backend: str, *given: Any) -
     "llave::within_logsumexp_backward",
     mutates_args=(),
     schema=f"({ops.UPSTREAM}, Tensor d_within_lse, {ops.OUTPUTS}, Tensor within_lse, Tensor kept, "
-    f"bool scale_gradient, {INPUTS}) -> ({ops.GRADIENTS})",
+    f"bool scale_gradient, {INPUTS}) -> (Tensor d_query, Tensor d_target, Tensor d_logit_scale)",
 )
-def backward_operator(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``Gradients``. The scale's is any number unless ``scale_gradient``."""
+def backward_operator(*given: Any) -> tuple[Tensor, ...]:
+    """The gradients of query, target and scale. Unless ``scale_gradient``, that is any number."""
     *upstream, d_within = given[:4]
     *outputs, within, kept, learns = given[4:10]
     query, target, scale, backend, *flags = given[10:16]
@@ -278,10 +278,11 @@ def backward_operator(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     transforms.refuse_tangents(query, target, scale)
     d_outputs = ops.like_outputs(rules, query, target, "d_", *upstream)
     with dispatch.running_on(query):
-        return gradients(
+        found = gradients(
             module, d_outputs, d_within.contiguous(), query, target, scale,
             LogSumExps(*outputs), within, kept, rules, _sides(*flags), scale_gradient=learns,
-        )[:3]  # fmt: skip
+        )  # fmt: skip
+        return found[:3]
 
 
 @backward_operator.register_fake

@@ -95,7 +95,7 @@ def rounding_errors(
     def of_similarity(s: Tensor, within: Tensor, **rules: Any) -> Tensor:
         return similarity_loss(s, allowance=allowance, within=within, **rules)
 
-    loss, ds, d_lse, *_ = loss_and_gradients(of_similarity, similarity, lse, scale, **rules)
+    loss, ds, d_lse, _ = loss_and_gradients(of_similarity, similarity, lse, scale, **rules)
     every = torch.arange(len(query), device=query.device)
     blocks = [("query", "target", every, ds)]
     if within:
@@ -106,18 +106,17 @@ def rounding_errors(
         blocks += [(x, x, rows[x], ds) for x, ds in zip(within, parts, strict=True)]
     sums = torch.float64 if query.dtype == torch.float64 else torch.float32
     eps = torch.finfo(sums).eps
+    sides = [side for side, name in enumerate(BIASES) if name in rules]
     half = query.dtype.itemsize == 2
     apart, together = ({k: torch.zeros_like(x) for k, x in pair.items()} for _ in range(2))
-    of_loss, of_scale, alike_of_scale = 0.0, 0.0, 0.0
-    sides = [side for side, name in enumerate(BIASES) if name in rules]
     of_biases = []
+    of_loss, of_scale, alike_of_scale = 0.0, 0.0, 0.0
     for side, other, rows, ds in blocks:
         x, y = pair[side][rows], pair[other]
         # A similarity carries the rounding of its products. A product may exceed the similarity.
         logits = logit_share * (scale + rules.get("alpha", 9.0)) * (x.abs() @ y.abs().T)
-        for number in sides:  # there are none within a side
-            bias = rules[BIASES[number]].double().abs().unsqueeze(1 - number)
-            logits = logits + logit_share * bias
+        for k in sides:
+            logits = logits + logit_share * rules[BIASES[k]].double().abs().unsqueeze(1 - k)
         # Half precision rounds a term once, by at most eps / 2. Full precision does several times.
         share = 1.0 if half else 6.0
         squares = (ds * (share * torch.finfo(query.dtype).eps + eps * logits)).square()
@@ -130,14 +129,13 @@ def rounding_errors(
         of_loss += float((ds * logits).square().sum())
         of_scale += float((squares * s.square()).sum()) / scale**2
         alike_of_scale += float((alike * s).sum()) / scale
-        of_biases += [
-            float(squares.sum().sqrt() + alike.sum(1 - number).norm()) / scale for number in sides
-        ]
+        # No biases go with several blocks.
+        of_biases = [(squares.sum(1 - k) / scale**2, alike.sum(1 - k) / scale) for k in sides]
     return [
         3 * eps * float(loss.norm()) + eps * of_loss**0.5 / scale,
         *(float(apart[side].sum().sqrt() + together[side].norm()) for side in pair),
         of_scale**0.5 + abs(alike_of_scale),
-        *of_biases,
+        *(float(apart.sum().sqrt() + together.norm()) for apart, together in of_biases),
     ]
 
 
@@ -273,7 +271,7 @@ def rounding(query: Tensor, target: Tensor) -> float:
 def draw_rules(n: int, m: int, kinds: Collection[str]) -> dict[str, Any]:
     """Random arguments for the named rules.
 
-    The names are labels, owners, ids, margin, target_alpha, biases, within.
+    They are labels, owners, ids, margin, target_alpha, and biases or within.
     """
     rules: dict[str, Any] = {}
     if "labels" in kinds:
@@ -293,6 +291,6 @@ def draw_rules(n: int, m: int, kinds: Collection[str]) -> dict[str, Any]:
         # Values that float32 holds. Sometimes they lie further apart than the similarities' logits.
         rules["query_bias"] = 4 * torch.randn(n)
         rules["target_bias"] = -(8 * torch.rand(m)).exp().log1p()
-    elif "within" in kinds:  # the two do not go together
+    elif "within" in kinds:
         rules["within"] = ("query", "target")
     return rules

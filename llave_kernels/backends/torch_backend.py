@@ -350,7 +350,11 @@ def backward(
     strips = Strips(query, target, logit_scale, rules, kept)
     # Used for float32 dS too, because exp(z) and the factors below have very different sizes.
     factor = gain(strips.scale, *upstream) if sums is None else sums.gain
-    gradients = _Gradients(strips, query.dtype, factor, sums, bias_gradients=bias_gradients)
+    gradients = (
+        _Gradients(strips, query.dtype, factor, bias_gradients=bias_gradients)
+        if sums is None
+        else _Added(strips, sums)
+    )
     scale = strips.scale * factor
     slopes = Slopes(strips, upstream, outputs, scale)
     for strip in strips:
@@ -361,6 +365,23 @@ def backward(
 def merges_gradients(query: Tensor) -> bool:
     """Whether gradients stay unrounded until the upstream gradient is known."""
     return not rounds_gradients(query)
+
+
+def merged(
+    strips: Strips, strip: slice, similarity: Tensor, positive: Tensor, weight: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of a strip's rows (rows,) in one direction, dS of the negatives and of the positives.
+
+    Args:
+        similarity: (M, rows). It is overwritten by dS of the negatives.
+        positive: (rows,) logits of the positives.
+        weight: of the loss.
+    """
+    e, total, shift = _row_exponentials(strips, strips.row_logits(strip, similarity))
+    lse = shift + total.log()
+    slope = torch.sigmoid(lse - positive) * strips.scale * weight
+    ds = e.mul_(slope / total.masked_fill(total == 0, 1.0))
+    return direction_loss(positive, lse) * weight, ds, -slope
 
 
 def one_direction(
@@ -377,13 +398,10 @@ def one_direction(
     gradients = _Gradients(strips, dtype, None, bias_gradients=bias_gradients)
     loss = query.new_empty(len(query), dtype=dtype)
 
-    def accumulate(strip: slice) -> None:
+    def accumulate(strip: slice) -> None:  # a function, to free a strip before the next is made
         similarity = strips.similarity(strip)
-        e, total, shift = _row_exponentials(strips, strips.row_logits(strip, similarity))
-        positive, lse = strips.positive[strip], shift + total.log()
-        loss[strip] = direction_loss(positive, lse)
-        slope = torch.sigmoid(lse - positive) * strips.scale
-        gradients.add(strip, e.mul_(slope / total.masked_fill(total == 0, 1.0)), -slope)
+        loss[strip], *slopes = merged(strips, strip, similarity, strips.positive[strip])
+        gradients.add(strip, *slopes)
 
     for strip in strips:
         accumulate(strip)
@@ -391,27 +409,21 @@ def one_direction(
 
 
 class _Gradients:
-    """The gradients, summed over strips of ``factor * dS``. dQ and dT are in ``dtype``.
-
-    With ``sums`` these two are added there.
-    """
+    """The gradients, summed over strips of ``factor * dS``. dQ and dT are in ``dtype``."""
 
     def __init__(
         self,
         strips: Strips,
         dtype: torch.dtype,
         factor: Tensor | None,
-        sums: Sums | None = None,
         *,
         bias_gradients: bool = False,
     ) -> None:
-        self.strips, self.factor, self.sums = strips, factor, sums
-        self.d_biases = strips.rules.bias_gradients(bias_gradients)
-        if sums is not None:
-            return
+        self.strips, self.factor = strips, factor
         self.d_query = strips.query.new_empty(strips.query.shape, dtype=dtype)
         self.d_target = strips.target.new_zeros(strips.target.shape, dtype=strips.dtype)
         self.d_scales: list[Tensor] = []
+        self.d_biases = strips.rules.bias_gradients(bias_gradients)
 
     def add(self, strip: slice, ds: Tensor, d_positive: Tensor) -> None:
         """Complete ``ds`` (M, rows) with the positives' gradient, then run both GEMMs."""
@@ -424,10 +436,6 @@ class _Gradients:
             d_target_bias += ds.sum(1)
         if rounds_gradients(strips.query):
             ds = ds.to(queries.dtype)
-        if self.sums is not None:
-            add_product(self.sums.query[strip], ds.T, strips.target)
-            add_product(self.sums.target, ds, queries)
-            return
         d_query = product(ds.T, strips.target)
         add_product(self.d_target, ds, queries)
         # d logit_scale follows from dQ, because s has a gradient only through kappa s. It takes dQ
@@ -436,11 +444,27 @@ class _Gradients:
         self.d_query[strip] = d_query if self.factor is None else d_query.div_(self.factor)
 
     def result(self) -> Gradients:
-        if self.sums is not None:
-            return Gradients(*self.sums)
         if self.factor is not None:
             self.d_target /= self.factor
         divisor = self.strips.scale if self.factor is None else self.strips.scale * self.factor
         d_scale = torch.stack(self.d_scales).sum() / divisor
         d_biases = (None if x is None else x / divisor for x in self.d_biases)
         return Gradients(self.d_query, self.d_target.to(self.d_query.dtype), d_scale, *d_biases)
+
+
+class _Added:
+    """As ``_Gradients``, added to ``sums``."""
+
+    def __init__(self, strips: Strips, sums: Sums) -> None:
+        self.strips, self.sums = strips, sums
+
+    def add(self, strip: slice, ds: Tensor, d_positive: Tensor) -> None:
+        strips, queries = self.strips, self.strips.queries(strip)
+        strips.put_positives(strip, ds, d_positive)
+        if rounds_gradients(strips.query):
+            ds = ds.to(queries.dtype)
+        add_product(self.sums.query[strip], ds.T, strips.target)
+        add_product(self.sums.target, ds, queries)
+
+    def result(self) -> Gradients:
+        return Gradients(*self.sums)

@@ -18,8 +18,13 @@ from llave_kernels import (
     within,
 )
 from llave_kernels.backends.protocol import LogSumExps
-from llave_kernels.reference import reference_logsumexp, reference_loss, reference_within
-from llave_kernels.rules import plain_rules
+from llave_kernels.reference import (
+    reference_logsumexp,
+    reference_loss,
+    reference_matryoshka,
+    reference_within,
+)
+from llave_kernels.rules import TENSORS, Rules
 from tests.helpers import (
     assert_contract,
     draw_rules,
@@ -31,7 +36,7 @@ from tests.helpers import (
 from tests.llave_kernels import accounting
 
 BOTH = ("query", "target")
-PLAIN = plain_rules(alpha=9.0, target_alpha=9.0, symmetric=True)
+PLAIN = Rules(*[None] * TENSORS, 9.0, 9.0, "in_batch", None, True)
 
 
 def strips_of(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
@@ -230,6 +235,21 @@ def test_other_sides_are_refused(wrong: Any) -> None:
         hardness_weighted_contrastive_loss(*embeddings(3, 3, 2), within=wrong)
     with pytest.raises(ValueError, match=message):
         HardnessWeightedContrastiveLoss(within=wrong)
+
+
+def test_biases_are_refused() -> None:
+    bias = torch.zeros(3)
+    with pytest.raises(ValueError, match="does not go with query_bias or target_bias"):
+        contrastive_logsumexp(*embeddings(3, 3, 2), within=BOTH, query_bias=bias)
+
+
+def test_prefixes_of_the_embeddings(backend: str) -> None:
+    """They are computed one by one."""
+    pair = embeddings(7, 14, 8)
+    rules = {"matryoshka_dims": (3, 8), "within": BOTH, "symmetric": False}
+    found = hardness_weighted_contrastive_loss(*pair, backend=backend, **rules)
+    expected = reference_matryoshka(*(x.double() for x in pair), **rules)
+    assert relative_error(found, expected) < (3e-4 if backend == "cuda" else 1e-5)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
