@@ -286,7 +286,7 @@ def test_extra_memory(symmetric: bool) -> None:
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    assert float(result.stdout) < 100
+    assert float(result.stdout) < 134
 
 
 def across() -> tuple[dict[tuple[Any, ...], Tensor], str]:
