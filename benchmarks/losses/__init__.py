@@ -6,10 +6,11 @@ A file has ``FAMILY``: its implementations and its dense formula.
 from __future__ import annotations
 
 from benchmarks import peers
-from benchmarks.losses import matryoshka
+from benchmarks.losses import matryoshka, sigmoid
 from benchmarks.peer import Family
 
 LOSSES: dict[str, Family] = {
     "contrastive": peers.FAMILY,
     "matryoshka": matryoshka.FAMILY,
+    "sigmoid": sigmoid.FAMILY,
 }

@@ -30,9 +30,7 @@ def truth(
     query: Tensor, target: Tensor, scale: float, bias: float, **settings: Any
 ) -> list[Tensor]:
     """``outcome`` of the reference in float64."""
-    return outcome(
-        reference_sigmoid_loss, query.double(), target.double(), scale, bias, **settings
-    )
+    return outcome(reference_sigmoid_loss, query.double(), target.double(), scale, bias, **settings)
 
 
 def limits(
@@ -101,5 +99,3 @@ def meta_call(n: int, d: int, dtype: torch.dtype) -> tuple[list[Tensor], dict[st
         for name in ("logit_scale", "logit_bias")
     }
     return pair, learned
-
-

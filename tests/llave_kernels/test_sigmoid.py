@@ -47,9 +47,7 @@ def test_logits_of_every_size(backend: str, scale: float, bias: float) -> None:
 
 
 @pytest.mark.parametrize(("few", "many"), [(40, 100), (3, 7)])
-def test_many_strips(
-    backend: str, few: int, many: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_strips(backend: str, few: int, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strip_gemm, "WORKSPACE", 16 * 176 * 4)
     monkeypatch.setattr(torch_backend, "STRIP_BUDGET", 16 * 176 * 4)
     for dtype in DTYPES[backend]:
