@@ -247,7 +247,10 @@ def test_extra_memory_on_a_gpu(
 
 @pytest.mark.parametrize(
     ("backend", "forward"),
-    [("cuda", "sigmoid sum sum mm mm stack sum"), ("triton", "sigmoid_kernel sum sum mm mm stack sum")],
+    [
+        ("cuda", "sigmoid sum sum mm mm stack sum"),
+        ("triton", "sigmoid_kernel sum sum mm mm stack sum"),
+    ],
 )  # fmt: skip
 def test_launches_of_a_small_call(
     backend: str, forward: str, monkeypatch: pytest.MonkeyPatch
