@@ -353,6 +353,38 @@ int64_t most_scale_parts(const Problem& p, int rows) {
   return tile_count(rows, p.m, Size::small) * kMostWarps;
 }
 
+py::tuple sigmoid(int device, int architecture, const Problem& whole, int start, int stop,
+                  Address bias, Address weights, Address gain, Address ds, int64_t pitch,
+                  Address loss_parts, Address sums, Address stream) {
+  require_strip(whole, start, stop);
+  require("bias", bias, 4);
+  require("loss_parts", loss_parts, 4);
+  require("sums", sums, 4);
+  if (ds != 0) {
+    require("ds", ds, 16);
+    require_pitch("pitch", pitch, whole);
+  }
+  const Problem p = whole.rows(start, stop);
+  const SigmoidOutputs outputs = {pointer<float>(bias),
+                                  weights == 0 ? nullptr : pointer<float>(weights) + start,
+                                  pointer<float>(gain),
+                                  pointer<void>(ds),
+                                  pitch,
+                                  pointer<float>(loss_parts),
+                                  pointer<float>(sums)};
+  const SigmoidParts parts = dispatch(architecture, p.type, [&](auto number, auto element) {
+    select_device(device);
+    return launch_sigmoid<decltype(number)::value, decltype(element)>(p, outputs,
+                                                                      pointer<CUstream_st>(stream));
+  });
+  return py::make_tuple(parts.row_parts, parts.sums);
+}
+
+py::tuple most_sigmoid_parts(const Problem& p, int rows) {
+  return py::make_tuple(int64_t(tiles_over(p.m, kFewestColumns)) * kMostWarpsAcross,
+                        tile_count(rows, p.m, Size::small) * kMostWarps);
+}
+
 }  // namespace
 
 }  // namespace llave
@@ -397,4 +429,14 @@ PYBIND11_MODULE(_cuda, m) {
         "tiles are too large for that.");
   m.def("most_scale_parts", &most_scale_parts, py::arg("problem"), py::arg("rows"),
         "The most parts of the scale's gradient that `backward` writes for `rows` rows.");
+  m.def("sigmoid", &sigmoid, py::kw_only(), py::arg("device"), py::arg("architecture"),
+        py::arg("problem"), py::arg("start"), py::arg("stop"), py::arg("bias"), py::arg("weights"),
+        py::arg("gain"), py::arg("ds"), py::arg("pitch"), py::arg("loss_parts"), py::arg("sums"),
+        py::arg("stream"),
+        "The sigmoid loss of rows start to stop, and its dS times `gain` (0: 1) into ds "
+        "(stop - start, pitch) unless that is 0. `loss_parts` (row parts, stop - start) sum to the "
+        "rows' losses. `sums` (sums, 2) sum to the gradients of scale and bias. `weights` (0: 1) "
+        "are the upstream gradients of the rows' losses. It returns (row parts, sums).");
+  m.def("most_sigmoid_parts", &most_sigmoid_parts, py::arg("problem"), py::arg("rows"),
+        "The most (row parts, sums) that `sigmoid` writes for `rows` rows.");
 }

@@ -5,6 +5,7 @@
 #include "forward_epilogue.h"
 #include "launch.h"
 #include "per_device.h"
+#include "sigmoid_epilogue.h"
 
 #if LLAVE_ARCHITECTURE == 90
 #include "sm90/gemm.h"
@@ -132,6 +133,14 @@ int64_t launch_backward<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>(const Problem& p,
   constexpr Size largest = kLargestBackward<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>;
   const Size size = launch_size<largest, BackwardEpilogue>(p, outputs, stream, "backward");
   return scale_parts<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>(p, size);
+}
+
+template <>
+SigmoidParts launch_sigmoid<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>(const Problem& p,
+                                                               const SigmoidOutputs& outputs,
+                                                               cudaStream_t stream) {
+  const Size size = launch_size<Size::large, SigmoidEpilogue>(p, outputs, stream, "sigmoid");
+  return sigmoid_parts<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>(p, size);
 }
 
 }  // namespace llave

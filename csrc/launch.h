@@ -7,6 +7,7 @@
 #include "combine.h"
 #include "loss.h"
 #include "problem.h"
+#include "sigmoid.h"
 #include "sizes.h"
 
 namespace llave {
@@ -21,6 +22,9 @@ Size launch_forward(const Problem&, const ForwardOutputs&, cudaStream_t stream);
 // Returns how many parts of the scale's gradient it writes if they are asked for.
 template <int Architecture, class Element>
 int64_t launch_backward(const Problem&, const BackwardOutputs&, cudaStream_t stream);
+
+template <int Architecture, class Element>
+SigmoidParts launch_sigmoid(const Problem&, const SigmoidOutputs&, cudaStream_t stream);
 
 void launch_combine(const Combination& rows, const Combination& columns, cudaStream_t stream);
 

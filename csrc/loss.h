@@ -19,16 +19,6 @@ struct Softplus {
     value = (x > 0.0f ? x : 0.0f) + log_of_one_plus(e);
     slope = (x < 0.0f ? e : 1.0f) / (1.0f + e);
   }
-
- private:
-  // log(1 + x) for 0 <= x <= 1, from the series of 2 atanh(x / (2 + x)).
-  CUTE_HOST_DEVICE static float log_of_one_plus(float x) {
-    const float y = x / (2.0f + x);
-    float sum = 1.0f / 17;
-    CUTE_UNROLL
-    for (int k = 7; k >= 0; --k) sum = fmaf(sum, y * y, 1.0f / (2 * k + 1));
-    return 2.0f * y * sum;
-  }
 };
 
 // What a row, or a whole batch, adds to the loss. The largest slopes ignore what is not finite.

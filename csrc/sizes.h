@@ -16,7 +16,8 @@ CUTE_HOST_DEVICE constexpr int tile_rows(Size size) {
 CUTE_HOST_DEVICE constexpr int tile_columns(Size size) {
   return size == Size::widest ? 192 : size == Size::wide ? 160 : 128;
 }
-constexpr int kMostRows = 128, kFewestRows = 64, kFewestColumns = 128, kMostWarps = 8;
+constexpr int kMostRows = 128, kFewestRows = 64, kFewestColumns = 128, kMostWarps = 8,
+              kMostWarpsAcross = 2;
 
 CUTE_HOST_DEVICE constexpr int tiles_over(int length, int tile) {
   return static_cast<int>((int64_t(length) + tile - 1) / tile);

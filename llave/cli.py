@@ -16,13 +16,7 @@ from llave.files import escaped
 from llave.stopping import Stopped, stoppable
 
 Arguments = argparse.Namespace
-GOES_ON = (
-    "train",
-    "evaluate",
-    "embed",
-    "compress",
-    "index",
-)  # commands that continue a stopped run
+GOES_ON = ("train", "evaluate", "embed", "compress", "index")  # they continue a stopped run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,6 +93,17 @@ def _parser() -> argparse.ArgumentParser:
             type=int,
             help="processes that read and preprocess ahead of the model (a process's share of the "
             "cores less one, 1 to 4); 0: none",
+        )
+
+    def smaller(made: argparse.ArgumentParser) -> None:
+        made.add_argument(
+            "--truncate-dim", type=int, help="keep so many values, for a Matryoshka model"
+        )
+        made.add_argument(
+            "--dtype",
+            choices=("float32", "float16", "int8", "binary"),
+            default="float32",
+            help="how values are stored (float32); binary: a bit each",
         )
 
     train = command(
@@ -178,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         _embed,
         "Embed a corpus into parquet shards; may be killed and started again.",
         "llave embed llave-0.5b photos/ --out photos.embeddings",
+        "llave embed llave-0.5b photos/ --out photos.int8 --dtype int8",
         "torchrun --nproc_per_node 8 -m llave embed llave-0.5b corpus.jsonl --out embeddings",
     )
     embed.add_argument("model", help="a model folder or hub name")
@@ -188,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--batch-size", type=int, default=32)
     workers(embed)
     embed.add_argument("--shard-rows", type=int, default=4096)
-    embed.add_argument("--dtype", choices=("float32", "float16"), default="float32")
+    smaller(embed)
     embed.add_argument(
         "--image-root", help="folder that holds the images (the input's); / allows any"
     )
@@ -208,12 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compress.add_argument("folder", help="written by llave embed")
     compress.add_argument("--out", required=True, help="folder of the smaller shards")
-    compress.add_argument(
-        "--truncate-dim", type=int, help="keep so many values, for a Matryoshka model"
-    )
-    compress.add_argument(
-        "--dtype", choices=("float32", "float16", "int8", "binary"), default="float32"
-    )
+    smaller(compress)
 
     index = command(
         "index",
@@ -253,6 +254,9 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("-k", type=int, default=10)
     search.add_argument(
         "--backend", choices=("exact", "faiss"), default="exact", help="faiss: ask the index"
+    )
+    search.add_argument(
+        "--truncate-dim", type=int, help="compare only so many values, for a Matryoshka model"
     )
     search.add_argument("--partial", action="store_true", help="search an unfinished corpus")
     return parser
@@ -338,6 +342,7 @@ def _embed(arguments: Arguments, _: list[str]) -> None:
         arguments.out,
         batch_size=arguments.batch_size,
         shard_rows=arguments.shard_rows,
+        truncate_dim=arguments.truncate_dim,
         dtype=arguments.dtype,
         image_root=arguments.image_root,
         on_error=arguments.on_error,
@@ -389,6 +394,7 @@ def _search(arguments: Arguments, _: list[str]) -> None:
         model=model,
         k=arguments.k,
         backend=arguments.backend,
+        truncate_dim=arguments.truncate_dim,
         partial=arguments.partial,
     )
     if query is not None:

@@ -6,11 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from llave.files import shown, writing
-from llave.quantisation import DTYPES, Dtype, truncated
+from llave.quantisation import DTYPES, Dtype, check_truncate_dim, truncated, value_ranges
 from llave.shards import (
     Range,
     Shard,
@@ -62,8 +61,7 @@ def compress(
             f"{shown(folder)} is compressed to {manifest['dtype']}; compress the embeddings that "
             "it was made of"
         )
-    if truncate_dim is not None and not 1 <= truncate_dim <= dimension:
-        raise ValueError(f"truncate_dim must be in 1..{dimension}, got {truncate_dim}")
+    check_truncate_dim(truncate_dim, dimension)
     spans = ranges(manifest)
     if missing := [span for span in spans if not (folder / span.file).exists()]:
         raise ValueError(
@@ -74,7 +72,8 @@ def compress(
     smaller = manifest | {"dimension": truncate_dim or dimension, "dtype": dtype}
     shrunk = partial(_shrunk, folder, manifest, smaller)
     if dtype == "int8":
-        smaller["ranges"] = _ranges(shrunk, spans)
+        bar = tqdm(spans, desc="ranges", unit="file")
+        smaller["ranges"] = value_ranges(shrunk(span).vectors for span in bar)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     enter_manifest(out, smaller)
@@ -90,17 +89,3 @@ def compress(
 def _shrunk(folder: Path, manifest: dict[str, Any], smaller: dict[str, Any], span: Range) -> Shard:
     shard = read_shard(folder / span.file, span, manifest)
     return shard._replace(vectors=truncated(shard.vectors, smaller))
-
-
-def _ranges(shrunk: Any, spans: list[Range]) -> list[list[float]]:
-    """Return the least and the largest value of each dimension, over all rows."""
-    low = high = None
-    for span in tqdm(spans, desc="ranges", unit="file"):
-        vectors = shrunk(span).vectors.astype(np.float32)
-        if len(vectors):
-            least, largest = vectors.min(0), vectors.max(0)
-            low = least if low is None else np.minimum(low, least)
-            high = largest if high is None else np.maximum(high, largest)
-    if low is None or high is None:
-        raise ValueError("the folder has no embeddings: every row was skipped")
-    return [low.tolist(), high.tolist()]

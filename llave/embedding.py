@@ -7,8 +7,6 @@ files.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -18,9 +16,9 @@ from functools import partial
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
+import numpy as np
 from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
@@ -28,10 +26,14 @@ from llave.batching import Lengths, planned
 from llave.corpus import OnError, Row, Source, image_size, load_input
 from llave.encoding import Encoder, Failure, dimension_of
 from llave.files import escaped, shown, writing
-from llave.filling import fill
+from llave.filling import checked, fill
+from llave.fingerprint import model_fingerprint
 from llave.opening import Root
 from llave.processes import rank_and_size
+from llave.quantisation import DTYPES, Dtype, check_truncate_dim, truncated, value_ranges
+from llave.recall import sample_recall
 from llave.shards import (
+    MANIFEST,
     Range,
     Shard,
     enter_manifest,
@@ -55,8 +57,7 @@ __all__ = [
     "refuse_out",
 ]
 
-# Values sampled per weight. A training step changes some of them, and hashing them is fast.
-SAMPLED_VALUES = 1024
+SAMPLE = 1024  # rows that give the ranges of int8 and the recall of smaller embeddings
 SHOWN = 10  # how many skipped rows are printed
 # Batches planned at a time where there are images. Rows may hold image files, and all of a shard's
 # could fill the memory.
@@ -75,6 +76,11 @@ class EmbedReport:
     """Rows left out because they cannot be used: ``{"row", "id", "error"}`` each."""
     ignored: dict[str, int] = field(default_factory=dict)
     """How many entries of a folder are not taken, by reason."""
+    recall: float | None = None
+    """Share of the 10 nearest rows that the smaller embeddings give, in a sample of the corpus.
+
+    It is ``llave.recall.sample_recall``. None for whole embeddings, and for processes but rank 0.
+    """
     seconds: float = 0.0
 
 
@@ -86,7 +92,8 @@ def embed(
     batch_size: int = 32,
     shard_rows: int = 4096,
     normalize: bool = True,
-    dtype: Literal["float32", "float16"] = "float32",
+    truncate_dim: int | None = None,
+    dtype: Dtype = "float32",
     prompt: str | None = None,
     image_root: str | Path | None = None,
     on_error: OnError = "raise",
@@ -118,7 +125,10 @@ def embed(
             (LLAVE_MAX_PIXELS of ``llave.limits``), and so does a lack of memory.
         shard_rows: rows per file. 4096 by default.
         normalize: whether embeddings are scaled to length 1. True by default.
-        dtype: dtype of the stored embeddings, ``"float32"`` (default) or ``"float16"``.
+        truncate_dim, dtype: as in ``llave.compression.compress``. The levels of ``"int8"`` lie
+            between the least and the largest value of each dimension in 1,024 rows, spread evenly
+            over the corpus. Values outside are stored as the nearest level. The first process
+            writes these ranges into the manifest, for all processes and later calls.
         prompt: the prompt given to ``model.encode``. By default the model's own.
         image_root: the folder of the images, by default the source file's folder. Paths are
             relative to it, and no absolute path or link may leave it. ``"/"`` allows any.
@@ -133,7 +143,8 @@ def embed(
         world_size: the number of processes. By default the environment's ``WORLD_SIZE``, or 1.
 
     Returns:
-        What this process did. Rank 0 also prints progress and throughput to stderr.
+        What this process did. Rank 0 also prints progress and throughput to stderr, and the recall
+        of smaller embeddings.
 
     Raises:
         TypeError: ``model`` is not a SentenceTransformer.
@@ -145,14 +156,16 @@ def embed(
     """
     rank, world_size = rank_and_size(rank, world_size)
     _check(model, batch_size, shard_rows, dtype, on_error)
+    dimension = dimension_of(model)
+    check_truncate_dim(truncate_dim, dimension)
     refuse_out(out, source)
     root = None if image_root is None else Path(image_root)
     rows = Source(Path(source), root, shard_rows)
-    manifest = {
+    manifest: dict[str, Any] = {
         "source": rows.fingerprint(on_error),
         "image_root": None if root is None else str(root),
         "model": model_fingerprint(model),
-        "dimension": dimension_of(model),
+        "dimension": truncate_dim or dimension,
         "shard_rows": shard_rows,
         "normalised": normalize,
         "dtype": dtype,
@@ -161,13 +174,10 @@ def embed(
     folder = Path(out)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    enter_manifest(folder, manifest)
-
     report = EmbedReport(ignored=dict(rows.ignored))
     if rank == 0 and rows.ignored:
         print(f"{shown(source)}: left out {escaped(rows.left_out())}", file=sys.stderr)
     start = time.monotonic()
-    mine = ranges(manifest)[rank::world_size]
     encoder = Encoder(
         model,
         partial(_named_input, modalities=model.modalities, images=rows.images),
@@ -175,13 +185,27 @@ def embed(
         normalize=normalize,
         workers=workers,
     )
-    total = sum(span.stop - span.first for span in mine)
-    with (
-        ThreadPoolExecutor() as pool,
-        tqdm(total=total, unit="row", disable=rank != 0) as bar,
-    ):
+    with ThreadPoolExecutor() as pool:
         filling = _Corpus(rows, report, pool, Lengths(model), batch_size, on_error)
-        fill(folder, manifest, mine, filling, encoder, on_error=on_error, advance=bar.update)
+        smaller = manifest["dimension"] < dimension or dtype in ("int8", "binary")
+        calibrates = dtype == "int8" and not (folder / MANIFEST).exists()
+        sample = None
+        if calibrates or (smaller and rank == 0):
+            sample = filling.sample(encoder, manifest)
+        if sample is not None and calibrates:
+            manifest["ranges"] = value_ranges([truncated(sample, manifest)])
+        manifest = enter_manifest(folder, manifest, measured=("ranges",))
+        if sample is not None and rank == 0 and len(sample) > 1:
+            report.recall = sample_recall(sample, manifest)
+            print(
+                f"recall@10 against the whole embeddings, in a sample of {len(sample):,} rows: "
+                f"{report.recall:.3f}",
+                file=sys.stderr,
+            )
+        mine = ranges(manifest)[rank::world_size]
+        total = sum(span.stop - span.first for span in mine)
+        with tqdm(total=total, unit="row", disable=rank != 0) as bar:
+            fill(folder, manifest, mine, filling, encoder, on_error=on_error, advance=bar.update)
     report.skipped.sort(key=itemgetter("row"))
     report.seconds = time.monotonic() - start
     for skipped in report.skipped[:SHOWN]:
@@ -198,30 +222,6 @@ def embed(
     return report
 
 
-def model_fingerprint(model: SentenceTransformer) -> str:
-    """Return a hash of a model's configuration and of sampled weights. It is device-independent."""
-    digest = hashlib.blake2b(digest_size=16)
-    processor = getattr(model, "processor", None)
-    settings = {
-        "modules": [
-            [type(module).__name__, getattr(module, "get_config_dict", dict)()] for module in model
-        ],
-        "processor": [
-            getattr(processor, "to_dict", dict)(),
-            getattr(processor, "chat_template", None),
-        ],
-        "prompts": [model.prompts, model.default_prompt_name],
-        "lengths": [getattr(model, "max_seq_length", None), model.truncate_dim],
-    }
-    digest.update(json.dumps(settings, sort_keys=True, default=lambda x: type(x).__name__).encode())
-    for name, weight in sorted(model.state_dict().items()):
-        flat = weight.detach().reshape(-1)
-        sample = flat[:: max(1, len(flat) // SAMPLED_VALUES)].cpu().contiguous()
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _check(
     model: object,
     batch_size: int,
@@ -236,8 +236,8 @@ def _check(
     for name, value in (("batch_size", batch_size), ("shard_rows", shard_rows)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if dtype not in ("float32", "float16"):
-        raise ValueError(f"dtype must be 'float32' or 'float16', got {dtype!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
 
@@ -257,10 +257,27 @@ class _Corpus:
         self._source, self._report, self._pool = source, report, pool
         self._length, self._batch_size, self._on_error = length, batch_size, on_error
 
+    def sample(self, encoder: Encoder, manifest: dict[str, Any]) -> np.ndarray:
+        """Return (rows, D) whole embeddings of rows that are spread evenly over the corpus."""
+        count = manifest["source"]["rows"]
+        numbers = np.linspace(0, count - 1, min(count, SAMPLE)).astype(int).tolist()
+        rows, vectors = self._source.pick(numbers), []
+        for batch in encoder.run(self._planned(rows, PLANNED * self._batch_size)):
+            for one in batch:
+                found = checked(one, manifest, encoder.dimension)
+                if isinstance(found, Failure):
+                    self.refuse(one.item, found, loaded=one.id is not None)
+                else:
+                    vectors.append(found)
+        return np.array(vectors, np.float32).reshape(len(vectors), encoder.dimension)
+
     def batches(self, span: Range) -> Iterator[list[Row]]:
-        rows = self._source.rows(*span)
-        whole = span.stop - span.first
-        step = PLANNED * self._batch_size if self._source.shows_images(span.first) else whole
+        whole = not self._source.shows_images(span.first)
+        step = span.stop - span.first if whole else PLANNED * self._batch_size
+        return self._planned(self._source.rows(*span), step)
+
+    def _planned(self, rows: Iterator[Row], step: int) -> Iterator[list[Row]]:
+        """Yield batches of like length. ``step`` rows are planned at a time."""
         while taken := list(islice(rows, step)):
             sizes = self._pool.map(partial(image_size, images=self._source.images), taken)
             lengths = [self._length(row.text or "", s) for row, s in zip(taken, sizes, strict=True)]

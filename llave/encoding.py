@@ -106,6 +106,11 @@ class Encoder:
         self._precision = _precision(model)
         self._said = False
 
+    @property
+    def dimension(self) -> int:
+        """The number of values of an embedding."""
+        return dimension_of(self._model)
+
     def run(self, batches: Iterable[list[Any]]) -> Iterator[list[Encoded]]:
         """Yield the batches, encoded, in their order. Batches are taken a few ahead.
 

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from llave.candidates import Encoding, drop, encode_inputs
 from llave.data import Candidates, load_evaluation
-from llave.embedding import model_fingerprint
 from llave.files import create, shown, writing
+from llave.fingerprint import model_fingerprint
 from llave.media import Media
 from llave.mmeb import GROUPS, METAS, PUBLISHED, PUBLISHED_VIDEO, TASKS, pixels
 from llave.processes import rank_and_size

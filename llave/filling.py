@@ -12,6 +12,7 @@ import numpy as np
 
 from llave.corpus import OnError
 from llave.encoding import Encoded, Encoder, Failure
+from llave.quantisation import float_type, truncated
 from llave.shards import Range, Shard, finished, put, refuse_foreign
 from llave_kernels.atomic_files import sweep
 
@@ -86,48 +87,60 @@ def fill(
                 owners.append(span)
                 yield batch
 
+    dimension = encoder.dimension
     kept: list[tuple[int, str, np.ndarray]] = []
     skipped: list[dict[str, Any]] = []
     for batch in encoder.run(batches()):
         span = owners.popleft()
         for one in batch:
-            found = _checked(one, manifest)
+            found = checked(one, manifest, dimension)
             if isinstance(found, Failure):
                 skipped.append(filling.refuse(one.item, found, loaded=one.id is not None))
             else:
                 kept.append((one.item.number, one.id or "", found))
         advance(len(batch))
         if len(kept) + len(skipped) == span.stop - span.first:
-            shard = _shard(kept, skipped, manifest)
+            shard = _shard(kept, skipped, manifest, dimension)
             put(folder / span.file, span, shard, manifest)
             filling.done(span, shard, reused=False)
             kept, skipped = [], []
 
 
-def _checked(one: Encoded, manifest: dict[str, Any]) -> np.ndarray | Failure:
+def checked(one: Encoded, manifest: dict[str, Any], dimension: int) -> np.ndarray | Failure:
+    """Return an item's (D,) float32 embedding, or why it has none that can be stored.
+
+    Args:
+        one: the item.
+        manifest: the folder's manifest.
+        dimension: D, as the model says.
+
+    Raises:
+        ValueError: the model gives embeddings of another dimension.
+    """
     if isinstance(one.found, Failure):
         return one.found
-    if one.found.shape != (manifest["dimension"],):
+    if one.found.shape != (dimension,):
         raise ValueError(
-            f"model gave embeddings of {len(one.found)} values, but says it gives "
-            f"{manifest['dimension']}; correct its get_embedding_dimension()"
+            f"model gave embeddings of {len(one.found)} values, but says it gives {dimension}; "
+            "correct its get_embedding_dimension()"
         )
-    dtype = manifest["dtype"]
-    found = one.found.astype(dtype)
-    if not np.isfinite(found).all():
+    dtype = float_type(manifest)
+    if not np.isfinite(one.found.astype(dtype)).all():
         return Failure("ValueError", f"the embedding is not finite in {dtype}")
-    return found
+    return one.found
 
 
 def _shard(
     kept: list[tuple[int, str, np.ndarray]],
     skipped: list[dict[str, Any]],
     manifest: dict[str, Any],
+    dimension: int,
 ) -> Shard:
     """Make a range's contents of its rows, in the order of their numbers."""
     kept = sorted(kept, key=itemgetter(0))
-    vectors = np.empty((len(kept), manifest["dimension"]), manifest["dtype"])
+    vectors = np.empty((len(kept), dimension), np.float32)
     for place, (_, _, vector) in enumerate(kept):
         vectors[place] = vector
+    vectors = truncated(vectors, manifest)
     names = [name for _, name, _ in kept]
     return Shard(names, vectors, sorted(skipped, key=itemgetter("row")))

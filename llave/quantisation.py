@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -18,6 +19,11 @@ def stored_type(manifest: dict[str, Any]) -> tuple[np.dtype[Any], int]:
     if dtype == "binary":
         return np.dtype("uint8"), -(-dimension // 8)
     return np.dtype(dtype), dimension
+
+
+def float_type(manifest: dict[str, Any]) -> np.dtype[Any]:
+    """Return the type of the embeddings before they are stored."""
+    return np.dtype("float16" if manifest["dtype"] == "float16" else "float32")
 
 
 def quantise(vectors: np.ndarray, manifest: dict[str, Any]) -> np.ndarray:
@@ -61,6 +67,25 @@ def truncated(vectors: np.ndarray, manifest: dict[str, Any]) -> np.ndarray:
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
         vectors /= np.maximum(lengths, np.finfo(np.float32).tiny)
     return vectors
+
+
+def check_truncate_dim(truncate_dim: int | None, dimension: int) -> None:
+    """Raise ValueError where embeddings of ``dimension`` values cannot be cut to so many."""
+    if truncate_dim is not None and not 1 <= truncate_dim <= dimension:
+        raise ValueError(f"truncate_dim must be in 1..{dimension}, got {truncate_dim}")
+
+
+def value_ranges(blocks: Iterable[np.ndarray]) -> list[list[float]]:
+    """Return the least and the largest value of each dimension of (rows, D) blocks.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    found = [(x.min(0), x.max(0)) for x in blocks if len(x)]
+    if not found:
+        raise ValueError("no row is usable, so there are no values to take the ranges of int8 from")
+    low, high = (np.array(ends, np.float32) for ends in zip(*found, strict=True))
+    return [low.min(0).tolist(), high.max(0).tolist()]
 
 
 def check_ranges(manifest: dict[str, Any]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from llave.quantisation import truncated
-from llave.search import Hit, search
-from llave.shards import ranges, read_manifest, read_shard
+from llave.quantisation import quantise, restore, truncated
+from llave.search import Hit, nearest, search
+from llave.shards import Range, Shard, ranges, read_manifest, read_shard
 
 QUERIES = 200  # rows that are asked for their neighbours
 SPARE = 20  # further neighbours that are looked at for ties with the last one
@@ -37,6 +37,33 @@ def recall(exact: str | Path, other: str | Path, *, indexed: bool, k: int = 10) 
     queries = truncated(vectors, read_manifest(other))
     true = search(exact, vectors, k=k + 1 + SPARE, partial=True)
     found = search(other, queries, k=k + 1, backend=backend, partial=True)
+    return _share(rows, true, found, k)
+
+
+def sample_recall(vectors: np.ndarray, manifest: dict[str, Any], *, k: int = 10) -> float:
+    """Return the share of the ``k`` nearest rows that rows as a folder stores them give, 0 to 1.
+
+    It is ``recall`` within some rows, without files.
+
+    Args:
+        vectors: (rows, D) whole embeddings.
+        manifest: how the folder stores them.
+        k: neighbours per query, 10 by default.
+
+    Raises:
+        ValueError: there are fewer than two rows.
+    """
+    short = truncated(vectors, manifest)
+    stored = restore(quantise(short, manifest), manifest)
+    span, names = Range(0, len(vectors)), [str(row) for row in range(len(vectors))]
+    rows = np.arange(0, len(vectors), max(1, len(vectors) // QUERIES))
+    true = nearest([(span, Shard(names, vectors, []))], vectors[rows], k + 1 + SPARE)
+    found = nearest([(span, Shard(names, stored, []))], short[rows], k + 1)
+    return _share(rows, true, found, k)
+
+
+def _share(rows: np.ndarray, true: list[list[Hit]], found: list[list[Hit]], k: int) -> float:
+    """Return the share of the ``k`` true neighbours of ``rows`` (queries,) that were found."""
     hits = wanted = 0
     for row, near, got in zip(rows.tolist(), true, found, strict=True):
         others = _without(near, row)
@@ -47,7 +74,7 @@ def recall(exact: str | Path, other: str | Path, *, indexed: bool, k: int = 10) 
             wanted += count
             hits += len(right & {hit.row for hit in _without(got, row)[:k]})
     if not wanted:
-        raise ValueError(f"recall needs two rows or more, {exact} has {len(rows)}")
+        raise ValueError(f"recall needs two rows or more, got {len(rows)}")
     return hits / wanted
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
-from llave.embedding import model_fingerprint
 from llave.encoding import encode
 from llave.files import shown
+from llave.fingerprint import model_fingerprint
 from llave.index import search_index
-from llave.quantisation import truncated
+from llave.quantisation import check_truncate_dim, truncated
 from llave.shards import (
     Range,
     Shard,
@@ -43,6 +43,7 @@ def search(
     k: int = 10,
     backend: Literal["exact", "faiss"] = "exact",
     prompt: str | None = None,
+    truncate_dim: int | None = None,
     partial: bool = False,
 ) -> list[list[Hit]]:
     """Return for each query the ``k`` rows with the highest inner product, best first.
@@ -59,6 +60,8 @@ def search(
             order of id. ``"faiss"`` asks the index that ``llave.index.build_index`` made. What it
             finds may be approximate.
         prompt: the prompt for the inputs. By default the model's own.
+        truncate_dim: compare only so many of the first values, for a model that was trained for it
+            (Matryoshka). Normalised embeddings are normalised again. By default all.
         partial: whether to search a folder, or an index, with missing files. By default it is
             refused.
 
@@ -69,18 +72,29 @@ def search(
         ImportError: ``backend="faiss"`` without faiss.
         ValueError: ``folder`` has no embeddings or no index, or has damaged or missing files;
             ``queries`` have another dimension, are not finite or came without ``model``; ``model``
-            refuses one of them (the message names it), or is not the folder's model; ``k`` or
-            ``backend`` is out of range.
+            refuses one of them (the message names it), or is not the folder's model; ``k``,
+            ``backend`` or ``truncate_dim`` is out of range; an index is asked with a
+            ``truncate_dim``.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     if backend not in ("exact", "faiss"):
         raise ValueError(f"backend must be 'exact' or 'faiss', got {backend!r}")
     manifest = read_manifest(folder)
+    check_truncate_dim(truncate_dim, manifest["dimension"])
+    if truncate_dim is not None and backend == "faiss":
+        raise ValueError(
+            f"truncate_dim={truncate_dim} has no meaning for an index; build one of a folder that "
+            "llave compress made"
+        )
     shards = _shards(Path(folder), manifest, partial)
     vectors = _vectors(queries, model, prompt, manifest)
+    if truncate_dim is not None:
+        cut = manifest | {"dimension": truncate_dim}
+        vectors = truncated(vectors, cut)
+        shards = ((span, x._replace(vectors=truncated(x.vectors, cut))) for span, x in shards)
     if backend == "exact":
-        return _exact(shards, vectors, k)
+        return nearest(shards, vectors, k)
     found = search_index(Path(folder), manifest, vectors, k, partial=partial)
     return [sorted((Hit(*hit) for hit in hits), key=_order) for hits in found]
 
@@ -148,7 +162,8 @@ def _order(hit: Hit) -> tuple[float, str]:
     return -hit.score, hit.id
 
 
-def _exact(shards: Iterator[tuple[Range, Shard]], queries: np.ndarray, k: int) -> list[list[Hit]]:
+def nearest(shards: Iterable[tuple[Range, Shard]], queries: np.ndarray, k: int) -> list[list[Hit]]:
+    """Return for each of (queries, D) the ``k`` nearest rows of some shards, as in ``search``."""
     queries = queries.astype(np.float64)
     best: list[list[Hit]] = [[] for _ in queries]
     worst = np.full(len(queries), -np.inf, np.float32)  # the k-th best score so far

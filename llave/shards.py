@@ -237,7 +237,19 @@ def refuse_not_finite(vectors: np.ndarray, name: Callable[[int], str]) -> None:
         )
 
 
-def enter_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def enter_manifest(
+    folder: Path, manifest: dict[str, Any], *, measured: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Write a folder's manifest, or compare it with the one that is there. Return what is there.
+
+    Args:
+        folder: the folder.
+        manifest: this run's settings.
+        measured: fields that the first process measures for all. They are not compared.
+
+    Raises:
+        ValueError: the folder holds the embeddings of another run.
+    """
     text = signed(manifest) + "\n"
     path = folder / MANIFEST
     if not path.exists():
@@ -248,13 +260,14 @@ def enter_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     differing = [
         f"{name} is {there.get(name)!r} there and {value!r} here"
         for name, value in (dict.fromkeys(there) | manifest).items()
-        if name not in there or there[name] != value
+        if name not in measured and (name not in there or there[name] != value)
     ]
     if differing:
         raise ValueError(
             f"out={shown(folder)} holds the embeddings of another run: {'; '.join(differing)}. "
             "Choose another folder, delete this one, or go back to its settings"
         )
+    return there
 
 
 def finished(path: Path, span: Range, manifest: dict[str, Any], on_error: OnError) -> Shard | None:

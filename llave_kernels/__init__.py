@@ -8,7 +8,11 @@ from llave_kernels.functional import (
     hardness_weighted_contrastive_loss,
     matryoshka_logsumexp,
 )
-from llave_kernels.modules import HardnessWeightedContrastiveLoss, SigmoidContrastiveLoss
+from llave_kernels.modules import (
+    HardnessWeightedContrastiveLoss,
+    SigmoidContrastiveLoss,
+    SupervisedContrastiveLoss,
+)
 from llave_kernels.rules import RuleArguments, RuleSettings, RuleTensors
 from llave_kernels.sigmoid import SigmoidPairs, sigmoid_contrastive_loss
 from llave_kernels.supervised import supervised_contrastive_loss
@@ -23,6 +27,7 @@ __all__ = [
     "SigmoidContrastiveLoss",
     "SigmoidPairs",
     "SimilarityStatistics",
+    "SupervisedContrastiveLoss",
     "__version__",
     "available_backends",
     "contrastive_logsumexp",

@@ -16,6 +16,7 @@ from torch import Tensor
 from llave_kernels import checks
 from llave_kernels.backends import (
     cuda,
+    cuda_sigmoid,
     torch_backend,
     torch_sigmoid,
     triton_backend,
@@ -28,6 +29,7 @@ from llave_kernels.rules import Rules
 BACKENDS: list[Backend] = [triton_backend, cuda, torch_backend]
 SIGMOID: dict[str, SigmoidLoss] = {
     triton_backend.NAME: triton_sigmoid,
+    cuda.NAME: cuda_sigmoid,
     torch_backend.NAME: torch_sigmoid,
 }
 OVERRIDE = "LLAVE_BACKEND"

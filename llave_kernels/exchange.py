@@ -138,6 +138,18 @@ class _Combine(torch.autograd.Function):
         return _from_owners(share * gradient, ctx.side), None
 
 
+def regathered(own: Tensor, side: Side) -> Tensor:
+    """The values (R,) of the whole side, from this process's own. As ``gathered``, with a gradient.
+
+    It undoes ``combined`` for a part of a loss that needs the values of all rows of a block.
+    """
+    if not side.shared:
+        return own
+    place = [Gathering(own, side.sizes, side.group)]
+    found: tuple[Tensor, ...] = _Gather.apply(place, own)
+    return found[0]
+
+
 def summed(partial: Tensor, side: Side) -> Tensor:
     """The sums of this process's rows, from the parts of all processes. As ``combined``."""
     if not side.shared:

@@ -41,7 +41,7 @@ class Matryoshka(NamedTuple):
     def summed(self, losses: Tensor) -> Tensor:
         """(...) the weighted sum of the losses (K, ...) of the prefixes."""
         weights = torch.tensor(self.weights, dtype=losses.dtype, device=losses.device)
-        return torch.tensordot(weights, losses, 1)
+        return (weights.view(-1, *[1] * (losses.dim() - 1)) * losses).sum(0)
 
 
 def checked(dims: object, weights: object = None, width: int | None = None) -> Matryoshka | None:
@@ -60,8 +60,9 @@ def checked(dims: object, weights: object = None, width: int | None = None) -> M
                 f"matryoshka_weights={checks.short(weights)} needs matryoshka_dims; pass both"
             )
         return None
+    limit = "" if width is None else ", the width of the embeddings is the most"
     found = [
-        checks.count(f"matryoshka_dims[{i}]", d, 1, width, ", the width of the embeddings")
+        checks.count(f"matryoshka_dims[{i}]", d, 1, width, limit)
         for i, d in enumerate(_sequence("matryoshka_dims", dims))
     ]
     if not found or len({*found}) < len(found):

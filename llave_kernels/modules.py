@@ -16,9 +16,12 @@ from llave_kernels import checks, dispatch, matryoshka
 from llave_kernels.agreement import group_of
 from llave_kernels.distributed import distributed_contrastive_loss
 from llave_kernels.distributed_sigmoid import distributed_sigmoid_loss
+from llave_kernels.distributed_supervised import distributed_supervised_loss
 from llave_kernels.functional import hardness_weighted_contrastive_loss
+from llave_kernels.group_losses import DENOMINATORS
 from llave_kernels.rules import RuleSettings, RuleTensors
 from llave_kernels.sigmoid import SigmoidPairs, sigmoid_contrastive_loss
+from llave_kernels.supervised import supervised_contrastive_loss
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -26,7 +29,61 @@ if TYPE_CHECKING:
 Gather: TypeAlias = "ProcessGroup | DeviceMesh | Literal['world'] | None"
 
 
-class HardnessWeightedContrastiveLoss(nn.Module):
+class _ScaledLoss(nn.Module):
+    """What the losses with a bounded logit scale share: the scale, and how they are run."""
+
+    log_logit_scale: nn.Parameter | None
+
+    def __init__(
+        self,
+        logit_scale: float,
+        *,
+        reduction: str,
+        backend: str,
+        learnable: bool,
+        max_logit_scale: float,
+        gather_group: Gather,
+    ) -> None:
+        super().__init__()
+        logit_scale = checks.positive("logit_scale", logit_scale)
+        checks.one_of("reduction", reduction, checks.REDUCTIONS)
+        learnable = checks.flag("learnable", learnable)
+        max_logit_scale = checks.positive("max_logit_scale", max_logit_scale)
+        _check_group(gather_group)
+        if learnable and logit_scale > max_logit_scale:
+            raise ValueError(
+                f"logit_scale={logit_scale} is above max_logit_scale={max_logit_scale}; raise that"
+            )
+        self.initial_logit_scale = logit_scale
+        self.max_logit_scale = max_logit_scale
+        self.reduction = reduction
+        self.backend = dispatch.known(backend)
+        self.gather_group = gather_group
+        log_scale = nn.Parameter(torch.tensor(math.log(logit_scale))) if learnable else None
+        self.register_parameter("log_logit_scale", log_scale)
+
+    @property
+    def logit_scale(self) -> float | Tensor:
+        """kappa as the loss uses it. If learnable, the parameter's exponential with its bound."""
+        if self.log_logit_scale is None:
+            return self.initial_logit_scale
+        excess = (self.log_logit_scale - math.log(self.max_logit_scale)).clamp(min=0)
+        # The excess is subtracted as a constant. A clamp has gradient 0 above its bound, for ever.
+        return (self.log_logit_scale - excess.detach()).exp()
+
+    def _bound_scale(self) -> None:
+        """Clamp a parameter that a step took above the bound."""
+        if self.log_logit_scale is not None:
+            with torch.no_grad():
+                self.log_logit_scale.clamp_(max=math.log(self.max_logit_scale))
+
+    def _shown_scale(self) -> str:
+        learnable = self.log_logit_scale is not None
+        scale = float(torch.as_tensor(self.logit_scale).detach())
+        return f"logit_scale={scale:g}{' (learnable)' if learnable else ''}"
+
+
+class HardnessWeightedContrastiveLoss(_ScaledLoss):
     """``hardness_weighted_contrastive_loss`` as a module that holds its settings.
 
     Args:
@@ -48,8 +105,6 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         >>> loss_fn(query, target).backward()
     """
 
-    log_logit_scale: nn.Parameter | None
-
     def __init__(
         self,
         logit_scale: float = 50.0,
@@ -68,41 +123,19 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         matryoshka_dims: Sequence[int] | None = None,
         matryoshka_weights: Sequence[float] | None = None,
     ) -> None:
-        super().__init__()
-        logit_scale = checks.positive("logit_scale", logit_scale)
+        super().__init__(
+            logit_scale, reduction=reduction, backend=backend, learnable=learnable,
+            max_logit_scale=max_logit_scale, gather_group=gather_group,
+        )  # fmt: skip
         settings = checks.rule_settings(
             alpha=alpha, hardness=hardness, symmetric=symmetric, target_alpha=target_alpha,
             false_negative_margin=false_negative_margin,
         )  # fmt: skip
-        checks.one_of("reduction", reduction, checks.REDUCTIONS)
-        learnable = checks.flag("learnable", learnable)
-        max_logit_scale = checks.positive("max_logit_scale", max_logit_scale)
-        _check_group(gather_group)
-        if learnable and logit_scale > max_logit_scale:
-            raise ValueError(
-                f"logit_scale={logit_scale} is above max_logit_scale={max_logit_scale}; raise that"
-            )
         matryoshka.checked(matryoshka_dims, matryoshka_weights)
-        self.initial_logit_scale = logit_scale
-        self.max_logit_scale = max_logit_scale
         for name, value in settings.items():  # attributes, which a training loop may change
             setattr(self, name, value)
         self.within = checks.sides("within", within)
-        self.reduction = reduction
-        self.backend = dispatch.known(backend)
-        self.gather_group = gather_group
         self.matryoshka_dims, self.matryoshka_weights = matryoshka_dims, matryoshka_weights
-        log_scale = nn.Parameter(torch.tensor(math.log(logit_scale))) if learnable else None
-        self.register_parameter("log_logit_scale", log_scale)
-
-    @property
-    def logit_scale(self) -> float | Tensor:
-        """kappa as the loss uses it. If learnable, the parameter's exponential with its bound."""
-        if self.log_logit_scale is None:
-            return self.initial_logit_scale
-        excess = (self.log_logit_scale - math.log(self.max_logit_scale)).clamp(min=0)
-        # The excess is subtracted as a constant. A clamp has gradient 0 above its bound, for ever.
-        return (self.log_logit_scale - excess.detach()).exp()
 
     def forward(
         self,
@@ -115,9 +148,7 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         ``tensors`` are ``labels``, ``owners``, ``query_ids``, ``target_ids``, ``query_bias`` and
         ``target_bias``. See ``RuleTensors``.
         """
-        if self.log_logit_scale is not None:
-            with torch.no_grad():
-                self.log_logit_scale.clamp_(max=math.log(self.max_logit_scale))
+        self._bound_scale()
         loss = hardness_weighted_contrastive_loss
         if self.gather_group is not None:
             loss = partial(distributed_contrastive_loss, group=_group(self.gather_group))
@@ -139,9 +170,7 @@ class HardnessWeightedContrastiveLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings that shape the loss."""
-        learnable = self.log_logit_scale is not None
-        scale = float(torch.as_tensor(self.logit_scale).detach())
-        shown = [f"logit_scale={scale:g}{' (learnable)' if learnable else ''}"]
+        shown = [self._shown_scale()]
         for name, value in self._settings().items():
             if value is not None:
                 shown.append(f"{name}={value:g}" if type(value) is float else f"{name}={value!r}")
@@ -152,6 +181,81 @@ class HardnessWeightedContrastiveLoss(nn.Module):
         if self.matryoshka_weights is not None:
             shown.append(f"matryoshka_weights={tuple(self.matryoshka_weights)}")
         return ", ".join([*shown, f"reduction={self.reduction!r}", f"backend={self.backend!r}"])
+
+
+class SupervisedContrastiveLoss(_ScaledLoss):
+    """``supervised_contrastive_loss`` as a module that holds its settings.
+
+    Args:
+        logit_scale: kappa = 1 / temperature, positive. Default: 10.
+        alpha, denominator, symmetric, reduction, backend: as in ``supervised_contrastive_loss``.
+        learnable, max_logit_scale: as in ``HardnessWeightedContrastiveLoss``.
+        gather_group: as in ``HardnessWeightedContrastiveLoss``, for
+            ``llave_kernels.distributed_supervised.distributed_supervised_loss``.
+
+    Example:
+        >>> loss_fn = SupervisedContrastiveLoss(logit_scale=10.0)
+        >>> rows = torch.nn.functional.normalize(torch.randn(8, 32), dim=1).requires_grad_()
+        >>> loss_fn(rows, query_groups=torch.arange(8) // 4).backward()
+    """
+
+    def __init__(
+        self,
+        logit_scale: float = 10.0,
+        alpha: float = 0.0,
+        *,
+        denominator: str = "all",
+        symmetric: bool = False,
+        reduction: str = "mean",
+        backend: str = "auto",
+        learnable: bool = False,
+        max_logit_scale: float = 100.0,
+        gather_group: Gather = None,
+    ) -> None:
+        super().__init__(
+            logit_scale, reduction=reduction, backend=backend, learnable=learnable,
+            max_logit_scale=max_logit_scale, gather_group=gather_group,
+        )  # fmt: skip
+        self.alpha = checks.strength("alpha", alpha)
+        checks.one_of("denominator", denominator, DENOMINATORS)
+        self.denominator = denominator
+        self.symmetric = checks.flag("symmetric", symmetric)
+
+    def forward(
+        self,
+        query: Tensor,
+        target: Tensor | None = None,
+        *,
+        query_groups: Tensor,
+        target_groups: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of rows (N, D) against targets (M, D), or against themselves.
+
+        The groups are as in ``supervised_contrastive_loss``. 0-d, or (N,) with
+        ``reduction="none"``.
+        """
+        self._bound_scale()
+        loss = supervised_contrastive_loss
+        if self.gather_group is not None:
+            loss = partial(distributed_supervised_loss, group=_group(self.gather_group))
+        return loss(
+            query,
+            target,
+            query_groups=query_groups,
+            target_groups=target_groups,
+            logit_scale=self.logit_scale,
+            alpha=self.alpha,
+            denominator=self.denominator,
+            symmetric=self.symmetric,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """The settings that shape the loss."""
+        names = ("denominator", "symmetric", "reduction", "backend")
+        shown = [f"{name}={getattr(self, name)!r}" for name in names]
+        return ", ".join([self._shown_scale(), f"alpha={self.alpha:g}", *shown])
 
 
 class SigmoidContrastiveLoss(nn.Module):

@@ -157,6 +157,11 @@ class Rules(NamedTuple):
         """``query_bias`` and ``target_bias``."""
         return self.query_bias, self.target_bias
 
+    @property
+    def biased(self) -> bool:
+        """Whether there are biases."""
+        return self.query_bias is not None or self.target_bias is not None
+
     def add_biases(self, positive: Tensor) -> Tensor:
         """Add the biases to the rows' positives (N,), in place."""
         if self.query_bias is not None:

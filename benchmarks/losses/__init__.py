@@ -6,10 +6,11 @@ A file has ``FAMILY``: its implementations and its dense formula.
 from __future__ import annotations
 
 from benchmarks import peers
-from benchmarks.losses import within
+from benchmarks.losses import matryoshka, within
 from benchmarks.peer import Family
 
 LOSSES: dict[str, Family] = {
     "contrastive": peers.FAMILY,
+    "matryoshka": matryoshka.FAMILY,
     "within": within.FAMILY,
 }

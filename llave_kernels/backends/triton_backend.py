@@ -243,8 +243,10 @@ class _Call:
     @property
     def masked(self) -> bool:
         """Whether the largest tile would spill registers."""
-        ids, margin = self.rules.query_ids is not None, self.rules.margin is not None
-        return tiles.masked(self.query.dtype, ids=ids, margin=margin)
+        rules = self.rules
+        ids, margin = rules.query_ids is not None, rules.margin is not None
+        biased = rules.biased and (ids or rules.owners is not None)
+        return tiles.masked(self.query.dtype, ids=ids, margin=margin, biased=biased)
 
     def tile(self) -> tiles.Tile:
         query, d = self.query, self.query.shape[1]

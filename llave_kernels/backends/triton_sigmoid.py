@@ -1,18 +1,16 @@
-"""The sigmoid loss of the ``triton`` backend: launches of its kernel.
-
-The kernel computes a strip's losses and its dS in one pass, and ``strip_gemm`` the gradients.
-"""
+"""The sigmoid loss of the ``triton`` backend: launches of its kernel."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from llave_kernels.backends import strip_gemm, tiles
-from llave_kernels.backends.products import gain
 from llave_kernels.backends.protocol import SigmoidGradients
+from llave_kernels.backends.sigmoid_strips import over_strips
 from llave_kernels.backends.triton_backend import INSTALLED, _Call, _super_tile
 from llave_kernels.rules import Rules
 
@@ -33,28 +31,10 @@ def sigmoid_loss(
     gradients: bool,
 ) -> tuple[Tensor, SigmoidGradients | None]:
     """As ``SigmoidLoss.sigmoid_loss``."""
-    factor = None
-    if gradients and query.dtype == torch.float16:
-        ones = torch.ones_like(logit_scale) if weights is None else weights
-        factor = gain(logit_scale, ones)
-    call = _Sigmoid(query, target, logit_scale, rules, logit_bias, weights, factor)
-    tile, n = call.tile(), len(query)
-    if not gradients:
-        rows = strip_gemm.strip_rows(n, len(target), query.dtype.itemsize)
-        for start in range(0, n, rows):
-            call.run(tile, None, start, min(start + rows, n))
-        return call.loss, None
-    sums: list[Tensor] = []
-
-    def fill(ds: Tensor, start: int, stop: int) -> None:
-        sums.append(call.run(tile, ds, start, stop))
-
-    found = strip_gemm.gradients(
-        query, target, logit_scale, fill, factor, scale_gradient=False, dtype=torch.float32
-    )
-    # An operator's outputs may not share memory.
-    d_scale, d_bias = (x.clone() for x in torch.stack(sums).sum(0))
-    return call.loss, SigmoidGradients(found.query, found.target, d_scale, d_bias)
+    call = _Sigmoid(query, target, logit_scale, rules, logit_bias, weights)
+    run = partial(call.run, call.tile())
+    found = over_strips(run, query, target, logit_scale, weights, gradients=gradients)
+    return call.loss, found
 
 
 class _Sigmoid(_Call):
@@ -70,13 +50,12 @@ class _Sigmoid(_Call):
         rules: Rules,
         bias: Tensor,
         weights: Tensor | None,
-        gain: Tensor | None,
     ) -> None:
         super().__init__(query, target, scale, rules)
         pairs = self.pairs
         self.arguments = (
             self.query, self.target, scale, bias, pairs.label, pairs.query_id, pairs.target_id,
-            weights, gain,
+            weights,
         )  # fmt: skip
         self.loss = query.new_empty(len(query), dtype=torch.float32)
 
@@ -85,8 +64,10 @@ class _Sigmoid(_Call):
         """As ``_Call.masked``. Losses, similarities and dS of a tile are alive together."""
         return self.query.dtype.itemsize == 2
 
-    def run(self, tile: tiles.Tile, ds: Tensor | None, start: int, stop: int) -> Tensor:
-        """Fill the losses and dS of a strip. Return its gradients of scale and bias (2,)."""
+    def run(
+        self, tile: tiles.Tile, ds: Tensor | None, gain: Tensor | None, start: int, stop: int
+    ) -> Tensor:
+        """As ``sigmoid_strips.Run``."""
         rows = stop - start
         n_m, n_n = triton.cdiv(rows, tile.bm), triton.cdiv(len(self.target), tile.bn)
         tiles_each = math.prod(_super_tile(n_m, n_n, self.query.device))
@@ -94,7 +75,7 @@ class _Sigmoid(_Call):
         loss = self.query.new_empty((n_n, rows), dtype=torch.float32)
         sums = self.query.new_empty((programs, 2), dtype=torch.float32)
         kernels.sigmoid_kernel[(programs,)](
-            *self.arguments, ds, loss, sums, start, stop, *self.sizes[1:],
+            *self.arguments, gain, ds, loss, sums, start, stop, *self.sizes[1:],
             0 if ds is None else ds.stride(0), tiles_each, **self.options(tile),
         )  # fmt: skip
         torch.sum(loss, 0, out=self.loss[start:stop])
@@ -102,4 +83,4 @@ class _Sigmoid(_Call):
 
     def trial(self, tile: tiles.Tile) -> None:
         ds = strip_gemm.strip_workspace(self.query, self.target)
-        self.run(tile, ds, 0, len(ds))
+        self.run(tile, ds, None, 0, len(ds))

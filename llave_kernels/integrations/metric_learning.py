@@ -12,9 +12,10 @@ from torch import Tensor
 
 from llave_kernels import checks, dispatch
 from llave_kernels.functional import contrastive_logsumexp
+from llave_kernels.group_losses import GroupLosses, group_losses, resolve
 from llave_kernels.label_pairs import LabelPairs, similarities
 from llave_kernels.losses import direction_loss
-from llave_kernels.supervised import GroupLosses, group_losses
+from llave_kernels.precision import autocast
 
 Indices = tuple[Tensor, ...] | None
 LossDict = dict[str, dict[str, Any]]
@@ -77,11 +78,13 @@ class _GroupLoss(BaseMetricLossFunction):  # type: ignore[misc]
     def _losses(
         self, query: Tensor, target: Tensor, pairs: LabelPairs, denominator: str
     ) -> GroupLosses:
-        (found,) = group_losses(
-            query, target, pairs.classes, pairs.ref_classes, own=pairs.own,
+        query, target = autocast(query, target)
+        call = resolve(
+            query, target, pairs.classes, pairs.ref_classes, pairs.own,
             logit_scale=1.0 / self.temperature, alpha=self.alpha, denominator=denominator,
             symmetric=False, backend=self.backend,
         )  # fmt: skip
+        (found,) = group_losses(call)
         return found
 
 

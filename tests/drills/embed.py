@@ -1,4 +1,4 @@
-"""The kill drill of ``llave embed``, with a corpus of texts in many small shards."""
+"""The kill drill of ``llave embed``, with texts in many small shards, stored in int8."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tests.llave import tiny
 
 ROWS = 60
 POINTS = {
+    "before the ranges": Point("llave.embedding.value_ranges"),
     "before the manifest": Point("llave.embedding.enter_manifest"),
     "before the first rows": Point("llave.embedding.fill"),
     "in a temporary file": Point("llave.shards._write_shard", after=True),
@@ -31,7 +32,7 @@ def arguments(folder: Path) -> Callable[[Path], list[str]]:
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def to(out: Path) -> list[str]:
-        small = ["--shard-rows", "4", "--batch-size", "4"]
+        small = ["--shard-rows", "4", "--batch-size", "4", "--truncate-dim", "9", "--dtype", "int8"]
         return ["embed", str(folder / "model"), str(source), "--out", str(out), *small]
 
     return to

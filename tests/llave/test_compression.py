@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("sentence_transformers")
 
-from llave import compression
+from llave import compression, embedding
 from llave.compression import compress
 from llave.recall import recall
 from llave.search import search
@@ -124,6 +124,90 @@ def test_a_killed_run_goes_on(
     damaged.write_bytes(damaged.read_bytes()[:100])
     compress(folder, tmp_path / "killed", dtype=dtype)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("dimension", "dtype", "normalize"),
+    [
+        (None, "int8", True),
+        (5, "int8", False),
+        (5, "binary", True),
+        (5, "float16", True),
+        (5, "float32", False),
+    ],
+)
+def test_embed_writes_what_compress_would(
+    tmp_path: Path, dtype: Any, dimension: int | None, normalize: bool
+) -> None:
+    """The sample for int8 is the whole corpus here."""
+    records: list[dict[str, str]] = [*texts(ROWS)]
+    records[5] = {"id": "bad", "image": "none.png"}
+    source = write_jsonl(tmp_path / "corpus.jsonl", records)
+    settings: dict[str, Any] = {"on_error": "skip", "normalize": normalize, "shard_rows": 50}
+    quick(source, tmp_path / "out", **settings)
+    compress(tmp_path / "out", tmp_path / "small", truncate_dim=dimension, dtype=dtype)
+    report = quick(source, tmp_path / "at once", truncate_dim=dimension, dtype=dtype, **settings)
+    assert contents(tmp_path / "at once") == contents(tmp_path / "small")
+    if normalize:
+        found = recall(tmp_path / "out", tmp_path / "small", indexed=False)
+        assert report.recall == pytest.approx(found, abs=0.05)  # of other 200 rows
+
+
+def test_ranges_come_from_a_sample_and_hold_for_every_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(embedding, "SAMPLE", 30)
+    source = write_jsonl(tmp_path / "corpus.jsonl", texts(ROWS))
+    assert quick(source, tmp_path / "out").recall is None
+    quick(source, tmp_path / "small", dtype="int8")
+    assert "in a sample of 30 rows" in capsys.readouterr().err
+    whole, found = read(tmp_path / "out")[1], read(tmp_path / "small")[1]
+    chosen = whole[np.linspace(0, ROWS - 1, 30).astype(int)]
+    low, high = chosen.min(0), chosen.max(0)
+    assert (whole < low).any()  # so that some values are clipped
+    assert (np.abs(found - whole.clip(low, high)) <= 0.502 * (high - low) / 255).all()
+    # A process that measured other ranges takes those of the first one.
+    part = tmp_path / "parts"
+    quick(source, part, dtype="int8", rank=0, world_size=2)
+    (part / "manifest.json").rename(tmp_path / "kept")
+    real = embedding.enter_manifest
+
+    def late(folder: Path, manifest: dict[str, Any], **settings: Any) -> dict[str, Any]:
+        (tmp_path / "kept").rename(part / "manifest.json")
+        manifest["ranges"] = [[x - 1 for x in ends] for ends in manifest["ranges"]]
+        return real(folder, manifest, **settings)
+
+    monkeypatch.setattr(embedding, "refuse_out", lambda *_: None)  # as if it had run before
+    monkeypatch.setattr(embedding, "enter_manifest", late)
+    quick(source, part, dtype="int8", rank=1, world_size=2)
+    assert contents(part) == contents(tmp_path / "small")
+
+
+def test_a_search_in_a_prefix_is_a_search_in_a_smaller_copy(folder: Path, tmp_path: Path) -> None:
+    compress(folder, tmp_path / "small", truncate_dim=3)
+    inputs = [one["text"] for one in texts(9)]
+    expected = search(tmp_path / "small", inputs, model=model(), k=4)
+    assert search(folder, inputs, model=model(), k=4, truncate_dim=3) == expected
+    vectors = model().encode(inputs, normalize_embeddings=True)
+    assert search(folder, vectors, k=4, truncate_dim=3) == expected
+    assert search(folder, vectors, k=4) != expected
+    with pytest.raises(ValueError, match=r"truncate_dim must be in 1\.\.8, got 9"):
+        search(folder, vectors, truncate_dim=9)
+    with pytest.raises(ValueError, match="truncate_dim=3 has no meaning for an index"):
+        search(folder, vectors, truncate_dim=3, backend="faiss")
+
+
+def test_embed_names_a_row_that_it_would_sample(tmp_path: Path) -> None:
+    records: list[dict[str, str]] = [*texts(20)]
+    records[19] = {"id": "bad", "image": "none.png"}
+    source = write_jsonl(tmp_path / "corpus.jsonl", records)
+    with pytest.raises(
+        ValueError, match=r"row 19 \(id 'bad'\): the image none\.png cannot be read"
+    ):
+        quick(source, tmp_path / "out", dtype="int8")
+    source = write_jsonl(tmp_path / "none.jsonl", [records[19]])
+    with pytest.raises(ValueError, match="no row is usable"):
+        quick(source, tmp_path / "out", dtype="int8", on_error="skip")
 
 
 def test_misuse(folder: Path, tmp_path: Path) -> None:

@@ -86,6 +86,8 @@ def test_a_process_that_differs_is_an_error_on_all() -> None:
         ("alpha", "alpha is 2.0 on rank 1 and 1.0 here"),
         ("margin", "false_negative_margin is 0.1 on rank 1 and None here"),
         ("ids", "presence of ids is True on rank 1 and False here"),
+        ("a bias", "presence of target_bias is True on rank 1 and False here"),
+        ("a bias's gradient", "requires_grad of query_bias is True on rank 1 and False here"),
         ("symmetric", "symmetric is False on rank 1 and True here"),
         ("hardness", "hardness is all on rank 1 and in_batch here"),
         ("target_alpha", "target_alpha is 2.0 on rank 1 and 0.0 here"),

@@ -15,8 +15,8 @@ from llave_kernels import (
     positive_pairs,
     supervised_contrastive_loss,
 )
+from llave_kernels.group_losses import DENOMINATORS
 from llave_kernels.reference import reference_supervised_loss
-from llave_kernels.supervised import DENOMINATORS
 from tests.helpers import embeddings, loss_and_gradients, relative_error
 
 HUGE = 2**62

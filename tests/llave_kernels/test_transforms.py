@@ -29,7 +29,7 @@ LABELS = torch.arange(N)
 
 def operator(query: Tensor, target: Tensor, **_: Any) -> Tensor:
     """The symmetric loss, computed with the operator alone."""
-    rules = LABELS, None, None, None, None, None, 9.0, 9.0, "in_batch", None, True
+    rules = LABELS, *[None] * 7, 9.0, 9.0, "in_batch", None, True
     scale = torch.tensor(50.0, dtype=query.dtype)
     logsumexp = torch.ops.llave.contrastive_logsumexp
     positive, rows, columns, _ = logsumexp(query, target, scale, "torch", *rules)

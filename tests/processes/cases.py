@@ -23,8 +23,8 @@ from tests.processes import DIED
 
 D_IN, D = 6, 5
 HARDNESS = ("in_batch", "hard_negatives", "all")
-KINDS = ((), ("labels",), ("ids",), ("margin",), ("target_alpha",), ("mined",))
-KINDS += (("labels", "ids", "margin", "target_alpha", "mined"),)
+KINDS = ((), ("labels",), ("ids",), ("margin",), ("target_alpha",), ("mined",), ("biases",))
+KINDS += (("labels", "ids", "margin", "target_alpha", "mined", "biases"),)
 KINDS += (("within",), ("within", "labels", "ids", "margin", "target_alpha", "mined"))
 
 
@@ -56,6 +56,7 @@ class Batch:
                 rules["query_ids"] = torch.randint(8, (n,), generator=generator)
                 rules["target_ids"] = torch.randint(8, (m,), generator=generator)
             self.rules.append(rules)
+        self.biased = "biases" in kinds
         self.settings: dict[str, Any] = {}
         if "margin" in kinds:
             self.settings["false_negative_margin"] = 0.1
@@ -82,54 +83,74 @@ def encoder() -> nn.Linear:
     return nn.Linear(D_IN, D, dtype=torch.float64)
 
 
+class Learned:
+    """What a case trains: an encoder, a scale, and the biases of queries and targets."""
+
+    def __init__(self) -> None:
+        self.encoder = encoder()
+        self.scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+        self.heads = torch.linspace(-1, 1, 2 * D_IN, dtype=torch.float64).view(2, D_IN)
+        self.heads.requires_grad_()
+
+    def arguments(self, query: Tensor, target: Tensor, *, biased: bool) -> dict[str, Tensor]:
+        """Those of a loss, from the encoder's inputs."""
+        given = {"query": query, "target": target}
+        found = {name: normalize(self.encoder(x), dim=1) for name, x in given.items()}
+        if biased:
+            pairs = zip(given.items(), self.heads, strict=True)
+            found |= {f"{name}_bias": x @ head for (name, x), head in pairs}
+        return found | {"logit_scale": self.scale}
+
+    def vector(self, loss: Tensor) -> Tensor:
+        """The loss and all gradients after its backward."""
+        loss.backward()
+        trained = self.encoder.weight, self.encoder.bias, self.heads, self.scale
+        found = (torch.zeros_like(x) if x.grad is None else x.grad for x in trained)
+        return torch.cat([x.flatten() for x in (loss.detach(), *found)])
+
+
 def combinations() -> Iterator[tuple[Any, ...]]:
     for kinds, uneven, symmetric in itertools.product(KINDS, (False, True), (True, False)):
         for hardness in HARDNESS if "mined" in kinds else HARDNESS[:1]:
             yield kinds, uneven, symmetric, hardness
 
 
-def of_one_process(world: int, case: tuple[Any, ...]) -> Tensor:
-    """The loss and the gradients of encoder and scale over the whole batch, in one vector."""
+def of_one_process(
+    world: int, case: tuple[Any, ...], dense: Callable[..., Tensor] = reference_loss, **more: Any
+) -> Tensor:
+    """The loss and the gradients over the whole batch, in one vector."""
     kinds, uneven, symmetric, hardness = case
-    query, target, rules = Batch(world, kinds, uneven=uneven).whole()
-    model, scale = encoder(), torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
-    pair = (normalize(model(x), dim=1) for x in (query, target))
-    loss = reference_loss(*pair, logit_scale=scale, symmetric=symmetric, hardness=hardness, **rules)
-    loss.backward()
-    return vector(loss, model, scale)
+    batch, learned = Batch(world, kinds, uneven=uneven), Learned()
+    *pair, rules = batch.whole()
+    arguments = learned.arguments(*pair, biased=batch.biased)
+    rules |= {"symmetric": symmetric, "hardness": hardness, **more}
+    return learned.vector(dense(**arguments, **rules))
 
 
 # Where the parts of the vector are.
 PARTS = {
     "loss": slice(0, 1),
     "weight": slice(1, 1 + D * D_IN),
-    "bias": slice(1 + D * D_IN, -1),
+    "bias": slice(1 + D * D_IN, -1 - 2 * D_IN),
+    "biases": slice(-1 - 2 * D_IN, -1),
     "scale": slice(-1, None),
 }
 
 
-def vector(loss: Tensor, model: nn.Linear, scale: Tensor) -> Tensor:
-    found = [loss.detach(), model.weight.grad, model.bias.grad, scale.grad]
-    return torch.cat([x.flatten() for x in found if x is not None])
-
-
-def outcome(case: tuple[Any, ...], group: Any, rank: int, world: int) -> Tensor:
+def outcome(case: tuple[Any, ...], group: Any, rank: int, world: int, **more: Any) -> Tensor:
     """The same of one process. The average over the processes is that of DDP."""
     kinds, uneven, symmetric, hardness = case
-    batch, model = Batch(world, kinds, uneven=uneven), encoder()
-    scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+    batch, learned = Batch(world, kinds, uneven=uneven), Learned()
     loss = distributed_contrastive_loss(
-        normalize(model(batch.query[rank]), dim=1),
-        normalize(model(batch.target[rank]), dim=1),
+        **learned.arguments(batch.query[rank], batch.target[rank], biased=batch.biased),
         group=group,
-        logit_scale=scale,
         symmetric=symmetric,
         hardness=hardness,
         **batch.rules[rank],
         **batch.settings,
+        **more,
     )
-    loss.backward()
-    return vector(loss, model, scale)
+    return learned.vector(loss)
 
 
 def rules() -> dict[tuple[Any, ...], Tensor]:

@@ -154,6 +154,8 @@ def losses() -> dict[str, Any]:
                 else loss(*good)
             )
         ),
+        "a bias": said(lambda: loss(*good, target_bias=torch.ones(4) if odd else None)),
+        "a bias's gradient": said(lambda: loss(*good, query_bias=torch.ones(4, requires_grad=odd))),
         "symmetric": said(lambda: loss(*good, symmetric=not odd)),
         "hardness": said(lambda: loss(*good, hardness="all" if odd else "in_batch")),
         "target_alpha": said(lambda: loss(*good, target_alpha=2.0 * odd)),

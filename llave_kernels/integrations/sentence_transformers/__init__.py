@@ -3,6 +3,11 @@
 from llave_kernels.integrations.sentence_transformers.cached import (
     CachedMultipleNegativesRankingLoss,
 )
+from llave_kernels.integrations.sentence_transformers.matryoshka import MatryoshkaLoss
 from llave_kernels.integrations.sentence_transformers.ranking import MultipleNegativesRankingLoss
 
-__all__ = ["CachedMultipleNegativesRankingLoss", "MultipleNegativesRankingLoss"]
+__all__ = [
+    "CachedMultipleNegativesRankingLoss",
+    "MatryoshkaLoss",
+    "MultipleNegativesRankingLoss",
+]

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, TypedDict, get_args
 
@@ -35,8 +36,13 @@ from torch.nn.functional import normalize
 from llave_kernels import checks, dispatch
 from llave_kernels.agreement import Peer, Terms, agree, learns
 from llave_kernels.distributed import checked, own_logsumexps
-from llave_kernels.functional import contrastive_logsumexp, hardness_weighted_contrastive_loss
+from llave_kernels.functional import (
+    contrastive_logsumexp,
+    hardness_weighted_contrastive_loss,
+    matryoshka_logsumexp,
+)
 from llave_kernels.losses import direction_loss, joined
+from llave_kernels.matryoshka import Matryoshka
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
@@ -172,6 +178,7 @@ class MultipleNegativesRankingLoss(
         )
         self.false_negative_margin = checks.margin(false_negative_margin)
         self.backend = dispatch.known(backend)
+        self.nested: Matryoshka | None = None
         self._warned = False
         self.fuses()  # an error or the warning now, not at the first step
 
@@ -221,6 +228,15 @@ class MultipleNegativesRankingLoss(
             )
         return False
 
+    @contextmanager
+    def over_prefixes(self, nested: Matryoshka) -> Iterator[None]:
+        """Calls inside compute the loss over prefixes of the embeddings, if ``fuses``."""
+        self.nested = nested
+        try:
+            yield
+        finally:
+            self.nested = None
+
     def compute_loss_from_embeddings(
         self, embeddings: list[Tensor], labels: Tensor | None = None
     ) -> Tensor:
@@ -233,7 +249,7 @@ class MultipleNegativesRankingLoss(
             return super().compute_loss_from_embeddings(embeddings, labels)
         # float32 at least, as the host's similarities are. Autocast may round them later.
         embeddings = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in embeddings]
-        if self.fused_similarity == "cosine":
+        if self.fused_similarity == "cosine" and self.nested is None:  # it normalises prefixes
             embeddings = [normalize(x, dim=-1) for x in embeddings]
         return self._loss(embeddings, peers)
 
@@ -267,6 +283,7 @@ class MultipleNegativesRankingLoss(
         }
         names = "directions", "partition_mode", "hardness_mode", "hardness_strength", *OWN_SETTINGS
         settings |= {name: getattr(self, name) for name in names}
+        settings |= self._prefixes()
         n = len(embeddings[0])
         return Terms(Peer(n, n), settings, torch.as_tensor(self.scale, dtype=torch.float64))
 
@@ -289,22 +306,35 @@ class MultipleNegativesRankingLoss(
         }
         if peers is None and not to_query:
             return hardness_weighted_contrastive_loss(
-                query, candidates, logit_scale=self.scale, backend=self.backend, **rules
-            )
+                query, candidates, logit_scale=self.scale, backend=self.backend, **rules,
+                **self._prefixes(),
+            )  # fmt: skip
         logsumexps = self._here if peers is None else partial(self._over_processes, peers)
         positive, *found = logsumexps(query, candidates, **rules)
         terms = [lse for lse in found if lse is not None]
         if self.partition_mode == "per_direction":
-            return direction_loss(positive, torch.stack(terms)).mean()
+            return self._mean(direction_loss(positive, torch.stack(terms)).mean(0))
         log_k = math.log(1 + to_query)  # the softmax holds the positive once or twice
-        return log_k + direction_loss(positive + log_k, joined(*terms)).mean()
+        return self._mean(log_k + direction_loss(positive + log_k, joined(*terms)))
+
+    def _mean(self, loss: Tensor) -> Tensor:
+        """The mean () of a loss for each row, (N,) or (K, N) over prefixes."""
+        return (loss if self.nested is None else self.nested.summed(loss)).mean()
+
+    def _prefixes(self) -> dict[str, Any]:
+        """The arguments of our functions that ask for the loss over prefixes."""
+        if self.nested is None:
+            return {}
+        dims, weights = self.nested
+        return {"matryoshka_dims": dims, "matryoshka_weights": weights}
 
     def _here(self, query: Tensor, target: Tensor, **rules: Any) -> LogSumExps:
         """The positives' logits, and log-sum-exps of rows, of their positives' columns, within."""
-        found = contrastive_logsumexp(
-            query, target, logit_scale=self.scale, backend=self.backend, **rules
-        )
-        column = None if found.target is None else found.target[: len(query)]
+        logsumexp = contrastive_logsumexp
+        if self.nested is not None:
+            logsumexp = partial(matryoshka_logsumexp, dims=self.nested.dims)
+        found = logsumexp(query, target, logit_scale=self.scale, backend=self.backend, **rules)
+        column = None if found.target is None else found.target[..., : len(query)]
         return found.positive, found.query, column, found.within
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -312,7 +342,7 @@ class MultipleNegativesRankingLoss(
         self, peers: list[Peer], query: Tensor, target: Tensor, **rules: Any
     ) -> LogSumExps:
         """The same over the rows of all processes, which all have as many."""
-        given = {"logit_scale": self.scale, "backend": self.backend, **rules}
+        given = {"logit_scale": self.scale, "backend": self.backend, **rules, **self._prefixes()}
         call, terms = checked(query, target, settings={}, **given)
         parts = [terms.part._replace(node=peer.node) for peer in peers]
         return own_logsumexps(call, None, parts)

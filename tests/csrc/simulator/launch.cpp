@@ -8,6 +8,7 @@
 #include "backward_epilogue.h"
 #include "block.h"
 #include "forward_epilogue.h"
+#include "sigmoid_epilogue.h"
 
 namespace llave {
 
@@ -131,6 +132,12 @@ int64_t launch_backward(const Problem& p, const BackwardOutputs& outputs, cudaSt
   return scale_parts<Architecture, Element>(p, size);
 }
 
+template <int Architecture, class Element>
+SigmoidParts launch_sigmoid(const Problem& p, const SigmoidOutputs& outputs, cudaStream_t) {
+  const Size size = run_size<Architecture, Element, Size::large, SigmoidEpilogue>(p, outputs);
+  return sigmoid_parts<Architecture, Element>(p, size);
+}
+
 void select_device(int) {
 }
 
@@ -151,7 +158,9 @@ void launch_loss(const LossCall& call, cudaStream_t) {
   template Size launch_forward<architecture, element>(const Problem&, const ForwardOutputs&,      \
                                                       cudaStream_t);                              \
   template int64_t launch_backward<architecture, element>(const Problem&, const BackwardOutputs&, \
-                                                          cudaStream_t);
+                                                          cudaStream_t);                          \
+  template SigmoidParts launch_sigmoid<architecture, element>(                                    \
+      const Problem&, const SigmoidOutputs&, cudaStream_t);
 LLAVE_INSTANTIATE(80, float)
 LLAVE_INSTANTIATE(80, cutlass::bfloat16_t)
 LLAVE_INSTANTIATE(80, cutlass::half_t)

@@ -1,0 +1,169 @@
+// Turns a tile of similarities, still in registers, into its part of the sigmoid loss and of dS.
+#pragma once
+
+#include "epilogue.h"
+#include "fragment.h"
+#include "sigmoid.h"
+#include "store_tile.h"
+#include "tile_pairs.h"
+#include "tiles.h"
+
+namespace llave {
+
+// log(1 + exp(z)) and its derivative, to the last digits of a small loss too. NaN stays NaN.
+struct PairLoss {
+  float value, slope;
+
+  CUTE_HOST_DEVICE explicit PairLoss(float z) {
+    const float e = exponential(-fabsf(z));
+    value = (z > 0.0f ? z : 0.0f) + log_of_one_plus(e);
+    slope = (z < 0.0f ? e : 1.0f) * reciprocal(1.0f + e);
+  }
+};
+
+template <class Warp, class Element, class Tile>
+class SigmoidEpilogue : public EpilogueInterface<SigmoidOutputs> {
+  using Place_ = Place<Tile>;
+  static constexpr int kRows = Tile::kRows, kColumns = Tile::kColumns;
+  static constexpr int kWarps = Place_::kThreads / 32;
+
+  // Of a thread's pairs: the loss by row, and the gradients of scale and bias.
+  struct Sums {
+    float loss[Place_::kRowsHeld] = {}, scale = 0.0f, bias = 0.0f;
+  };
+
+ public:
+  struct SharedStorage {
+    TilePairs<Warp, Tile> pairs;
+    float weights[kRows];
+  };
+  using TensorStorage = SharedStorage;
+  using EpilogueInterface<SigmoidOutputs>::EpilogueInterface;
+
+  template <class Shape, class Block, class Coordinate, class Engine, class Layout, class Mma,
+            class Residue>
+  CUTE_DEVICE void operator()(Shape, Block, Coordinate tile,
+                              cute::Tensor<Engine, Layout> accumulators, Mma, Residue, int thread,
+                              char* storage) {
+    using namespace cute;
+    const Problem& p = params.problem;
+    const SigmoidOutputs& out = params.outputs;
+    const int i0 = get<0>(tile) * kRows, j0 = get<1>(tile) * kColumns;
+    if (i0 >= p.n || j0 >= p.m) return;  // a cluster may reach beyond the last tile
+
+    thread = Warp::opaque(thread);
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(storage);
+    Warp::synchronize(Place_::kThreads);  // the previous tile's data have been read
+    shared.pairs.load(p, i0, j0, thread);
+    for (int i = thread; i < kRows; i += Place_::kThreads) {
+      shared.weights[i] = out.weights == nullptr || i0 + i >= p.n ? 1.0f : out.weights[i0 + i];
+    }
+    Warp::synchronize(Place_::kThreads);
+
+    const Place_ place(thread);
+    Tensor s = make_tensor(accumulators.data(), matrix_layout(accumulators.layout()));
+    const bool edge = i0 + kRows > p.n || j0 + kColumns > p.m;
+    Sums sums;
+    if (!edge && shared.pairs.plain(p.rules, s, place, j0)) {
+      visit<true>(s, place, shared, i0, j0, sums);
+    } else {
+      visit<false>(s, place, shared, i0, j0, sums);
+    }
+    write(sums, place, shared, thread, i0, j0);
+  }
+
+ private:
+  // Adds all pairs to the sums and stores their dS. Plain pairs are negatives that count.
+  template <bool kPlain, class Matrix>
+  CUTE_DEVICE void visit(Matrix const& s, Place_ const& place, SharedStorage const& shared, int i0,
+                         int j0, Sums& sums) const {
+    using namespace cute;
+    const Problem& p = params.problem;
+    const SigmoidOutputs& out = params.outputs;
+    const float scale = p.logit_scale(), bias = *out.bias;
+    const float gain = out.gain == nullptr ? scale : scale * *out.gain;
+    const int rows = p.n - i0 - place.row(0), columns = p.m - j0 - place.column(0);
+    const auto values_of = [&](int r) {
+      const int i = Warp::opaque(place.row(r));
+      const float weight = shared.weights[i];
+      const int positive = kPlain ? 0 : shared.pairs.positive_offset(place, j0, i);
+      const int64_t id = kPlain ? 0 : shared.pairs.row_ids[i];
+      const bool inside = place.row_offset(r) < rows;
+      return [=, &s, &shared, &sums](int c) {
+        float similarity = s(r, c), z = fmaf(similarity, scale, bias), sign = weight;
+        if constexpr (!kPlain) {
+          const int offset = Place_::column_offset(c);
+          const bool mine = positive == offset;
+          if (mine) {
+            z = -z;
+            sign = -weight;
+          }
+          const bool counts = inside && offset < columns &&
+                              (mine || id != shared.pairs.column_ids[place.column(c)]);
+          if (!counts) {
+            z = -kInfinity;
+            similarity = 0.0f;
+          }
+        }
+        const PairLoss pair(z);
+        const float d = sign * pair.slope;
+        sums.loss[r] += pair.value;
+        sums.scale = fmaf(d, similarity, sums.scale);
+        sums.bias += d;
+        return gain * d;
+      };
+    };
+    if (out.ds != nullptr) {
+      StoreTile<Warp, Element, Tile>::all(s, place, out.ds, out.pitch, p.n, i0, j0, values_of);
+      return;
+    }
+    CUTE_UNROLL
+    for (int r = 0; r < size<0>(s); ++r) {
+      const auto value_of = values_of(r);
+      CUTE_UNROLL
+      for (int c = 0; c < size<1>(s); ++c) value_of(c);
+    }
+  }
+
+  CUTE_DEVICE void write(Sums const& sums, Place_ const& place, SharedStorage const& shared,
+                         int thread, int i0, int j0) const {
+    const Problem& p = params.problem;
+    const SigmoidOutputs& out = params.outputs;
+    const int across = j0 / kColumns;
+    const int64_t part = int64_t(across) * Place_::kWarpsAcross + place.warp_across;
+    CUTE_UNROLL
+    for (int r = 0; r < Place_::kRowsHeld; ++r) {
+      const float loss = quad_sum<Warp>(sums.loss[r]);
+      const int i = place.row(r);
+      if (place.lane % 4 == 0 && i0 + i < p.n) {
+        const bool nowhere = shared.pairs.labels[i] == kNowhere;
+        out.loss_parts[part * p.n + i0 + i] = nowhere && !elsewhere(i0 + i) ? NAN : loss;
+      }
+    }
+    const float scale = warp_sum<Warp>(sums.scale), bias = warp_sum<Warp>(sums.bias);
+    if (thread % 32 == 0) {
+      const int64_t number = int64_t(i0 / kRows) * tiles_over(p.m, kColumns) + across;
+      float* const place_of_sums = out.sums + (number * kWarps + thread / 32) * 2;
+      place_of_sums[0] = scale;
+      place_of_sums[1] = bias;
+    }
+  }
+
+  // Whether the positive of a row without a column is in another block.
+  CUTE_DEVICE bool elsewhere(int i) const { return params.problem.rules.labels[i] == kElsewhere; }
+};
+
+template <int Architecture, class Element, Size size>
+SigmoidParts sigmoid_parts_of(const Problem& p) {
+  using Place_ = Place<Tile<Architecture, Element, size>>;
+  return {int64_t(tiles_over(p.m, tile_columns(size))) * Place_::kWarpsAcross,
+          tile_count(p.n, p.m, size) * (Place_::kThreads / 32)};
+}
+
+template <int Architecture, class Element>
+SigmoidParts sigmoid_parts(const Problem& p, Size size) {
+  return size == Size::small ? sigmoid_parts_of<Architecture, Element, Size::small>(p)
+                             : sigmoid_parts_of<Architecture, Element, Size::large>(p);
+}
+
+}  // namespace llave
