@@ -1,9 +1,10 @@
 // Turns a tile of similarities, still in registers, into its part of dS in the inputs' type.
 #pragma once
 
+#include "cutlass/numeric_conversion.h"
+
 #include "epilogue.h"
 #include "fragment.h"
-#include "store_tile.h"
 #include "tile_pairs.h"
 #include "tiles.h"
 
@@ -171,12 +172,31 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
     if (thread % 32 == 0) shared.outside[thread / 32] = outside;
   }
 
+  // Stores dS of a thread's pairs, eight of its columns at a time. They are two columns from each
+  // of four blocks of eight. `values_of(r)(c)` gives the value of a pair.
   template <class Matrix, class Values>
   CUTE_DEVICE void store(Matrix const& s, Place_ const& place, int i0, int j0,
                          Values values_of) const {
+    using namespace cute;
     const BackwardOutputs& out = params.outputs;
-    StoreTile<Warp, Element, Tile>::all(s, place, out.ds, out.pitch, params.problem.n, i0, j0,
-                                        values_of);
+    constexpr int R = decltype(size<0>(s))::value;
+    // The first of the columns that the lane stores at a time: two of its own, or eight of 2 bytes.
+    const int first = sizeof(Element) == 4 ? 0 : place.lane % 4 * 2;
+    const int i = i0 + place.row(0), j = j0 + place.column(first) - first;
+    const int rows = params.problem.n - i, columns = static_cast<int>(out.pitch) - j;
+    Element* const ds = static_cast<Element*>(out.ds) + i * out.pitch + j;
+    CUTE_UNROLL
+    for (int c = 0; c < size<1>(s); c += 8) {
+      CUTE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const auto value_of = values_of(r);
+        float values[8];
+        CUTE_UNROLL
+        for (int k = 0; k < 8; ++k) values[k] = value_of(c + k);
+        store(values, ds + place.row_offset(r) * out.pitch, place.row_offset(r) < rows, columns, c,
+              place.lane);
+      }
+    }
   }
 
   // d logit_scale is the sum of dS_ij s_ij over the scale. `sum` is the thread's sum over
@@ -195,6 +215,31 @@ class BackwardEpilogue : public EpilogueInterface<BackwardOutputs> {
     const int64_t number =
         int64_t(i0 / kRows) * tiles_over(params.problem.m, kColumns) + j0 / kColumns;
     if (thread % 32 == 0) out.scale_parts[number * kWarps + thread / 32] = sum / scale;
+  }
+
+  CUTE_DEVICE static void store(const float (&values)[8], Element* row, bool inside, int columns,
+                                int c, int lane) {
+    using namespace cute;
+    if constexpr (sizeof(Element) == 4) {  // a quad's pairs are already 32 contiguous bytes
+      CUTE_UNROLL
+      for (int k = 0; k < 8; k += 2) {
+        const int j = Place_::column_offset(c + k);
+        if (inside && j < columns) *reinterpret_cast<float2*>(row + j) = {values[k], values[k + 1]};
+      }
+    } else {  // each lane collects eight columns (16 bytes) from its quad
+      cutlass::NumericArrayConverter<Element, float, 2> convert;
+      uint32_t words[4];
+      CUTE_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const cutlass::Array<Element, 2> pair = convert({values[2 * k], values[2 * k + 1]});
+        words[k] = reinterpret_cast<uint32_t const&>(pair);
+      }
+      transpose_quad<Warp>(words, lane);
+      const int j = Place_::column_offset(c);
+      if (inside && j < columns) {
+        *reinterpret_cast<uint4*>(row + j) = {words[0], words[1], words[2], words[3]};
+      }
+    }
   }
 };
 

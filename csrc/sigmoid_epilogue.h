@@ -1,10 +1,11 @@
 // Turns a tile of similarities, still in registers, into its part of the sigmoid loss and of dS.
 #pragma once
 
+#include "cutlass/numeric_conversion.h"
+
 #include "epilogue.h"
 #include "fragment.h"
 #include "sigmoid.h"
-#include "store_tile.h"
 #include "tile_pairs.h"
 #include "tiles.h"
 
@@ -82,46 +83,55 @@ class SigmoidEpilogue : public EpilogueInterface<SigmoidOutputs> {
     const SigmoidOutputs& out = params.outputs;
     const float scale = p.logit_scale(), bias = *out.bias;
     const float gain = out.gain == nullptr ? scale : scale * *out.gain;
-    const int rows = p.n - i0 - place.row(0), columns = p.m - j0 - place.column(0);
-    const auto values_of = [&](int r) {
-      const int i = Warp::opaque(place.row(r));
-      const float weight = shared.weights[i];
-      const int positive = kPlain ? 0 : shared.pairs.positive_offset(place, j0, i);
-      const int64_t id = kPlain ? 0 : shared.pairs.row_ids[i];
-      const bool inside = place.row_offset(r) < rows;
-      return [=, &s, &shared, &sums](int c) {
-        float similarity = s(r, c), z = fmaf(similarity, scale, bias), sign = weight;
-        if constexpr (!kPlain) {
-          const int offset = Place_::column_offset(c);
-          const bool mine = positive == offset;
-          if (mine) {
-            z = -z;
-            sign = -weight;
+    const int i = i0 + place.row(0), j = j0 + place.column(0);
+    const int rows = p.n - i, columns = p.m - j, stored = static_cast<int>(out.pitch) - j;
+    Element* const ds = static_cast<Element*>(out.ds) + i * out.pitch + j;
+    CUTE_UNROLL
+    for (int c = 0; c < size<1>(s); c += 8) {
+      Warp::fence();
+      CUTE_UNROLL
+      for (int r = 0; r < size<0>(s); ++r) {
+        const int row = Warp::opaque(place.row(r));
+        const float weight = shared.weights[row];
+        const int positive = kPlain ? 0 : shared.pairs.positive_offset(place, j0, row);
+        const int64_t id = kPlain ? 0 : shared.pairs.row_ids[row];
+        const bool inside = place.row_offset(r) < rows;
+        const auto value_of = [&](int k) {
+          const int offset = Place_::column_offset(k);
+          float similarity = s(r, k), z = fmaf(similarity, scale, bias), sign = weight;
+          if constexpr (!kPlain) {
+            const bool mine = positive == offset;
+            const bool counts = inside && offset < columns &&
+                                (mine || id != shared.pairs.column_ids[place.column(k)]);
+            z = counts ? (mine ? -z : z) : -kInfinity;
+            similarity = counts ? similarity : 0.0f;
+            sign = mine ? -weight : weight;
           }
-          const bool counts = inside && offset < columns &&
-                              (mine || id != shared.pairs.column_ids[place.column(c)]);
-          if (!counts) {
-            z = -kInfinity;
-            similarity = 0.0f;
+          const PairLoss pair(z);
+          const float d = sign * pair.slope;
+          sums.loss[r] += pair.value;
+          sums.scale = fmaf(d, similarity, sums.scale);
+          sums.bias += d;
+          return gain * d;
+        };
+        CUTE_UNROLL
+        for (int k = c; k < c + 8; k += 2) {  // two neighbouring columns
+          const float first = value_of(k), second = value_of(k + 1);
+          const int offset = Place_::column_offset(k);
+          if (out.ds != nullptr && inside && offset < stored) {
+            store(first, second, ds + place.row_offset(r) * out.pitch + offset);
           }
         }
-        const PairLoss pair(z);
-        const float d = sign * pair.slope;
-        sums.loss[r] += pair.value;
-        sums.scale = fmaf(d, similarity, sums.scale);
-        sums.bias += d;
-        return gain * d;
-      };
-    };
-    if (out.ds != nullptr) {
-      StoreTile<Warp, Element, Tile>::all(s, place, out.ds, out.pitch, p.n, i0, j0, values_of);
-      return;
+      }
     }
-    CUTE_UNROLL
-    for (int r = 0; r < size<0>(s); ++r) {
-      const auto value_of = values_of(r);
-      CUTE_UNROLL
-      for (int c = 0; c < size<1>(s); ++c) value_of(c);
+  }
+
+  CUTE_DEVICE static void store(float first, float second, Element* place) {
+    if constexpr (sizeof(Element) == 4) {
+      *reinterpret_cast<float2*>(place) = {first, second};
+    } else {
+      const cutlass::NumericArrayConverter<Element, float, 2> convert;
+      *reinterpret_cast<cutlass::Array<Element, 2>*>(place) = convert({first, second});
     }
   }
 

@@ -68,7 +68,7 @@ def one_direction_loss(
     query: Tensor,
     target: Tensor,
     scale: float | Tensor,
-    backend: Backend,
+    backend: Backend | OneDirection,
     rules: Rules,
     weight: float,
 ) -> Tensor:

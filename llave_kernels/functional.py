@@ -235,13 +235,18 @@ def hardness_weighted_contrastive_loss(
     sides = checks.sides("within", within, resolved)
     nested = matryoshka.checked(matryoshka_dims, matryoshka_weights, query.shape[1])
     name = dispatch.choose(backend, query, target, resolved)
-    if nested is None and reduction != "none" and not sides:
+    if reduction != "none" and not sides:
         weight = 1 / query.shape[0] if reduction == "mean" else 1.0
         merges = _merges_gradients(name, query, target, scale, resolved)
-        if autograd.serves(query, target, scale, *resolved.biases):
+        eager = autograd.serves(query, target, scale, *resolved.biases)
+        if nested is not None:
+            if eager and merges and _in_one_product(name, resolved):
+                merging = matryoshka.OneDirection(nested)
+                return autograd.one_direction_loss(query, target, scale, merging, resolved, weight)
+        elif eager:
             run = autograd.one_direction_loss if merges else autograd.total_loss
             return run(query, target, scale, dispatch.named(name), resolved, weight)
-        if merges:
+        elif merges:
             scale = scale_tensor(scale, query)
             return weight * ops.one_direction_loss(query, target, scale, name, *resolved)[0]
     logits = logsumexp(query, target, scale, resolved, name, nested and nested.dims, sides)
@@ -252,6 +257,11 @@ def hardness_weighted_contrastive_loss(
     if nested is not None:
         loss = nested.summed(loss)
     return losses.reduce(loss, reduction)
+
+
+def _in_one_product(backend: str, rules: Rules) -> bool:
+    """Whether the prefixes of a matryoshka loss share one product."""
+    return backend == matryoshka.BACKEND and not rules.biased
 
 
 def _merges_gradients(
@@ -280,8 +290,7 @@ def logsumexp(
     """
     scale = scale_tensor(scale, query)
     within = None
-    one_product = backend == matryoshka.BACKEND and not rules.biased
-    if dims is not None and not one_product:
+    if dims is not None and not _in_one_product(backend, rules):
         return _prefix_by_prefix(query, target, scale, rules, backend, dims, sides)
     if dims is not None:
         outputs = matryoshka.logsumexp(query, target, scale, dims, rules)

@@ -172,6 +172,30 @@ def _(*arguments: Any) -> Any:
     return ops.gradients_like(query, target, query.dtype)[:3]
 
 
+class OneDirection:
+    """The backend's ``OneDirection`` of the weighted sum over prefixes."""
+
+    def __init__(self, nested: Matryoshka) -> None:
+        self.nested = nested
+
+    def merges_gradients(self, query: Tensor) -> bool:
+        return torch_backend.merges_gradients(query)
+
+    def one_direction(
+        self,
+        query: Tensor,
+        target: Tensor,
+        logit_scale: Tensor,
+        rules: Rules,
+        *,
+        bias_gradients: bool = False,
+    ) -> tuple[Tensor, Gradients]:
+        """It is called without biases."""
+        limits = margin_limits(query, target, rules, self.nested.dims, BACKEND)
+        own = rules._replace(row_limit=limits)
+        return torch_matryoshka.one_direction(query, target, logit_scale, self.nested, own)
+
+
 def _checked(
     query: Tensor, target: Tensor, scale: Tensor, dims: Sequence[int], given: tuple[Any, ...]
 ) -> Rules:

@@ -22,7 +22,8 @@ INPUTS = "Tensor query, Tensor target, Tensor logit_scale"
 CALL = f"{INPUTS}, str backend, {SCHEMA}"
 OUTPUTS = "Tensor positive, Tensor query_lse, Tensor target_lse"
 UPSTREAM = "Tensor d_positive, Tensor d_query_lse, Tensor d_target_lse"
-GRADIENTS = ", ".join(f"Tensor d_{name}" for name in Gradients._fields)
+GRADIENTS = "Tensor d_query, Tensor d_target, Tensor d_logit_scale"
+WITH_BIASES = f"{GRADIENTS}, Tensor d_query_bias, Tensor d_target_bias"
 ASKED = "bool scale_gradient, bool bias_gradients"
 
 
@@ -78,7 +79,7 @@ def fake_logsumexp(query: Tensor, target: Tensor, backend: str, *given: Any) -> 
 @torch.library.custom_op(
     "llave::contrastive_logsumexp_backward",
     mutates_args=(),
-    schema=f"({UPSTREAM}, {OUTPUTS}, Tensor kept, {ASKED}, {CALL}) -> ({GRADIENTS})",
+    schema=f"({UPSTREAM}, {OUTPUTS}, Tensor kept, {ASKED}, {CALL}) -> ({WITH_BIASES})",
 )
 def contrastive_logsumexp_backward(
     d_positive: Tensor,
@@ -119,7 +120,7 @@ def _(*arguments: Any) -> Any:
 
 
 @torch.library.custom_op(
-    "llave::one_direction_loss", mutates_args=(), schema=f"({CALL}) -> (Tensor loss, {GRADIENTS})"
+    "llave::one_direction_loss", mutates_args=(), schema=f"({CALL}) -> (Tensor loss, {WITH_BIASES})"
 )
 def one_direction_loss(
     query: Tensor, target: Tensor, logit_scale: Tensor, backend: str, *given: Any

@@ -6,11 +6,12 @@ A file has ``FAMILY``: its implementations and its dense formula.
 from __future__ import annotations
 
 from benchmarks import peers
-from benchmarks.losses import matryoshka, within
+from benchmarks.losses import matryoshka, supcon, within
 from benchmarks.peer import Family
 
 LOSSES: dict[str, Family] = {
     "contrastive": peers.FAMILY,
+    "supcon": supcon.FAMILY,
     "matryoshka": matryoshka.FAMILY,
     "within": within.FAMILY,
 }

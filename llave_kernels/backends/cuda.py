@@ -162,8 +162,8 @@ def backward(
     rules: Rules,
     *,
     scale_gradient: bool,
-    sums: Sums | None = None,
     bias_gradients: bool = False,
+    sums: Sums | None = None,
 ) -> Gradients:
     """The gradients. That of logit_scale is uninitialised unless ``scale_gradient``."""
     gain = products.gain(logit_scale, *upstream) if query.dtype == torch.float16 else None

@@ -367,6 +367,23 @@ def merges_gradients(query: Tensor) -> bool:
     return not rounds_gradients(query)
 
 
+def merged(
+    strips: Strips, strip: slice, similarity: Tensor, positive: Tensor, weight: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of a strip's rows (rows,) in one direction, dS of the negatives and of the positives.
+
+    Args:
+        similarity: (M, rows). It is overwritten by dS of the negatives.
+        positive: (rows,) logits of the positives.
+        weight: of the loss.
+    """
+    e, total, shift = _row_exponentials(strips, strips.row_logits(strip, similarity))
+    lse = shift + total.log()
+    slope = torch.sigmoid(lse - positive) * strips.scale * weight
+    ds = e.mul_(slope / total.masked_fill(total == 0, 1.0))
+    return direction_loss(positive, lse) * weight, ds, -slope
+
+
 def one_direction(
     query: Tensor,
     target: Tensor,
@@ -381,13 +398,10 @@ def one_direction(
     gradients = _Gradients(strips, dtype, None, bias_gradients=bias_gradients)
     loss = query.new_empty(len(query), dtype=dtype)
 
-    def accumulate(strip: slice) -> None:
+    def accumulate(strip: slice) -> None:  # a function, to free a strip before the next is made
         similarity = strips.similarity(strip)
-        e, total, shift = _row_exponentials(strips, strips.row_logits(strip, similarity))
-        positive, lse = strips.positive[strip], shift + total.log()
-        loss[strip] = direction_loss(positive, lse)
-        slope = torch.sigmoid(lse - positive) * strips.scale
-        gradients.add(strip, e.mul_(slope / total.masked_fill(total == 0, 1.0)), -slope)
+        loss[strip], *slopes = merged(strips, strip, similarity, strips.positive[strip])
+        gradients.add(strip, *slopes)
 
     for strip in strips:
         accumulate(strip)

@@ -7,13 +7,14 @@ its products into cosines. Each prefix has its own logits and sums (``torch_back
     forward   2NMD  a strip of products grows from prefix to prefix
     backward  6NMD  the same, then dQ_strip = dS T and dT += dS^T Q_strip. A range of columns takes
                     the sum of the dS of all prefixes that contain it
+    one_direction   6NMD: both together
 
 D is the longest prefix. Half precision is widened to float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,12 +22,20 @@ from torch import Tensor
 from llave_kernels.backends.positives import positive_similarity
 from llave_kernels.backends.products import add_product, gain, product
 from llave_kernels.backends.protocol import Gradients, LogSumExps
-from llave_kernels.backends.torch_backend import SAFE_EXPONENT, ColumnSums, Slopes, Strips, reduced
+from llave_kernels.backends.torch_backend import (
+    SAFE_EXPONENT,
+    ColumnSums,
+    Slopes,
+    Strips,
+    merged,
+    reduced,
+    strip_rows,
+)
 from llave_kernels.precision import accumulation_dtype
 from llave_kernels.rules import Rules, at_labels
 
 EPS = 1e-12  # as in torch.nn.functional.normalize
-STRIP_BUDGET = 8 << 20  # bytes of the strips of all prefixes
+ENOUGH_ROWS = 256  # from which the products of a strip run at full speed
 
 
 class _Rows:
@@ -51,22 +60,18 @@ class _Rows:
         self.bends = self.factors.square().mul_(live)
         self.parts = [x[:, part].to(dtype) / self.length[:, None] for part in self.ranges]
 
-    def gradient(
-        self, of_parts: list[Tensor], pulls: Tensor, factor: Tensor, like: Tensor
-    ) -> Tensor:
-        """The gradient of the rows ``like`` (R, D).
+    def gradient(self, of_parts: list[Tensor], pulls: Tensor, width: int) -> Tensor:
+        """(R, width) gradient of the rows. 0 beyond the longest prefix.
 
         Args:
             of_parts: that of ``parts``, as if the factors were constants. They are overwritten.
             pulls: (K, R) sums of dS times cosine over each row.
-            factor: what the others were multiplied by, ().
         """
-        gradient = torch.zeros_like(like)
+        gradient = self.length.new_zeros(len(self.length), width)
         # A factor depends on all columns of its prefix.
         along = (pulls * self.bends).flip(0).cumsum(0).flip(0)
-        divisor = (self.length * factor)[:, None]
         for d, x, pull, columns in zip(of_parts, self.parts, along, self.ranges, strict=True):
-            gradient[:, columns] = d.sub_(pull[:, None] * x).div_(divisor)
+            gradient[:, columns] = d.sub_(pull[:, None] * x).div_(self.length[:, None])
         return gradient
 
 
@@ -102,9 +107,9 @@ class _Prefixes:
         self.query, self.target = _Rows(query, dims), _Rows(target, dims)
         self.scale, self.labels = scale, rules.labels
         self.each = [_Prefix(self.query, self.target, k, scale, rules) for k in range(len(dims))]
-        itemsize = self.query.length.itemsize
-        fit = STRIP_BUDGET // (len(target) * itemsize * (1 + len(dims)))
-        self.n, self.rows = len(query), max(1, fit)
+        # The strips of all prefixes share the budget of one, if that is enough rows.
+        fit = strip_rows(len(query), len(target), query.dtype)
+        self.n, self.rows = len(query), max(fit // (1 + len(dims)), min(fit, ENOUGH_ROWS))
 
     def __iter__(self) -> Iterator[slice]:
         for start in range(0, self.n, self.rows):
@@ -173,9 +178,43 @@ def backward(
         )
     ]
     gradients = _Gradients(prefixes)
+
+    def ds_of(k: int, strip: slice, cosines: Tensor) -> tuple[Tensor, Tensor]:
+        return slopes[k].of(strip, cosines), slopes[k].positive[strip]
+
     for strip in prefixes:
-        gradients.add(strip, slopes)
-    return gradients.result(query, target, factor)
+        gradients.add(strip, ds_of)
+    d_query, d_target, d_scale, *_ = gradients.result(query, target)
+    d_query, d_target = (x.div_(factor).to(query.dtype) for x in (d_query, d_target))
+    return Gradients(d_query, d_target, d_scale / factor)
+
+
+def one_direction(
+    query: Tensor,
+    target: Tensor,
+    logit_scale: Tensor,
+    nested: tuple[Sequence[int], Sequence[float]],
+    rules: Rules,
+) -> tuple[Tensor, Gradients]:
+    """As ``OneDirection.one_direction``, for the weighted sum over prefixes.
+
+    Args:
+        nested: dims, ascending, and their weights.
+    """
+    dims, weights = nested
+    prefixes = _Prefixes(query, target, logit_scale, dims, rules)
+    gradients = _Gradients(prefixes)
+    positives = prefixes.positives() * prefixes.each[0].scale
+    loss = torch.zeros_like(positives[0])
+
+    def ds_of(k: int, strip: slice, cosines: Tensor) -> tuple[Tensor, Tensor]:
+        each = merged(prefixes.each[k], strip, cosines, positives[k, strip], weights[k])
+        loss[strip] += each[0]
+        return each[1:]
+
+    for strip in prefixes:
+        gradients.add(strip, ds_of)
+    return loss, gradients.result(query, target)
 
 
 class _Gradients:
@@ -189,12 +228,19 @@ class _Gradients:
         self.row_pulls = torch.empty_like(prefixes.query.factors)
         self.column_pulls = torch.zeros_like(prefixes.target.factors)
 
-    def add(self, strip: slice, slopes: list[Slopes]) -> None:
-        """Make dS of every prefix from the strip, then run the products of every range."""
+    def add(
+        self, strip: slice, ds_of: Callable[[int, slice, Tensor], tuple[Tensor, Tensor]]
+    ) -> None:
+        """Make dS of every prefix from the strip, then run the products of every range.
+
+        Args:
+            ds_of: makes dS of a prefix's negatives (M, rows) and positives (rows,) from its cosines
+                (M, rows), which it may overwrite.
+        """
         waiting = []
         for k, (prefix, products) in enumerate(self.prefixes.products(strip)):
-            ds = slopes[k].of(strip, prefix.scaled(strip, products))
-            prefix.put_positives(strip, ds, slopes[k].positive[strip])
+            ds, d_positive = ds_of(k, strip, prefix.scaled(strip, products))
+            prefix.put_positives(strip, ds, d_positive)
             ds = prefix.scaled(strip, ds, ds)
             pulls = ds * products
             self.row_pulls[k, strip] = pulls.sum(0)
@@ -209,17 +255,11 @@ class _Gradients:
             if waiting:
                 total += waiting.pop()
 
-    def result(self, query: Tensor, target: Tensor, factor: Tensor) -> Gradients:
-        sides = self.prefixes.query, self.prefixes.target
-        d_scale = self.row_pulls.sum() / self.prefixes.each[0].scale / factor
-        d_query, d_target = (
-            rows.gradient(parts, pulls, factor, like)
-            for rows, parts, pulls, like in zip(
-                sides,
-                (self.d_query, self.d_target),
-                (self.row_pulls, self.column_pulls),
-                (query, target),
-                strict=True,
-            )
+    def result(self, query: Tensor, target: Tensor) -> Gradients:
+        """The gradients of the inputs, in the accumulation dtype."""
+        rows, columns = self.prefixes.query, self.prefixes.target
+        return Gradients(
+            rows.gradient(self.d_query, self.row_pulls, query.shape[1]),
+            columns.gradient(self.d_target, self.column_pulls, target.shape[1]),
+            self.row_pulls.sum() / self.prefixes.each[0].scale,
         )
-        return Gradients(d_query, d_target, d_scale)

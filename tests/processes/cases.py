@@ -26,6 +26,7 @@ HARDNESS = ("in_batch", "hard_negatives", "all")
 KINDS = ((), ("labels",), ("ids",), ("margin",), ("target_alpha",), ("mined",), ("biases",))
 KINDS += (("labels", "ids", "margin", "target_alpha", "mined", "biases"),)
 KINDS += (("within",), ("within", "labels", "ids", "margin", "target_alpha", "mined"))
+EVERYTHING = [KINDS[-3], KINDS[-1]]  # biases and within do not go together
 
 
 def rows_of(world: int, *, uneven: bool) -> list[int]:

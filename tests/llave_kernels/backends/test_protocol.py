@@ -48,14 +48,20 @@ class Dense:
         counts = labels != columns
         if rules.query_ids is not None:
             counts &= rules.query_ids[:, None] != rules.target_ids
-        return (s * (scale + alpha * weighted)).masked_fill(~counts, -math.inf)
+        z = s * (scale + alpha * weighted) + self.bias(s, rules)
+        return z.masked_fill(~counts, -math.inf)
+
+    def bias(self, s: Tensor, rules: Rules) -> Tensor:
+        given = zip(rules.biases, (1, 0), strict=True)
+        return sum((x.unsqueeze(dim) for x, dim in given if x is not None), torch.zeros_like(s))
 
     def forward(
         self, query: Tensor, target: Tensor, logit_scale: Tensor, rules: Rules, kept: Tensor
     ) -> LogSumExps:
         torch.matmul(query, target.T, out=kept)
         s = kept.double()
-        positive = logit_scale * s.gather(1, rules.labels_of(s)[:, None])[:, 0]
+        z = logit_scale * s + self.bias(s, rules)
+        positive = z.gather(1, rules.labels_of(s)[:, None])[:, 0]
         rows = self.logits(s, logit_scale, rules.alpha, rules).logsumexp(1)
         columns = self.logits(s, logit_scale, rules.target_alpha, rules).logsumexp(0)
         outputs = positive, rows, columns if rules.symmetric else columns[:0]
@@ -72,6 +78,7 @@ class Dense:
         rules: Rules,
         *,
         scale_gradient: bool,
+        bias_gradients: bool = False,
     ) -> Gradients:
         s = kept.double()
         rows, columns = (x.masked_fill(x == -math.inf, 0.0) for x in outputs[1:])
@@ -82,7 +89,11 @@ class Dense:
             ds += upstream.target_lse * (z - columns).exp()
         ds.scatter_(1, rules.labels_of(s)[:, None], upstream.positive.double()[:, None])
         dq, dt = logit_scale * ds @ target.double(), logit_scale * ds.T @ query.double()
-        return Gradients(dq.float(), dt.float(), ((s * ds).sum()).float())
+        d_biases = (
+            ds.sum(1 - side).float() if bias_gradients and bias is not None else None
+            for side, bias in enumerate(rules.biases)
+        )
+        return Gradients(dq.float(), dt.float(), (s * ds).sum().float(), *d_biases)
 
 
 @pytest.fixture
@@ -126,7 +137,7 @@ def test_a_backend_that_is_listed_trains(dense: str) -> None:
 def test_the_contract_holds_for_a_backend_that_is_listed(dense: str, symmetric: bool) -> None:
     """This backend has no pass that computes loss and gradients of one direction together."""
     pair = embeddings(9, 15, 4)
-    rules = draw_rules(9, 15, {"ids", "owners", "target_alpha"})
+    rules = draw_rules(9, 15, {"ids", "owners", "target_alpha", "biases"})
     assert_contract(*pair, 20.0, backend=dense, symmetric=symmetric, **rules)
 
 
