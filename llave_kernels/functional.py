@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from llave_kernels import autograd, checks, dispatch, losses, matryoshka, ops, transforms
 from llave_kernels.precision import accumulation_dtype, autocast, scale_tensor
 from llave_kernels.rules import HARDNESS_MODES, RuleArguments, Rules, at_labels, default_owners
-from llave_kernels.within import within_logsumexp
+from llave_kernels.within import blocks, within_logsumexp
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -126,6 +126,7 @@ def matryoshka_logsumexp(
     dims: Sequence[int],
     *,
     logit_scale: float | Tensor = 50.0,
+    within: Sequence[str] = (),
     backend: str = "auto",
     **rules: Unpack[RuleArguments],
 ) -> ContrastiveLogits:
@@ -136,27 +137,26 @@ def matryoshka_logsumexp(
 
     Args:
         dims: K different lengths from 1 to D, in any order.
-        query, target, logit_scale, backend, rules: as in ``hardness_weighted_contrastive_loss``.
-            ``false_negative_margin`` is compared with the cosines of each dim.
+        query, target, logit_scale, within, backend, rules: as in
+            ``hardness_weighted_contrastive_loss``. ``false_negative_margin`` is compared with the
+            cosines of each dim.
 
     Returns:
-        (K, N), (K, N) and (K, M), in the order of ``dims``.
+        (K, N), (K, N), (K, M) and (K, N), in the order of ``dims``.
 
     Raises:
         TypeError, ValueError, RuntimeError: as in ``hardness_weighted_contrastive_loss``.
     """
     query, target = autocast(query, target)
     scale, resolved = resolve(query, target, logit_scale, **rules)
+    sides = checks.sides("within", within, resolved)
     nested = matryoshka.checked(dims, None, query.shape[1])
     if nested is None:
         raise TypeError("dims must be a list or tuple of numbers, got None")
     name = dispatch.choose(backend, query, target, resolved)
-    found = logsumexp(query, target, scale, resolved, name, nested.dims)
+    found = logsumexp(query, target, scale, resolved, name, nested.dims, sides)
     order = [nested.dims.index(int(d)) for d in dims]
-    positive, rows, columns, _ = found
-    return ContrastiveLogits(
-        positive[order], rows[order], None if columns is None else columns[order]
-    )
+    return ContrastiveLogits(*(None if x is None else x[order] for x in found))  # type: ignore[arg-type]
 
 
 @shows_rules
@@ -285,10 +285,12 @@ def logsumexp(
     """
     scale = scale_tensor(scale, query)
     within = None
-    if dims is not None and (sides or backend != matryoshka.BACKEND):
+    if dims is not None and backend != matryoshka.BACKEND:
         return _prefix_by_prefix(query, target, scale, rules, backend, dims, sides)
     if dims is not None:
         outputs = matryoshka.logsumexp(query, target, scale, dims, rules)
+        if sides:
+            within = _within_prefixes(query, target, scale, rules, backend, dims, sides)
     elif sides:
         outputs, within = within_logsumexp(query, target, scale, backend, rules, sides)
     elif autograd.serves(query, target, scale, *rules.biases):
@@ -297,6 +299,23 @@ def logsumexp(
         outputs = ops.contrastive_logsumexp(query, target, scale, backend, *rules)[:3]
     positive, rows, columns = outputs
     return ContrastiveLogits(positive, rows, columns if rules.symmetric else None, within)
+
+
+def _within_prefixes(
+    query: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    rules: Rules,
+    backend: str,
+    dims: tuple[int, ...],
+    sides: Sequence[str],
+) -> Tensor:
+    """(K, N) log-sum-exps within the sides, from one product of each side."""
+    rules = rules._replace(row_limit=margin_limits(query, target, rules, backend, dims))
+    found = blocks(query, target, rules, sides, dispatch.named(backend).margin_limit)
+    return losses.joined(
+        *(logsumexp(x.query, x.target, scale, x.rules, backend, dims).query for x in found)
+    )
 
 
 def margin_limits(
