@@ -126,6 +126,7 @@ def matryoshka_logsumexp(
     dims: Sequence[int],
     *,
     logit_scale: float | Tensor = 50.0,
+    within: Sequence[str] = (),
     backend: str = "auto",
     **rules: Unpack[RuleArguments],
 ) -> ContrastiveLogits:
@@ -136,27 +137,28 @@ def matryoshka_logsumexp(
 
     Args:
         dims: K different lengths from 1 to D, in any order.
-        query, target, logit_scale, backend, rules: as in ``hardness_weighted_contrastive_loss``.
-            ``false_negative_margin`` is compared with the cosines of each dim.
+        query, target, logit_scale, within, backend, rules: as in
+            ``hardness_weighted_contrastive_loss``. ``false_negative_margin`` is compared with the
+            cosines of each dim. With ``within`` the ``torch`` backend computes dim after dim too.
 
     Returns:
-        (K, N), (K, N) and (K, M), in the order of ``dims``.
+        The same with a first dimension of K, in the order of ``dims``.
 
     Raises:
         TypeError, ValueError, RuntimeError: as in ``hardness_weighted_contrastive_loss``.
     """
     query, target = autocast(query, target)
     scale, resolved = resolve(query, target, logit_scale, **rules)
+    sides = checks.sides("within", within, resolved)
     nested = matryoshka.checked(dims, None, query.shape[1])
     if nested is None:
         raise TypeError("dims must be a list or tuple of numbers, got None")
     name = dispatch.choose(backend, query, target, resolved)
-    found = logsumexp(query, target, scale, resolved, name, nested.dims)
+    found = logsumexp(query, target, scale, resolved, name, nested.dims, sides)
     order = [nested.dims.index(int(d)) for d in dims]
-    positive, rows, columns, _ = found
-    return ContrastiveLogits(
-        positive[order], rows[order], None if columns is None else columns[order]
-    )
+    positive, rows, *others = found
+    others = [None if x is None else x[order] for x in others]
+    return ContrastiveLogits(positive[order], rows[order], *others)
 
 
 @shows_rules
