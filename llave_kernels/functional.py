@@ -104,6 +104,7 @@ def matryoshka_logsumexp(
     dims: Sequence[int],
     *,
     logit_scale: float | Tensor = 50.0,
+    within: Sequence[str] = (),
     backend: str = "auto",
     **rules: Unpack[RuleArguments],
 ) -> ContrastiveLogits:
@@ -114,11 +115,12 @@ def matryoshka_logsumexp(
 
     Args:
         dims: K different lengths from 1 to D, in any order.
-        query, target, logit_scale, backend, rules: as in ``hardness_weighted_contrastive_loss``.
-            ``false_negative_margin`` is compared with the cosines of each dim.
+        query, target, logit_scale, within, backend, rules: as in
+            ``hardness_weighted_contrastive_loss``. ``false_negative_margin`` is compared with the
+            cosines of each dim. With ``within`` the ``torch`` backend computes dim after dim too.
 
     Returns:
-        (K, N), (K, N) and (K, M), in the order of ``dims``.
+        The same with a first dimension of K, in the order of ``dims``.
 
     Raises:
         TypeError, ValueError, RuntimeError: as in ``hardness_weighted_contrastive_loss``.
@@ -149,7 +151,9 @@ def logits_of(
     if nested is None or dims is None:
         return found
     order = [nested.dims.index(int(d)) for d in dims]
-    return Logits(*(None if x is None else x[order] for x in found))  # type: ignore[arg-type]
+    positive, rows, *others = found
+    others = [None if x is None else x[order] for x in others]
+    return Logits(positive[order], rows[order], *others)
 
 
 @shows_rules
