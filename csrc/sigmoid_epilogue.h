@@ -88,9 +88,9 @@ class SigmoidEpilogue : public EpilogueInterface<SigmoidOutputs> {
     Element* const ds = static_cast<Element*>(out.ds) + i * out.pitch + j;
     CUTE_UNROLL
     for (int c = 0; c < size<1>(s); c += 8) {
-      Warp::fence();
       CUTE_UNROLL
       for (int r = 0; r < size<0>(s); ++r) {
+        Warp::fence();  // the compiler would compute more pairs at a time than there are registers
         const int row = Warp::opaque(place.row(r));
         const float weight = shared.weights[row];
         const int positive = kPlain ? 0 : shared.pairs.positive_offset(place, j0, row);

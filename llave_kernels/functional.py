@@ -240,7 +240,7 @@ def hardness_weighted_contrastive_loss(
         merges = _merges_gradients(name, query, target, scale, resolved)
         eager = autograd.serves(query, target, scale, *resolved.biases)
         if nested is not None:
-            if eager and merges and _in_one_product(name, resolved):
+            if eager and merges and name == matryoshka.BACKEND:
                 merging = matryoshka.OneDirection(nested)
                 return autograd.one_direction_loss(query, target, scale, merging, resolved, weight)
         elif eager:
@@ -257,11 +257,6 @@ def hardness_weighted_contrastive_loss(
     if nested is not None:
         loss = nested.summed(loss)
     return losses.reduce(loss, reduction)
-
-
-def _in_one_product(backend: str, rules: Rules) -> bool:
-    """Whether the prefixes of a matryoshka loss share one product."""
-    return backend == matryoshka.BACKEND and not rules.biased
 
 
 def _merges_gradients(
@@ -290,7 +285,7 @@ def logsumexp(
     """
     scale = scale_tensor(scale, query)
     within = None
-    if dims is not None and (sides or not _in_one_product(backend, rules)):
+    if dims is not None and (sides or backend != matryoshka.BACKEND):
         return _prefix_by_prefix(query, target, scale, rules, backend, dims, sides)
     if dims is not None:
         outputs = matryoshka.logsumexp(query, target, scale, dims, rules)
