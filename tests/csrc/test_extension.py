@@ -305,7 +305,7 @@ def test_machine_code_uses_tensor_cores_and_spills_nothing() -> None:
         seen.append((found[1], int(found[2])))
         instruction = r"\bHGMMA\." if found[2] == "90" else r"\bHMMA\."
         assert re.search(instruction, code), name
-    # Each target has three dtypes. sm_90 has three tile sizes, others and the sigmoid loss have two.
+    # Each target has three dtypes. sm_90 has three tile sizes. Others have two, as has the sigmoid.
     for kind in ("Forward", "Backward", "Sigmoid"):
         for architecture in architectures:
             most = architecture == 90 and kind != "Sigmoid"
