@@ -18,8 +18,8 @@ import torch
 
 from llave_kernels import (
     HardnessWeightedContrastiveLoss,
-    SupervisedContrastiveLoss,
     RuleArguments,
+    SupervisedContrastiveLoss,
     contrastive_logsumexp,
     hardness_weighted_contrastive_loss,
     scores,
