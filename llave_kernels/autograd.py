@@ -134,7 +134,7 @@ def _asked(ctx: Any) -> dict[str, bool]:
 def needed(ctx: Any, gradients: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The gradients of a function's arguments. None where none is needed."""
     given = zip_longest(gradients, ctx.needs_input_grad)
-    return tuple(x if needed else None for x, needed in given)
+    return tuple(x if wanted else None for x, wanted in given)
 
 
 class _LogSumExp(Function):

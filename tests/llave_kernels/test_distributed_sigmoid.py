@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import pytest
 import torch
 
 from tests.helpers import relative_error
 from tests.processes import run, sigmoid
 
-MODULE = "tests.processes.sigmoid"
+pytest.importorskip("open_clip")
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@lru_cache
+def results(world: int) -> list[dict[str, Any]]:
+    return run("tests.processes.sigmoid", "everything", world)
+
+
+WORLDS = [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(3, marks=pytest.mark.long), 4]
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_every_case_equals_one_process(world: int) -> None:
     """Four processes form a grid of 2 x 2."""
-    by_rank = run(MODULE, "losses", world)
+    by_rank = [found["losses"] for found in results(world)]
     for case in sigmoid.CASES:
         reduction = case[-1]
         *rows, weight, bias, d_scale, d_bias = sigmoid.of_one_process(world, case)
@@ -32,11 +43,10 @@ def test_every_case_equals_one_process(world: int) -> None:
             assert relative_error(a, factor * b) < 1e-9, case
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.parametrize("world", WORLDS)
 def test_open_clips_class_in_every_process(world: int) -> None:
     """In a grid, the gradients of scale and bias are compared after their average."""
-    pytest.importorskip("open_clip")
-    by_rank = run(MODULE, "open_clip_settings", world)
+    by_rank = [found["open_clip"] for found in results(world)]
     for position, (setting, *_) in enumerate(by_rank[0]):
         for i in range(5):
             pairs = [[values[i] for values in found[position][1:]] for found in by_rank]
@@ -47,7 +57,7 @@ def test_open_clips_class_in_every_process(world: int) -> None:
 
 
 def test_a_process_that_differs_is_an_error_on_all() -> None:
-    first, second = run(MODULE, "mistakes", 2)
+    first, second = (found["mistakes"] for found in results(2))
     for name, message in (
         ("logit_scale", "logit_scale is 11.0 on rank 1 and 10.0 here"),
         ("logit_bias", "logit_bias is -11.0 on rank 1 and -10.0 here"),

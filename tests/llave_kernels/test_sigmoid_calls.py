@@ -177,7 +177,6 @@ def test_module() -> None:
     loss.backward()
     exact = truth(query, target, 10.0, -10.0, reduction="sum", labels=labels)
     assert relative_error(loss, exact[0]) < 1e-5
-    assert relative_error(module.log_logit_scale.grad, 10.0 * 0.5 * exact[3] / 0.5) < 1
     ours = outcome(sigmoid_contrastive_loss, query, target, 10.0, -10.0, reduction="sum",
                    labels=labels)  # fmt: skip
     upstream = 0.5  # of ``outcome``
@@ -251,7 +250,7 @@ def test_extra_memory_on_a_gpu(
         ("cuda", "sigmoid sum sum mm mm stack sum"),
         ("triton", "sigmoid_kernel sum sum mm mm stack sum"),
     ],
-)  # fmt: skip
+)
 def test_launches_of_a_small_call(
     backend: str, forward: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,9 +16,12 @@ from llave_kernels.reference import reference_sigmoid_loss
 from tests.processes.cases import Batch, encoder, said
 
 START = 9.0, -8.0
-CASES = list(
-    itertools.product(((), ("labels",), ("labels", "ids")), (False, True), ("mean", "sum", "none"))
-)
+CASES = [
+    (kinds, uneven, reduction)
+    for kinds in ((), ("labels",), ("labels", "ids"))
+    for uneven in (False, True)
+    for reduction in ("mean", "sum", "none")
+]
 EXCHANGES = ("bidir", "shift", "reduce", "gather", None)
 
 
@@ -118,3 +121,9 @@ def mistakes() -> dict[str, str]:
         "class": said(lambda: SigLipLoss(world_size=world)(*pair, 10.0, -10.0)),
         "module": said(lambda: SigmoidContrastiveLoss(gather_group="world")(*pair)),
     }
+
+
+def everything() -> dict[str, Any]:
+    """What a test of one number of processes looks at."""
+    found = {"losses": losses(), "open_clip": open_clip_settings()}
+    return found | ({"mistakes": mistakes()} if dist.get_world_size() == 2 else {})
