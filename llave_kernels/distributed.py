@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from llave_kernels import checks, dispatch, exchange, functional, losses, matryoshka
+from llave_kernels import checks, dispatch, exchange, functional, logits, losses, matryoshka
 from llave_kernels.agreement import Group, Peer, Terms, agree, learns
 from llave_kernels.grid import Block, Side, block_of
 from llave_kernels.precision import accumulation_dtype, autocast
@@ -131,7 +131,7 @@ def own_logsumexps(
     if not call.within:
         return *found, None
     query, target, _, rules, sides, _, name, nested = call
-    limits = functional.margin_limits(query, target, rules, name, nested and nested.dims)
+    limits = logits.margin_limits(query, target, rules, name, nested and nested.dims)
     rules, limit = rules._replace(row_limit=limits), dispatch.named(name).margin_limit
     parts = []
     for side, own in zip(sides, blocks(query, target, rules, sides, limit), strict=True):
@@ -154,13 +154,13 @@ def _logsumexps(call: Call, block: Block) -> tuple[Tensor, Tensor, Tensor | None
     rules = block_rules(query, target, own, name, block, dims)
     queries, targets = inputs.result()
     del inputs  # and the padded rows of an uneven batch
-    logits = functional.logsumexp(queries, targets, scale, rules, name, dims)
-    query_lse = _last_first(exchange.combined, logits.query, block.rows)
-    target_lse = logits.target
+    found = logits.logsumexp(queries, targets, scale, rules, name, dims)
+    query_lse = _last_first(exchange.combined, found.query, block.rows)
+    target_lse = found.target
     if target_lse is not None:
         target_lse = _last_first(exchange.combined, target_lse, block.columns)
         target_lse = at_labels(target_lse, own.labels, len(query))
-    positive = _last_first(lambda x, side: side.own(x), logits.positive, block.rows)
+    positive = _last_first(lambda x, side: side.own(x), found.positive, block.rows)
     return positive, query_lse, target_lse
 
 
@@ -256,7 +256,7 @@ def block_rules(
         if given is None:
             given = torch.arange(len(target), device=target.device)
         owners = exchange.gathered(in_block(given), columns)
-    limits = functional.margin_limits(query, target, own, backend, dims)
+    limits = logits.margin_limits(query, target, own, backend, dims)
     if limits is not None:
         row_limit = _last_first(exchange.gathered, limits, rows)
         if own.symmetric:
