@@ -37,6 +37,7 @@ class SigmoidEpilogue : public EpilogueInterface<SigmoidOutputs> {
   struct SharedStorage {
     TilePairs<Warp, Tile> pairs;
     float weights[kRows];
+    float scale, bias;
   };
   using TensorStorage = SharedStorage;
   using EpilogueInterface<SigmoidOutputs>::EpilogueInterface;
@@ -58,6 +59,10 @@ class SigmoidEpilogue : public EpilogueInterface<SigmoidOutputs> {
     shared.pairs.load(p, i0, j0, thread);
     for (int i = thread; i < kRows; i += Place_::kThreads) {
       shared.weights[i] = out.weights == nullptr || i0 + i >= p.n ? 1.0f : out.weights[i0 + i];
+    }
+    if (thread == 0) {
+      shared.scale = p.logit_scale();
+      shared.bias = *out.bias;
     }
     Warp::synchronize(Place_::kThreads);
 
@@ -81,16 +86,18 @@ class SigmoidEpilogue : public EpilogueInterface<SigmoidOutputs> {
     using namespace cute;
     const Problem& p = params.problem;
     const SigmoidOutputs& out = params.outputs;
-    const float scale = p.logit_scale(), bias = *out.bias;
-    const float gain = out.gain == nullptr ? scale : scale * *out.gain;
+    const float gain = out.gain == nullptr ? shared.scale : shared.scale * *out.gain;
     const int i = i0 + place.row(0), j = j0 + place.column(0);
     const int rows = p.n - i, columns = p.m - j, stored = static_cast<int>(out.pitch) - j;
     Element* const ds = static_cast<Element*>(out.ds) + i * out.pitch + j;
     CUTE_UNROLL
     for (int c = 0; c < size<1>(s); c += 8) {
-      Warp::fence();
       CUTE_UNROLL
       for (int r = 0; r < size<0>(s); ++r) {
+        // What is read after this depends on it. Otherwise the compiler would compute logits of all
+        // pairs at a time, and there are no registers for them.
+        Warp::fence();
+        const float scale = shared.scale, bias = shared.bias;
         const int row = Warp::opaque(place.row(r));
         const float weight = shared.weights[row];
         const int positive = kPlain ? 0 : shared.pairs.positive_offset(place, j0, row);

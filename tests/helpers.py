@@ -95,7 +95,7 @@ def rounding_errors(
     def of_similarity(s: Tensor, within: Tensor, **rules: Any) -> Tensor:
         return similarity_loss(s, allowance=allowance, within=within, **rules)
 
-    loss, ds, d_lse, _ = loss_and_gradients(of_similarity, similarity, lse, scale, **rules)
+    loss, ds, d_lse, *_ = loss_and_gradients(of_similarity, similarity, lse, scale, **rules)
     every = torch.arange(len(query), device=query.device)
     blocks = [("query", "target", every, ds)]
     if within:
