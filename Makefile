@@ -44,9 +44,13 @@ $(BIN)/nox: constraints.txt
 	$(PIP) nox
 	touch $@
 
-$(VENV)/%.stamp: pyproject.toml setup.py constraints.txt
+# Hosts that ask for other versions of what the tests run with. Their losses need nothing more.
+ALONE := colpali-engine pylate
+
+$(VENV)/%.stamp: pyproject.toml setup.py constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable '.[$*]'
+	$(if $(filter test,$*),$(PIP) --no-deps $(ALONE))
 	touch $@
 
 # Build products, and what the benchmark and the examples write under the names of the README. Models

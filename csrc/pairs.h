@@ -67,9 +67,10 @@ struct Factors {
 };
 
 // A pair's logit in one direction, -infinity if it does not count there. A pair counts in neither
-// direction if its column is the row's positive, if its ids are equal, or beyond the edge of the
-// matrix. Its similarity is then given as -infinity. The margin leaves a pair out of the direction
-// whose limit it exceeds, unless it is the row's own.
+// direction if its column is the row's positive, if its ids are equal, if it is the row's own and
+// the hardness is `within`, or beyond the edge of the matrix. Its similarity is then given as
+// -infinity. The margin leaves a pair out of the direction whose limit it exceeds, unless it is the
+// row's own.
 CUTE_HOST_DEVICE float logit(float similarity, bool own, float limit, float own_factor,
                              float other_factor) {
   if (!own && similarity > limit) return -kInfinity;

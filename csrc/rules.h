@@ -8,8 +8,8 @@
 namespace llave {
 
 // Which negatives carry the weight. in_batch: those that other rows own. hard_negatives: the row's
-// own mined ones. all: both.
-#define LLAVE_HARDNESS_MODES(mode) mode(in_batch) mode(hard_negatives) mode(all)
+// own mined ones. all: both. within: for pairs of one side, where the row's own do not count.
+#define LLAVE_HARDNESS_MODES(mode) mode(in_batch) mode(hard_negatives) mode(all) mode(within)
 
 #define LLAVE_NUMBER(mode) mode,
 enum class Hardness : int { LLAVE_HARDNESS_MODES(LLAVE_NUMBER) };

@@ -137,6 +137,9 @@ struct TilePairs {
       replace(s,
               [&](int r, int c) { return row_ids[place.row(r)] == column_ids[place.column(c)]; });
     }
+    if (p.rules.hardness == Hardness::within && p.rules.owners != nullptr) {
+      replace(s, [&](int r, int c) { return labels[place.row(r)] == owners[place.column(c)]; });
+    }
     if (i0 + kRows > p.n || j0 + kColumns > p.m) {
       const int rows = p.n - i0 - place.row(0), columns = p.m - j0 - place.column(0);
       replace(s, [&](int r, int c) {

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llave_kernels.rules import HARDNESS_MODES, RuleSettings
+from llave_kernels.rules import HARDNESS_MODES, Rules, RuleSettings
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
+SIDES = ("query", "target")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # The smallest normal and the largest number of a dtype. Constants below count as 0, above as
 # infinite.
@@ -231,6 +232,21 @@ def _element(name: str, value: Any) -> Any:
 def one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {short(value)}")
+
+
+def sides(name: str, value: Any, rules: Rules | None = None) -> tuple[str, ...]:
+    """Sides of the pairs, each once, in the order of ``SIDES``. ``rules``: of a call."""
+    given = value if isinstance(value, (tuple, list, set, frozenset)) else [value]
+    if isinstance(value, str) or not all(isinstance(x, str) and x in SIDES for x in given):
+        raise ValueError(
+            f"{name} must be a tuple of {' and '.join(map(repr, SIDES))}, or (), got {short(value)}"
+        )
+    if given and rules is not None and rules.biased:
+        raise ValueError(
+            f"{name}={value!r} does not go with query_bias or target_bias, which are of pairs of a "
+            "query and a target; leave one out"
+        )
+    return tuple(side for side in SIDES if side in given)
 
 
 def flag(name: str, value: Any) -> bool:

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from llave_kernels import checks, dispatch, exchange, functional, losses, matryoshka
+from llave_kernels import checks, dispatch, exchange, functional, logits, losses, matryoshka
 from llave_kernels.agreement import Group, Peer, Terms, agree, learns
 from llave_kernels.grid import Block, Side, block_of
 from llave_kernels.precision import accumulation_dtype, autocast
 from llave_kernels.rules import ELSEWHERE, RuleArguments, Rules, RuleSettings, at_labels, inside
+from llave_kernels.within import blocks
 
 OUTSIDE = -2  # a label or an owner that is no column, and is not ``ELSEWHERE``
 
@@ -36,6 +37,7 @@ def distributed_contrastive_loss(
     *,
     group: Group = None,
     logit_scale: float | Tensor = 50.0,
+    within: Sequence[str] = (),
     reduction: str = "mean",
     backend: str = "auto",
     matryoshka_dims: Sequence[int] | None = None,
@@ -61,6 +63,9 @@ def distributed_contrastive_loss(
             ``"none"``: (N_local,) one loss per row of this process.
         logit_scale, backend, matryoshka_dims, matryoshka_weights: as in
             ``hardness_weighted_contrastive_loss``.
+        within: as there. A process compares its own queries with all queries, and its positives
+            with all targets. So each of these pairs is computed for both of its rows, and the rows
+            of a side are received once more.
         rules: as in ``hardness_weighted_contrastive_loss``. ``labels`` (N_local,) and ``owners``
             (M_local,) are columns of this process's own ``target``. ``query_ids`` (N_local,) and
             ``target_ids`` (M_local,) are compared across processes. ``query_bias`` (N_local,) and
@@ -80,7 +85,7 @@ def distributed_contrastive_loss(
             it has been copied. Waiting for it would synchronise.
     """
     given = {
-        "logit_scale": logit_scale, "reduction": reduction, "backend": backend,
+        "logit_scale": logit_scale, "within": within, "reduction": reduction, "backend": backend,
         "matryoshka_dims": matryoshka_dims, "matryoshka_weights": matryoshka_weights,
     }  # fmt: skip
     return loss_over(group, lambda: {"query": query, "target": target, **given, **rules}, {})
@@ -93,6 +98,7 @@ class Call(NamedTuple):
     target: Tensor
     scale: float | Tensor
     rules: Rules
+    within: tuple[str, ...]
     reduction: str
     backend: str
     nested: matryoshka.Matryoshka | None
@@ -108,7 +114,7 @@ def loss_over(
         settings: what else must be the same on every process, keyed by the name used in messages.
     """
     call, peers = agree(lambda: checked(**arguments(), settings=settings), group)
-    found = own_logsumexps(call, block_of(group, peers, call.query.device))
+    found = own_logsumexps(call, group, peers)
     loss = losses.loss_of_rows(*found)
     if call.nested is not None:
         loss = call.nested.summed(loss)
@@ -117,24 +123,44 @@ def loss_over(
     return losses.reduce(loss, call.reduction)
 
 
-def own_logsumexps(call: Call, block: Block) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What the losses of this process's rows are made from: ``losses.loss_of_rows``.
+def own_logsumexps(
+    call: Call, group: Group, peers: list[Peer]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What the losses of this process's rows are made from: ``losses.loss_of_rows``."""
+    found = _logsumexps(call, block_of(group, peers, call.query.device))
+    if not call.within:
+        return *found, None
+    query, target, _, rules, sides, _, name, nested = call
+    limits = logits.margin_limits(query, target, rules, name, nested and nested.dims)
+    rules, limit = rules._replace(row_limit=limits), dispatch.named(name).margin_limit
+    parts = []
+    for side, own in zip(sides, blocks(query, target, rules, sides, limit), strict=True):
+        places = peers
+        if side == "query":
+            places = [peer._replace(columns=peer.rows, owners=False) for peer in peers]
+        part = call._replace(query=own.query, target=own.target, rules=own.rules)
+        parts.append(_logsumexps(part, block_of(group, places, query.device))[1])
+    return *found, losses.joined(*parts)
+
+
+def _logsumexps(call: Call, block: Block) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The logits of this process's positives, and the log-sum-exps of its rows and columns.
 
     Each is (N_local,), or (K, N_local) for K prefixes.
     """
-    query, target, scale, own, _, name, nested = call
+    query, target, scale, own, _, _, name, nested = call
     dims = nested and nested.dims
     inputs = exchange.Inputs(query, target, block)
     rules = block_rules(query, target, own, name, block, dims)
     queries, targets = inputs.result()
     del inputs  # and the padded rows of an uneven batch
-    logits = functional.logsumexp(queries, targets, scale, rules, name, dims)
-    query_lse = _last_first(exchange.combined, logits.query, block.rows)
-    target_lse = logits.target
+    found = logits.logsumexp(queries, targets, scale, rules, name, dims)
+    query_lse = _last_first(exchange.combined, found.query, block.rows)
+    target_lse = found.target
     if target_lse is not None:
         target_lse = _last_first(exchange.combined, target_lse, block.columns)
         target_lse = at_labels(target_lse, own.labels, len(query))
-    positive = _last_first(lambda x, side: side.own(x), logits.positive, block.rows)
+    positive = _last_first(lambda x, side: side.own(x), found.positive, block.rows)
     return positive, query_lse, target_lse
 
 
@@ -149,6 +175,7 @@ def checked(
     *,
     settings: Mapping[str, Any],
     logit_scale: float | Tensor = 50.0,
+    within: Sequence[str] = (),
     reduction: str = "mean",
     backend: str = "auto",
     matryoshka_dims: Sequence[int] | None = None,
@@ -159,6 +186,7 @@ def checked(
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
     query, target = autocast(query, target)
     scale, rules = functional.resolve(query, target, logit_scale, **given)
+    sides = checks.sides("within", within, rules)
     nested = matryoshka.checked(matryoshka_dims, matryoshka_weights, query.shape[1])
     name = dispatch.choose(backend, query, target, rules)
     ids = rules.query_ids is not None
@@ -167,6 +195,7 @@ def checked(
         told[f"presence of {name_of_bias}"] = bias is not None
         told[f"requires_grad of {name_of_bias}"] = bias is not None and learns(bias)
     told |= {
+        "within": sides,
         "matryoshka_dims": nested and nested.dims,
         "matryoshka_weights": nested and nested.weights,
     }
@@ -175,7 +204,7 @@ def checked(
     # A number is compared without a look at the device.
     known = torch.as_tensor(scale, dtype=accumulation_dtype(query.dtype))
     part = Peer(len(query), len(target), rules.owners is not None)
-    call = Call(query, target, scale, rules, reduction, name, nested)
+    call = Call(query, target, scale, rules, sides, reduction, name, nested)
     return call, Terms(part, told | dict(settings), known)
 
 
@@ -227,7 +256,7 @@ def block_rules(
         if given is None:
             given = torch.arange(len(target), device=target.device)
         owners = exchange.gathered(in_block(given), columns)
-    limits = functional.margin_limits(query, target, own, backend, dims)
+    limits = logits.margin_limits(query, target, own, backend, dims)
     if limits is not None:
         row_limit = _last_first(exchange.gathered, limits, rows)
         if own.symmetric:

@@ -19,8 +19,24 @@ def direction_loss(positive: Tensor, lse: Tensor) -> Tensor:
     return -logsigmoid(positive - lse)
 
 
-def loss_of_rows(positive: Tensor, query_lse: Tensor, target_lse: Tensor | None) -> Tensor:
-    """(N,) losses. ``target_lse`` (N,) is of the positives' columns, None in one direction."""
+def joined(*lse: Tensor) -> Tensor:
+    """The log-sum-exp of several, elementwise. Where all are -inf, the gradient is 0, not NaN."""
+    return torch.stack(lse).clamp(min=torch.finfo(lse[0].dtype).min).logsumexp(0)
+
+
+def loss_of_rows(
+    positive: Tensor,
+    query_lse: Tensor,
+    target_lse: Tensor | None,
+    within_lse: Tensor | None = None,
+) -> Tensor:
+    """(N,) losses. ``target_lse`` (N,) is of the positives' columns, None in one direction.
+
+    ``within_lse`` (N,) is of the negatives within a side, if they count. Each direction has them.
+    """
+    if within_lse is not None:
+        query_lse = joined(query_lse, within_lse)
+        target_lse = None if target_lse is None else joined(target_lse, within_lse)
     loss = direction_loss(positive, query_lse)
     return loss if target_lse is None else (loss + direction_loss(positive, target_lse)) / 2
 

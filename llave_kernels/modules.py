@@ -88,7 +88,7 @@ class HardnessWeightedContrastiveLoss(_ScaledLoss):
 
     Args:
         logit_scale: kappa = 1 / temperature, positive.
-        alpha, hardness, symmetric, target_alpha, false_negative_margin, reduction, backend,
+        alpha, hardness, symmetric, target_alpha, false_negative_margin, within, reduction, backend,
             matryoshka_dims, matryoshka_weights: as in ``hardness_weighted_contrastive_loss``.
         learnable: train the scale. The parameter ``log_logit_scale`` is its logarithm (0-d,
             float32), as in CLIP. That keeps the scale positive.
@@ -114,6 +114,7 @@ class HardnessWeightedContrastiveLoss(_ScaledLoss):
         symmetric: bool = True,
         target_alpha: float | None = None,
         false_negative_margin: float | None = None,
+        within: Sequence[str] = (),
         reduction: str = "mean",
         backend: str = "auto",
         learnable: bool = False,
@@ -133,6 +134,7 @@ class HardnessWeightedContrastiveLoss(_ScaledLoss):
         matryoshka.checked(matryoshka_dims, matryoshka_weights)
         for name, value in settings.items():  # attributes, which a training loop may change
             setattr(self, name, value)
+        self.within = checks.sides("within", within)
         self.matryoshka_dims, self.matryoshka_weights = matryoshka_dims, matryoshka_weights
 
     def forward(
@@ -156,6 +158,7 @@ class HardnessWeightedContrastiveLoss(_ScaledLoss):
             logit_scale=self.logit_scale,
             **self._settings(),
             **tensors,
+            within=self.within,
             reduction=self.reduction,
             backend=self.backend,
             matryoshka_dims=self.matryoshka_dims,
@@ -171,6 +174,8 @@ class HardnessWeightedContrastiveLoss(_ScaledLoss):
         for name, value in self._settings().items():
             if value is not None:
                 shown.append(f"{name}={value:g}" if type(value) is float else f"{name}={value!r}")
+        if self.within:
+            shown.append(f"within={self.within!r}")
         if self.matryoshka_dims is not None:
             shown.append(f"matryoshka_dims={tuple(self.matryoshka_dims)}")
         if self.matryoshka_weights is not None:

@@ -15,14 +15,15 @@ from torch import Tensor
 from llave_kernels import checks, dispatch, transforms
 from llave_kernels.backends.protocol import Backend, Gradients, LogSumExps
 from llave_kernels.precision import accumulation_dtype
-from llave_kernels.rules import ELSEWHERE, HARDNESS_MODES, SCHEMA, TENSORS, Rules
+from llave_kernels.rules import ELSEWHERE, HARDNESS_MODES, SCHEMA, TENSORS, WITHIN, Rules
 
 # An operator's schema takes only tensors and scalars. So the rules are passed flat, field by field.
 INPUTS = "Tensor query, Tensor target, Tensor logit_scale"
 CALL = f"{INPUTS}, str backend, {SCHEMA}"
 OUTPUTS = "Tensor positive, Tensor query_lse, Tensor target_lse"
 UPSTREAM = "Tensor d_positive, Tensor d_query_lse, Tensor d_target_lse"
-GRADIENTS = ", ".join(f"Tensor d_{name}" for name in Gradients._fields)
+GRADIENTS = "Tensor d_query, Tensor d_target, Tensor d_logit_scale"
+WITH_BIASES = f"{GRADIENTS}, Tensor d_query_bias, Tensor d_target_bias"
 ASKED = "bool scale_gradient, bool bias_gradients"
 
 
@@ -63,6 +64,11 @@ def forward(
 
 @contrastive_logsumexp.register_fake
 def _(query: Tensor, target: Tensor, logit_scale: Tensor, backend: str, *given: Any) -> Any:
+    return fake_logsumexp(query, target, backend, *given)
+
+
+def fake_logsumexp(query: Tensor, target: Tensor, backend: str, *given: Any) -> Any:
+    """Empty outputs of ``contrastive_logsumexp``."""
     rules, n, m = Rules(*given), query.shape[0], target.shape[0]
     kept = dispatch.named(backend).kept_shape(query, target, rules)
     shapes = (n,), (n,), (m if rules.symmetric else 0,), kept
@@ -73,7 +79,7 @@ def _(query: Tensor, target: Tensor, logit_scale: Tensor, backend: str, *given: 
 @torch.library.custom_op(
     "llave::contrastive_logsumexp_backward",
     mutates_args=(),
-    schema=f"({UPSTREAM}, {OUTPUTS}, Tensor kept, {ASKED}, {CALL}) -> ({GRADIENTS})",
+    schema=f"({UPSTREAM}, {OUTPUTS}, Tensor kept, {ASKED}, {CALL}) -> ({WITH_BIASES})",
 )
 def contrastive_logsumexp_backward(
     d_positive: Tensor,
@@ -103,18 +109,18 @@ def contrastive_logsumexp_backward(
             upstream, query, target, logit_scale, outputs, kept, rules,
             scale_gradient=scale_gradient, bias_gradients=bias_gradients,
         )  # fmt: skip
-        return _tensors(found)
+        return as_tensors(found)
 
 
 @contrastive_logsumexp_backward.register_fake
 def _(*arguments: Any) -> Any:
     bias_gradients, query, target = arguments[8:11]
     of_biases = Rules(*arguments[13:]).bias_gradients(bias_gradients)
-    return _tensors(gradients_like(query, target, query.dtype, *of_biases))
+    return as_tensors(gradients_like(query, target, query.dtype, *of_biases))
 
 
 @torch.library.custom_op(
-    "llave::one_direction_loss", mutates_args=(), schema=f"({CALL}) -> (Tensor loss, {GRADIENTS})"
+    "llave::one_direction_loss", mutates_args=(), schema=f"({CALL}) -> (Tensor loss, {WITH_BIASES})"
 )
 def one_direction_loss(
     query: Tensor, target: Tensor, logit_scale: Tensor, backend: str, *given: Any
@@ -136,14 +142,14 @@ def one_direction_loss(
         loss, gradients = module.one_direction(
             query, target, logit_scale, rules, bias_gradients=True
         )
-        return loss.sum(), *_tensors(gradients)
+        return loss.sum(), *as_tensors(gradients)
 
 
 @one_direction_loss.register_fake
 def _(query: Tensor, target: Tensor, scale: Tensor, backend: str, *given: Any) -> Any:
     dtype = accumulation_dtype(query.dtype)
     gradients = gradients_like(query, target, dtype, *Rules(*given).bias_gradients(True))
-    return query.new_empty((), dtype=dtype), *_tensors(gradients)
+    return query.new_empty((), dtype=dtype), *as_tensors(gradients)
 
 
 def gradients_like(
@@ -154,7 +160,7 @@ def gradients_like(
     return Gradients(dq, dt, d_scale, *of_biases)
 
 
-def _tensors(gradients: Gradients) -> tuple[Tensor, ...]:
+def as_tensors(gradients: Gradients) -> tuple[Tensor, ...]:
     """An operator returns tensors only. (0,) stands for None."""
     return tuple(gradients.query.new_empty(0) if x is None else x for x in gradients)
 
@@ -177,7 +183,7 @@ def checked(
     rules = Rules(*given)
     checks.embeddings(query, target)
     expect("logit_scale", logit_scale, (), query)
-    checks.one_of("hardness", rules.hardness, HARDNESS_MODES)
+    checks.one_of("hardness", rules.hardness, (*HARDNESS_MODES, WITHIN))
     if rules.row_limit is not None:
         expect("row_limit", rules.row_limit, (*prefixes, len(query)), query)
     if rules.column_limit is not None:
@@ -239,10 +245,10 @@ def _backward_logsumexp(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | No
         *(*outputs, kept, learnable, biased, query, target, scale, ctx.backend),
         *(*tensors, *ctx.settings),
     )
-    return _of_inputs(ctx, found)
+    return of_inputs(ctx, found)
 
 
-def _of_inputs(ctx: Any, found: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+def of_inputs(ctx: Any, found: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
     """An operator's gradients in the order of its arguments. None where none is needed."""
     dq, dt, d_scale, *d_biases = found
     places = (4 + Rules._fields.index(name) for name in Gradients._fields[3:])
@@ -266,7 +272,7 @@ def _setup_one_direction(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 def _backward_one_direction(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if d_loss is None:
         return (None,) * len(ctx.needs_input_grad)
-    return _of_inputs(ctx, apply_upstream(d_loss, ctx.saved_tensors, ctx.dtypes))
+    return of_inputs(ctx, apply_upstream(d_loss, ctx.saved_tensors, ctx.dtypes))
 
 
 def gradient_dtypes(query: Tensor, target: Tensor, scale: Tensor) -> list[torch.dtype]:

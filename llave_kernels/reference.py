@@ -7,6 +7,7 @@ any float dtype. Run it in float64. It is not a backend.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,64 @@ def reference_logsumexp(
     """
     allowance = tie_allowance(query, target, rules.get("labels"))  # type: ignore[arg-type]
     return similarity_logsumexp(query @ target.T, allowance=allowance, **rules)  # type: ignore[arg-type]
+
+
+def reference_within(query: Tensor, target: Tensor, **rules: object) -> Tensor:
+    """(N,) log-sum-exps of the negatives within the sides. ``rules``: see ``within_logits``."""
+    z = within_logits(query, target, **rules)  # type: ignore[arg-type]
+    empty = (z == -INF).all(1)  # stays finite, or autograd would return NaN
+    return torch.where(empty, -INF, z.masked_fill(empty[:, None], 0.0).logsumexp(1))
+
+
+def within_logits(
+    query: Tensor,
+    target: Tensor,
+    *,
+    within: Sequence[str],
+    logit_scale: float | Tensor = 50.0,
+    labels: Tensor | None = None,
+    owners: Tensor | range | None = None,
+    query_ids: Tensor | None = None,
+    target_ids: Tensor | None = None,
+    false_negative_margin: float | None = None,
+    **_: object,
+) -> Tensor:
+    """(N, K) logits of each row's pairs within the sides: N of queries, then M of targets.
+
+    They carry no weight. A pair that does not count is -inf.
+    """
+    n, m = len(query), len(target)
+    each = torch.arange(max(n, m), device=query.device)
+    if owners is None or isinstance(owners, range):
+        owners = each[:m] % (n if owners is None else m)
+    rows = each[:n] if labels is None else labels
+    positive = target[rows]
+    limit = query.new_full((n, 1), INF)
+    if false_negative_margin is not None:
+        s, allowance = (query * positive).sum(1).detach(), tie_allowance(query, target, labels)
+        limit = margin_limits(s, allowance, false_negative_margin)[:, None]
+    blocks: list[tuple[Tensor, Tensor, Tensor | None, Any]] = []
+    if "query" in within:
+        blocks.append((query @ query.T, each[:n, None] == each[:n], query_ids, slice(n)))
+    if "target" in within:
+        blocks.append((positive @ target.T, rows[:, None] == owners, target_ids, rows))
+    logits = []
+    for s, left_out, ids, own in blocks:
+        left_out = left_out | (s > limit)
+        if ids is not None:
+            left_out = left_out | (ids[own, None] == ids)
+        logits.append((logit_scale * s).masked_fill(left_out, -INF))
+    return torch.cat(logits, 1)
+
+
+def margin_limits(positive: Tensor, allowance: Tensor, margin: float) -> Tensor:
+    """(N,) similarities above which the margin leaves a negative out.
+
+    The margin is at least the allowance away from 0. So all ties are treated alike.
+    """
+    pushed = torch.full_like(positive, margin)
+    pushed = torch.where(pushed < 0, pushed.clamp(max=-allowance), pushed.clamp(min=allowance))
+    return positive + pushed
 
 
 def tie_allowance(query: Tensor, target: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -80,11 +139,8 @@ def similarity_logsumexp(
         valid = valid & (query_ids[:, None] != target_ids)
     row_valid = column_valid = valid
     if false_negative_margin is not None:
-        margin = torch.full_like(positive, false_negative_margin)
         allowance = torch.zeros_like(positive) if allowance is None else allowance
-        # The margin is at least the allowance away from 0. So all ties are treated alike.
-        margin = torch.where(margin < 0, margin.clamp(max=-allowance), margin.clamp(min=allowance))
-        rows_limit = positive.detach() + margin
+        rows_limit = margin_limits(positive.detach(), allowance, false_negative_margin)
         columns_limit = s.new_full((m,), INF).index_put((labels,), rows_limit)
         row_valid = valid & ~(~own & (s > rows_limit[:, None]))
         column_valid = valid & ~(~own & (s > columns_limit))
@@ -101,10 +157,13 @@ def similarity_logsumexp(
     return logit_scale * positive + bias.gather(1, labels[:, None]).squeeze(1), rows, columns
 
 
-def reference_loss(query: Tensor, target: Tensor, **rules: object) -> Tensor:
+def reference_loss(
+    query: Tensor, target: Tensor, *, within: Sequence[str] = (), **rules: object
+) -> Tensor:
     """The hardness-weighted contrastive loss. ``rules`` are as in ``similarity_loss``."""
     allowance = tie_allowance(query, target, rules.get("labels"))  # type: ignore[arg-type]
-    return similarity_loss(query @ target.T, allowance=allowance, **rules)  # type: ignore[arg-type]
+    more = reference_within(query, target, within=within, **rules) if within else None
+    return similarity_loss(query @ target.T, allowance=allowance, within=more, **rules)  # type: ignore[arg-type]
 
 
 def reference_matryoshka(
@@ -120,17 +179,30 @@ def reference_matryoshka(
     losses = []
     for d, weight in zip(matryoshka_dims, weights, strict=True):
         q, t = (torch.nn.functional.normalize(x[:, :d], dim=1) for x in (query, target))
-        losses.append(weight * reference_loss(q, t, **rules))
+        losses.append(weight * reference_loss(q, t, **rules))  # type: ignore[arg-type]
     return torch.stack(losses).sum(0)
 
 
-def similarity_loss(s: Tensor, *, reduction: str = "mean", **rules: object) -> Tensor:
-    """``reference_loss`` of similarities (N, M). ``rules`` are as in ``similarity_logsumexp``."""
+def similarity_loss(
+    s: Tensor, *, reduction: str = "mean", within: Tensor | None = None, **rules: object
+) -> Tensor:
+    """``reference_loss`` of similarities (N, M). ``rules`` are as in ``similarity_logsumexp``.
+
+    ``within`` (N,): see ``reference_within``.
+    """
+
+    def with_more(lse: Tensor) -> Tensor:
+        if within is None:
+            return lse
+        # logaddexp has no derivative where both are -inf.
+        empty = (lse == -INF) & (within == -INF)
+        return torch.where(empty, -INF, torch.logaddexp(lse, within.masked_fill(empty, 0.0)))
+
     positive, rows, columns = similarity_logsumexp(s, **rules)  # type: ignore[arg-type]
-    loss = -torch.nn.functional.logsigmoid(positive - rows)
+    loss = -torch.nn.functional.logsigmoid(positive - with_more(rows))
     if columns is not None:
         labels = rules.get("labels")
-        own = columns[: len(s)] if labels is None else columns[labels]  # type: ignore[index]
+        own = with_more(columns[: len(s)] if labels is None else columns[labels])  # type: ignore[index]
         loss = (loss - torch.nn.functional.logsigmoid(positive - own)) / 2
     return {"mean": loss.mean(), "sum": loss.sum(), "none": loss}[reduction]
 

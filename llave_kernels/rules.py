@@ -14,6 +14,9 @@ from torch import Tensor
 
 Hardness = Literal["in_batch", "hard_negatives", "all"]
 HARDNESS_MODES: tuple[str, ...] = get_args(Hardness)
+# For backends only: the pairs of one side. No pair carries the weight, so both alphas are 0, and a
+# row's own columns do not count.
+WITHIN = "within"
 ELSEWHERE = -1  # a label: the row's positive is in another process's block
 
 
@@ -95,7 +98,7 @@ class Rules(NamedTuple):
         target_bias: (M,) the same for each column.
         alpha: hardness strength of the query -> target direction.
         target_alpha: hardness strength of the target -> query direction.
-        hardness: one of ``HARDNESS_MODES``.
+        hardness: one of ``HARDNESS_MODES``, or ``WITHIN``.
         margin: ``false_negative_margin``, or None.
         symmetric: whether the target -> query direction is computed.
     """
@@ -160,11 +163,11 @@ class Rules(NamedTuple):
         return self.query_bias is not None or self.target_bias is not None
 
     def add_biases(self, positive: Tensor) -> Tensor:
-        """Add the biases to the rows' positives (N,), in place."""
+        """Add the biases to the rows' positives (..., N), in place."""
         if self.query_bias is not None:
             positive += self.query_bias
         if self.target_bias is not None:
-            positive += at_labels(self.target_bias, self.labels, len(positive))
+            positive += at_labels(self.target_bias, self.labels, positive.shape[-1])
         return positive
 
     def bias_gradients(self, asked: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -10,7 +11,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from llave_kernels import hardness_weighted_contrastive_loss
-from llave_kernels.reference import reference_loss, similarity_loss, tie_allowance
+from llave_kernels.reference import (
+    reference_loss,
+    reference_within,
+    similarity_loss,
+    tie_allowance,
+    within_logits,
+)
 
 BIASES = ("query_bias", "target_bias")
 
@@ -77,36 +84,58 @@ def rounding_errors(
     It also carries the rounding of its logit. That rounding is ``logit_share`` times eps times the
     logit's sum of absolute products.
     """
-    similarity = query.double() @ target.double().T
-    allowance = tie_allowance(query.double(), target.double(), rules.get("labels"))
+    pair = {"query": query.double(), "target": target.double()}
+    similarity = pair["query"] @ pair["target"].T
+    allowance = tie_allowance(*pair.values(), rules.get("labels"))
+    within = rules.pop("within", ())
+    lse = similarity.new_full((len(query),), -math.inf)
+    if within:
+        lse = reference_within(*pair.values(), within=within, logit_scale=scale, **rules)
 
-    def of_similarity(s: Tensor, _: Tensor, **rules: Any) -> Tensor:
-        return similarity_loss(s, allowance=allowance, **rules)
+    def of_similarity(s: Tensor, within: Tensor, **rules: Any) -> Tensor:
+        return similarity_loss(s, allowance=allowance, within=within, **rules)
 
-    loss, ds, *_ = loss_and_gradients(of_similarity, similarity, similarity, scale, **rules)
+    loss, ds, d_lse, *_ = loss_and_gradients(of_similarity, similarity, lse, scale, **rules)
+    every = torch.arange(len(query), device=query.device)
+    blocks = [("query", "target", every, ds)]
+    if within:
+        z = within_logits(*pair.values(), within=within, logit_scale=scale, **rules)
+        shares = (z - lse[:, None]).exp().nan_to_num()  # of a row without pairs
+        parts = (scale * d_lse[:, None] * shares).split([len(pair[side]) for side in within], 1)
+        rows = {"query": every, "target": rules.get("labels", every)}
+        blocks += [(x, x, rows[x], ds) for x, ds in zip(within, parts, strict=True)]
     sums = torch.float64 if query.dtype == torch.float64 else torch.float32
     eps = torch.finfo(sums).eps
-    # A similarity carries the rounding of its products. A product may exceed the similarity.
-    products = query.double().abs() @ target.double().abs().T
-    logits = logit_share * (scale + rules.get("alpha", 9.0)) * products
     sides = [side for side, name in enumerate(BIASES) if name in rules]
-    for side in sides:
-        logits = logits + logit_share * rules[BIASES[side]].double().abs().unsqueeze(1 - side)
-    # Half precision rounds a term once, by at most eps / 2. Full precision rounds it several times.
     half = query.dtype.itemsize == 2
-    share = 1.0 if half else 6.0
-    squares = (ds * (share * torch.finfo(query.dtype).eps + eps * logits)).square()
-    # Equal terms have equal rounding errors, so these add up.
-    alike = _rounded(ds, query.dtype) - ds if half else torch.zeros_like(ds)
-    gradients = (
-        (squares @ target.double().square(), alike @ target.double()),
-        (squares.T @ query.double().square(), alike.T @ query.double()),
-        (squares * similarity.square() / scale**2, (alike * similarity).sum() / scale),
-        *((squares.sum(1 - side) / scale**2, alike.sum(1 - side) / scale) for side in sides),
-    )
+    apart, together = ({k: torch.zeros_like(x) for k, x in pair.items()} for _ in range(2))
+    of_biases = []
+    of_loss, of_scale, alike_of_scale = 0.0, 0.0, 0.0
+    for side, other, rows, ds in blocks:
+        x, y = pair[side][rows], pair[other]
+        # A similarity carries the rounding of its products. A product may exceed the similarity.
+        logits = logit_share * (scale + rules.get("alpha", 9.0)) * (x.abs() @ y.abs().T)
+        for k in sides:
+            logits = logits + logit_share * rules[BIASES[k]].double().abs().unsqueeze(1 - k)
+        # Half precision rounds a term once, by at most eps / 2. Full precision does several times.
+        share = 1.0 if half else 6.0
+        squares = (ds * (share * torch.finfo(query.dtype).eps + eps * logits)).square()
+        # Equal terms have equal rounding errors, so these add up.
+        alike = _rounded(ds, query.dtype) - ds if half else torch.zeros_like(ds)
+        for total, term, power in ((apart, squares, 2), (together, alike, 1)):
+            total[side].index_add_(0, rows, term @ y**power)
+            total[other] += term.T @ x**power
+        s = x @ y.T
+        of_loss += float((ds * logits).square().sum())
+        of_scale += float((squares * s.square()).sum()) / scale**2
+        alike_of_scale += float((alike * s).sum()) / scale
+        # No biases go with several blocks.
+        of_biases = [(squares.sum(1 - k) / scale**2, alike.sum(1 - k) / scale) for k in sides]
     return [
-        3 * eps * float(loss.norm()) + eps * float((ds * logits).norm()) / scale,
-        *(float(apart.sum().sqrt() + together.norm()) for apart, together in gradients),
+        3 * eps * float(loss.norm()) + eps * of_loss**0.5 / scale,
+        *(float(apart[side].sum().sqrt() + together[side].norm()) for side in pair),
+        of_scale**0.5 + abs(alike_of_scale),
+        *(float(apart.sum().sqrt() + together.norm()) for apart, together in of_biases),
     ]
 
 
@@ -217,11 +246,14 @@ def clear_margin(query: Tensor, target: Tensor, **rules: Any) -> dict[str, float
     if margin is None:
         return {}
     labels = rules.get("labels", torch.arange(len(query), device=query.device))
-    similarity = query.double() @ target.double().T
+    q, t = query.double(), target.double()
+    similarity = q @ t.T
     positive = similarity.gather(1, labels[:, None])
-    over = torch.cat(
-        [(similarity - positive).flatten(), (similarity[:, labels] - positive.T).flatten()]
-    )
+    over = [similarity - positive, similarity[:, labels] - positive.T]
+    within = rules.get("within", ())
+    over += [q @ q.T - positive] * ("query" in within)
+    over += [t[labels] @ t.T - positive] * ("target" in within)
+    over = torch.cat([x.flatten() for x in over])
     room = 4 * rounding(query, target)
     edges = torch.cat([over.new_tensor([margin, torch.inf]), over[over > margin]]).sort().values
     first = int((edges.diff() > 2 * room).nonzero()[0])
@@ -232,12 +264,15 @@ def rounding(query: Tensor, target: Tensor) -> float:
     """The largest allowance for rounding when two similarities are compared."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     d = query.shape[1]
-    size = float(query.double().norm(dim=1).max() * target.double().norm(dim=1).max())
+    size = float(torch.cat([query, target]).double().norm(dim=1).max()) ** 2
     return torch.finfo(dtype).eps * (2 * d**0.5 + d / 4) * size
 
 
 def draw_rules(n: int, m: int, kinds: Collection[str]) -> dict[str, Any]:
-    """Random arguments for the named rules: labels, owners, ids, margin, target_alpha, biases."""
+    """Random arguments for the named rules.
+
+    They are labels, owners, ids, margin, target_alpha, and biases or within.
+    """
     rules: dict[str, Any] = {}
     if "labels" in kinds:
         rules["labels"] = torch.randperm(m)[:n]
@@ -256,4 +291,6 @@ def draw_rules(n: int, m: int, kinds: Collection[str]) -> dict[str, Any]:
         # Values that float32 holds. Sometimes they lie further apart than the similarities' logits.
         rules["query_bias"] = 4 * torch.randn(n)
         rules["target_bias"] = -(8 * torch.rand(m)).exp().log1p()
+    elif "within" in kinds:
+        rules["within"] = ("query", "target")
     return rules

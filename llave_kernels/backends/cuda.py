@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import sysconfig
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llave_kernels.backends import positives, products, strip_gemm
-from llave_kernels.backends.protocol import Gradients, LogSumExps
+from llave_kernels.backends.protocol import Gradients, LogSumExps, Sums
 from llave_kernels.backends.rows import aligned
 from llave_kernels.precision import float32_matmul
 from llave_kernels.rules import Rules
@@ -162,11 +163,15 @@ def backward(
     *,
     scale_gradient: bool,
     bias_gradients: bool = False,
+    sums: Sums | None = None,
 ) -> Gradients:
     """The gradients. That of logit_scale is uninitialised unless ``scale_gradient``."""
     gain = products.gain(logit_scale, *upstream) if query.dtype == torch.float16 else None
     call = _Call(query, target, logit_scale, rules)
     vectors = [x.data_ptr() for x in (*outputs, *upstream)]
+    if sums is not None:
+        fill = call.strips(vectors, sums.gain, kept, scale_parts=False)
+        return strip_gemm.add_gradients(query, target, fill, sums)
     # A loss composed from log-sum-exps has many launches anyway. So the scale's gradient is left to
     # the products.
     return call.gradients(
@@ -289,6 +294,19 @@ class _Call:
     ) -> Gradients:
         """The gradients, from dS times ``factor``, over ``divisor``. None is 1.
 
+        ``vectors`` and ``scale_parts`` are as in ``strips``.
+        """
+        fill = self.strips(vectors, factor, kept, scale_parts=scale_parts)
+        return strip_gemm.gradients(
+            self.query, self.target, self.scale, fill, divisor,
+            self.rules.bias_gradients(bias_gradients), scale_gradient=scale_gradient,
+        )  # fmt: skip
+
+    def strips(
+        self, vectors: list[int], factor: Tensor | None, kept: Tensor | None, *, scale_parts: bool
+    ) -> Callable[[Tensor, int, int], Tensor | None]:
+        """The ``fill`` of ``strip_gemm.gradients``, with dS times ``factor``. None is 1.
+
         ``vectors``: the addresses of the log-sum-exps and of their upstream gradients.
         ``scale_parts``: whether the kernel sums the scale's gradient, where its tiles can.
         """
@@ -315,10 +333,7 @@ class _Call:
             )
             return parts[:count].sum() if parts is not None and count else None
 
-        return strip_gemm.gradients(
-            self.query, self.target, self.scale, fill, divisor,
-            self.rules.bias_gradients(bias_gradients), scale_gradient=scale_gradient,
-        )  # fmt: skip
+        return fill
 
 
 def _address(x: Tensor | None) -> int:

@@ -41,6 +41,19 @@ class Gradients(NamedTuple):
     target_bias: Tensor | None = None
 
 
+class Sums(NamedTuple):
+    """Gradients in the accumulation dtype, to which several backwards add.
+
+    Attributes:
+        query, target: (N, D) and (M, D), times ``gain``. Their memory may overlap.
+        gain: () the power of two by which the backwards multiply dS.
+    """
+
+    query: Tensor
+    target: Tensor
+    gain: Tensor
+
+
 class Backend(Protocol):
     """Computes the log-sum-exps of a batch, and their gradients.
 
@@ -91,11 +104,14 @@ class Backend(Protocol):
         *,
         scale_gradient: bool,
         bias_gradients: bool = False,
+        sums: Sums | None = None,
     ) -> Gradients:
         """The gradients. Those of query and target have the inputs' dtype.
 
         ``upstream`` and ``outputs`` are contiguous. Without ``scale_gradient``, the gradient of the
-        scale may be any number. The gradients of the biases are in the accumulation dtype.
+        scale may be any number. The gradients of the biases are in the accumulation dtype. With
+        ``sums``, the gradients of query and target are added there and nowhere else, and what is
+        returned has no meaning. ``kept`` may then be (0,): its forward kept nothing.
         """
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llave_kernels.backends.products import add_product, product, store_product
-from llave_kernels.backends.protocol import Gradients
+from llave_kernels.backends.protocol import Gradients, Sums
 
 WORKSPACE = 256 << 20  # bytes of dS at a time, and of similarities that a forward keeps
 # Bytes of a row of embeddings from which a forward keeps similarities. Keeping writes and reads 4
@@ -126,6 +126,24 @@ def gradients(
 def _divide(x: Tensor, gain: Tensor | None) -> Tensor:
     """``x / gain`` in place."""
     return x if gain is None else x.div_(gain)
+
+
+def add_gradients(
+    query: Tensor,
+    target: Tensor,
+    fill: Callable[[Tensor, int, int], Tensor | None],
+    sums: Sums,
+) -> Gradients:
+    """Add the gradients to ``sums``. ``fill`` is as in ``gradients``, with the gain of ``sums``."""
+    workspace = strip_workspace(query, target)
+    n, rows = query.shape[0], workspace.shape[0]
+    for start in range(0, n, rows):
+        stop = min(start + rows, n)
+        fill(workspace[: stop - start], start, stop)
+        ds = workspace[: stop - start, : target.shape[0]]
+        add_product(sums.query[start:stop], ds, target)
+        add_product(sums.target, ds.T, query[start:stop])
+    return Gradients(*sums)
 
 
 def _round(out: Tensor, x: Tensor, gain: Tensor | None) -> None:

@@ -33,10 +33,10 @@ from llave_kernels.backends.products import (
     product,
     rounding,
 )
-from llave_kernels.backends.protocol import Gradients, LogSumExps
+from llave_kernels.backends.protocol import Gradients, LogSumExps, Sums
 from llave_kernels.losses import direction_loss
 from llave_kernels.precision import accumulation_dtype
-from llave_kernels.rules import ELSEWHERE, Rules, inside
+from llave_kernels.rules import ELSEWHERE, WITHIN, Rules, inside
 
 NAME = "torch"
 STRIP_BUDGET = 8 << 20  # bytes of one strip; up to two are alive
@@ -210,7 +210,7 @@ class Strips:
         own = None
         if self.owners is not None:
             own = self.owners[:, None] == rules.labels_of(self.query)[strip]
-        if own is None or rules.hardness == "all":
+        if own is None or rules.hardness in ("all", WITHIN):
             factor = plain if rules.hardness == "hard_negatives" else weighted
         elif rules.hardness == "in_batch":
             factor = torch.where(own, plain, weighted)
@@ -224,6 +224,8 @@ class Strips:
             z += rules.target_bias[:, None]
         if suspect is not None:
             z.masked_fill_(suspect if own is None else suspect & ~own, -INF)
+        if own is not None and rules.hardness == WITHIN:
+            z.masked_fill_(own, -INF)
         if rules.query_ids is not None and rules.target_ids is not None:
             z.masked_fill_(rules.target_ids[:, None] == rules.query_ids[strip], -INF)
         self.put_positives(strip, z, -INF)
@@ -342,12 +344,17 @@ def backward(
     *,
     scale_gradient: bool,
     bias_gradients: bool = False,
+    sums: Sums | None = None,
 ) -> Gradients:
     """As ``Backend.backward``. The scale's gradient is cheap and is always computed."""
     strips = Strips(query, target, logit_scale, rules, kept)
     # Used for float32 dS too, because exp(z) and the factors below have very different sizes.
-    factor = gain(strips.scale, *upstream)
-    gradients = _Gradients(strips, query.dtype, factor, bias_gradients=bias_gradients)
+    factor = gain(strips.scale, *upstream) if sums is None else sums.gain
+    gradients = (
+        _Gradients(strips, query.dtype, factor, bias_gradients=bias_gradients)
+        if sums is None
+        else _Added(strips, sums)
+    )
     scale = strips.scale * factor
     slopes = Slopes(strips, upstream, outputs, scale)
     for strip in strips:
@@ -358,6 +365,23 @@ def backward(
 def merges_gradients(query: Tensor) -> bool:
     """Whether gradients stay unrounded until the upstream gradient is known."""
     return not rounds_gradients(query)
+
+
+def merged(
+    strips: Strips, strip: slice, similarity: Tensor, positive: Tensor, weight: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of a strip's rows (rows,) in one direction, dS of the negatives and of the positives.
+
+    Args:
+        similarity: (M, rows). It is overwritten by dS of the negatives.
+        positive: (rows,) logits of the positives.
+        weight: of the loss.
+    """
+    e, total, shift = _row_exponentials(strips, strips.row_logits(strip, similarity))
+    lse = shift + total.log()
+    slope = torch.sigmoid(lse - positive) * strips.scale * weight
+    ds = e.mul_(slope / total.masked_fill(total == 0, 1.0))
+    return direction_loss(positive, lse) * weight, ds, -slope
 
 
 def one_direction(
@@ -374,13 +398,10 @@ def one_direction(
     gradients = _Gradients(strips, dtype, None, bias_gradients=bias_gradients)
     loss = query.new_empty(len(query), dtype=dtype)
 
-    def accumulate(strip: slice) -> None:
+    def accumulate(strip: slice) -> None:  # a function, to free a strip before the next is made
         similarity = strips.similarity(strip)
-        e, total, shift = _row_exponentials(strips, strips.row_logits(strip, similarity))
-        positive, lse = strips.positive[strip], shift + total.log()
-        loss[strip] = direction_loss(positive, lse)
-        slope = torch.sigmoid(lse - positive) * strips.scale
-        gradients.add(strip, e.mul_(slope / total.masked_fill(total == 0, 1.0)), -slope)
+        loss[strip], *slopes = merged(strips, strip, similarity, strips.positive[strip])
+        gradients.add(strip, *slopes)
 
     for strip in strips:
         accumulate(strip)
@@ -429,3 +450,21 @@ class _Gradients:
         d_scale = torch.stack(self.d_scales).sum() / divisor
         d_biases = (None if x is None else x / divisor for x in self.d_biases)
         return Gradients(self.d_query, self.d_target.to(self.d_query.dtype), d_scale, *d_biases)
+
+
+class _Added:
+    """As ``_Gradients``, added to ``sums``."""
+
+    def __init__(self, strips: Strips, sums: Sums) -> None:
+        self.strips, self.sums = strips, sums
+
+    def add(self, strip: slice, ds: Tensor, d_positive: Tensor) -> None:
+        strips, queries = self.strips, self.strips.queries(strip)
+        strips.put_positives(strip, ds, d_positive)
+        if rounds_gradients(strips.query):
+            ds = ds.to(queries.dtype)
+        add_product(self.sums.query[strip], ds.T, strips.target)
+        add_product(self.sums.target, ds, queries)
+
+    def result(self) -> Gradients:
+        return Gradients(*self.sums)

@@ -7,13 +7,14 @@ its products into cosines. Each prefix has its own logits and sums (``torch_back
     forward   2NMD  a strip of products grows from prefix to prefix
     backward  6NMD  the same, then dQ_strip = dS T and dT += dS^T Q_strip. A range of columns takes
                     the sum of the dS of all prefixes that contain it
+    one_direction   6NMD: both together
 
 D is the longest prefix. Half precision is widened to float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,12 +22,20 @@ from torch import Tensor
 from llave_kernels.backends.positives import positive_similarity
 from llave_kernels.backends.products import add_product, gain, product
 from llave_kernels.backends.protocol import Gradients, LogSumExps
-from llave_kernels.backends.torch_backend import SAFE_EXPONENT, ColumnSums, Slopes, Strips, reduced
+from llave_kernels.backends.torch_backend import (
+    SAFE_EXPONENT,
+    ColumnSums,
+    Slopes,
+    Strips,
+    merged,
+    reduced,
+    strip_rows,
+)
 from llave_kernels.precision import accumulation_dtype
 from llave_kernels.rules import Rules, at_labels
 
 EPS = 1e-12  # as in torch.nn.functional.normalize
-STRIP_BUDGET = 8 << 20  # bytes of the strips of all prefixes
+ENOUGH_ROWS = 256  # from which the products of a strip run at full speed
 
 
 class _Rows:
@@ -51,22 +60,18 @@ class _Rows:
         self.bends = self.factors.square().mul_(live)
         self.parts = [x[:, part].to(dtype) / self.length[:, None] for part in self.ranges]
 
-    def gradient(
-        self, of_parts: list[Tensor], pulls: Tensor, factor: Tensor, like: Tensor
-    ) -> Tensor:
-        """The gradient of the rows ``like`` (R, D).
+    def gradient(self, of_parts: list[Tensor], pulls: Tensor, width: int) -> Tensor:
+        """(R, width) gradient of the rows. 0 beyond the longest prefix.
 
         Args:
             of_parts: that of ``parts``, as if the factors were constants. They are overwritten.
             pulls: (K, R) sums of dS times cosine over each row.
-            factor: what the others were multiplied by, ().
         """
-        gradient = torch.zeros_like(like)
+        gradient = self.length.new_zeros(len(self.length), width)
         # A factor depends on all columns of its prefix.
         along = (pulls * self.bends).flip(0).cumsum(0).flip(0)
-        divisor = (self.length * factor)[:, None]
         for d, x, pull, columns in zip(of_parts, self.parts, along, self.ranges, strict=True):
-            gradient[:, columns] = d.sub_(pull[:, None] * x).div_(divisor)
+            gradient[:, columns] = d.sub_(pull[:, None] * x).div_(self.length[:, None])
         return gradient
 
 
@@ -83,7 +88,9 @@ class _Prefix(Strips):
     def _bounded(self) -> bool:
         if self.query.device.type != "cpu":
             return False
-        return bool(self.scale + max(self.rules.alpha, self.rules.target_alpha) <= SAFE_EXPONENT)
+        bound = self.scale + max(self.rules.alpha, self.rules.target_alpha)
+        bound = bound + sum(x.abs().max() for x in self.rules.biases if x is not None)
+        return bool(bound <= SAFE_EXPONENT)
 
     def scaled(self, strip: slice, matrix: Tensor, out: Tensor | None = None) -> Tensor:
         """``matrix`` (M, rows) times the factors of its rows and columns."""
@@ -100,11 +107,11 @@ class _Prefixes:
         self, query: Tensor, target: Tensor, scale: Tensor, dims: Sequence[int], rules: Rules
     ) -> None:
         self.query, self.target = _Rows(query, dims), _Rows(target, dims)
-        self.scale, self.labels = scale, rules.labels
+        self.rules = rules
         self.each = [_Prefix(self.query, self.target, k, scale, rules) for k in range(len(dims))]
-        itemsize = self.query.length.itemsize
-        fit = STRIP_BUDGET // (len(target) * itemsize * (1 + len(dims)))
-        self.n, self.rows = len(query), max(1, fit)
+        # The strips of all prefixes share the budget of one, if that is enough rows.
+        fit = strip_rows(len(query), len(target), query.dtype)
+        self.n, self.rows = len(query), max(fit // (1 + len(dims)), min(fit, ENOUGH_ROWS))
 
     def __iter__(self) -> Iterator[slice]:
         for start in range(0, self.n, self.rows):
@@ -121,10 +128,12 @@ class _Prefixes:
             yield prefix, total
 
     def positives(self) -> Tensor:
-        """(K, N) cosines of the positives."""
+        """(K, N) logits of the positives."""
+        labels = self.rules.labels
         parts = zip(self.query.parts, self.target.parts, strict=True)
-        found = torch.stack([positive_similarity(q, t, self.labels) for q, t in parts]).cumsum(0)
-        return found * self.query.factors * at_labels(self.target.factors, self.labels, self.n)
+        found = torch.stack([positive_similarity(q, t, labels) for q, t in parts]).cumsum(0)
+        cosines = found * self.query.factors * at_labels(self.target.factors, labels, self.n)
+        return self.rules.add_biases(cosines * self.each[0].scale)
 
 
 def forward(
@@ -150,7 +159,7 @@ def forward(
     target_lse = rows.new_empty(len(dims), 0)
     if rules.symmetric:
         target_lse = torch.stack([each.logsumexp() for each in columns])
-    return LogSumExps(prefixes.positives() * prefixes.each[0].scale, rows, target_lse)
+    return LogSumExps(prefixes.positives(), rows, target_lse)
 
 
 def backward(
@@ -161,6 +170,8 @@ def backward(
     logit_scale: Tensor,
     dims: Sequence[int],
     rules: Rules,
+    *,
+    bias_gradients: bool,
 ) -> Gradients:
     """The gradients, from those of ``forward``'s outputs."""
     prefixes = _Prefixes(query, target, logit_scale, dims, rules)
@@ -172,29 +183,75 @@ def backward(
             prefixes.each, zip(*upstream, strict=True), zip(*outputs, strict=True), strict=True
         )
     ]
-    gradients = _Gradients(prefixes)
+    gradients = _Gradients(prefixes, bias_gradients=bias_gradients)
+
+    def ds_of(k: int, strip: slice, cosines: Tensor) -> tuple[Tensor, Tensor]:
+        return slopes[k].of(strip, cosines), slopes[k].positive[strip]
+
     for strip in prefixes:
-        gradients.add(strip, slopes)
-    return gradients.result(query, target, factor)
+        gradients.add(strip, ds_of)
+    d_query, d_target, d_scale, *d_biases = gradients.result(query, target)
+    d_query, d_target = (x.div_(factor).to(query.dtype) for x in (d_query, d_target))
+    of_biases = (None if x is None else x / factor for x in d_biases)
+    return Gradients(d_query, d_target, d_scale / factor, *of_biases)
+
+
+def one_direction(
+    query: Tensor,
+    target: Tensor,
+    logit_scale: Tensor,
+    nested: tuple[Sequence[int], Sequence[float]],
+    rules: Rules,
+    *,
+    bias_gradients: bool,
+) -> tuple[Tensor, Gradients]:
+    """As ``OneDirection.one_direction``, for the weighted sum over prefixes.
+
+    Args:
+        nested: dims, ascending, and their weights.
+    """
+    dims, weights = nested
+    prefixes = _Prefixes(query, target, logit_scale, dims, rules)
+    gradients = _Gradients(prefixes, bias_gradients=bias_gradients)
+    positives = prefixes.positives()
+    loss = torch.zeros_like(positives[0])
+
+    def ds_of(k: int, strip: slice, cosines: Tensor) -> tuple[Tensor, Tensor]:
+        each = merged(prefixes.each[k], strip, cosines, positives[k, strip], weights[k])
+        loss[strip] += each[0]
+        return each[1:]
+
+    for strip in prefixes:
+        gradients.add(strip, ds_of)
+    return loss, gradients.result(query, target)
 
 
 class _Gradients:
     """The gradients of one call, summed over strips."""
 
-    def __init__(self, prefixes: _Prefixes) -> None:
+    def __init__(self, prefixes: _Prefixes, *, bias_gradients: bool) -> None:
         self.prefixes = prefixes
+        self.d_biases = prefixes.rules.bias_gradients(bias_gradients)
         # Of the parts, as if the factors were constants; sums of dS times cosine of rows, columns.
         self.d_query = [torch.empty_like(x) for x in prefixes.query.parts]
         self.d_target = [torch.zeros_like(x) for x in prefixes.target.parts]
         self.row_pulls = torch.empty_like(prefixes.query.factors)
         self.column_pulls = torch.zeros_like(prefixes.target.factors)
 
-    def add(self, strip: slice, slopes: list[Slopes]) -> None:
-        """Make dS of every prefix from the strip, then run the products of every range."""
+    def add(
+        self, strip: slice, ds_of: Callable[[int, slice, Tensor], tuple[Tensor, Tensor]]
+    ) -> None:
+        """Make dS of every prefix from the strip, then run the products of every range.
+
+        Args:
+            ds_of: makes dS of a prefix's negatives (M, rows) and positives (rows,) from its cosines
+                (M, rows), which it may overwrite.
+        """
         waiting = []
         for k, (prefix, products) in enumerate(self.prefixes.products(strip)):
-            ds = slopes[k].of(strip, prefix.scaled(strip, products))
-            prefix.put_positives(strip, ds, slopes[k].positive[strip])
+            ds, d_positive = ds_of(k, strip, prefix.scaled(strip, products))
+            prefix.put_positives(strip, ds, d_positive)
+            self._add_biases(strip, ds)
             ds = prefix.scaled(strip, ds, ds)
             pulls = ds * products
             self.row_pulls[k, strip] = pulls.sum(0)
@@ -209,17 +266,20 @@ class _Gradients:
             if waiting:
                 total += waiting.pop()
 
-    def result(self, query: Tensor, target: Tensor, factor: Tensor) -> Gradients:
-        sides = self.prefixes.query, self.prefixes.target
-        d_scale = self.row_pulls.sum() / self.prefixes.each[0].scale / factor
-        d_query, d_target = (
-            rows.gradient(parts, pulls, factor, like)
-            for rows, parts, pulls, like in zip(
-                sides,
-                (self.d_query, self.d_target),
-                (self.row_pulls, self.column_pulls),
-                (query, target),
-                strict=True,
-            )
+    def _add_biases(self, strip: slice, ds: Tensor) -> None:
+        query, target = self.d_biases
+        if query is not None:
+            query[strip] += ds.sum(0)
+        if target is not None:
+            target += ds.sum(1)
+
+    def result(self, query: Tensor, target: Tensor) -> Gradients:
+        """The gradients of the inputs, in the accumulation dtype."""
+        rows, columns = self.prefixes.query, self.prefixes.target
+        scale = self.prefixes.each[0].scale  # dS is that times dz
+        return Gradients(
+            rows.gradient(self.d_query, self.row_pulls, query.shape[1]),
+            columns.gradient(self.d_target, self.column_pulls, target.shape[1]),
+            self.row_pulls.sum() / scale,
+            *(None if x is None else x / scale for x in self.d_biases),
         )
-        return Gradients(d_query, d_target, d_scale)

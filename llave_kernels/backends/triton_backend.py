@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llave_kernels.backends import positives, strip_gemm, tiles
 from llave_kernels.backends.products import factors, gain
-from llave_kernels.backends.protocol import Gradients, LogSumExps
+from llave_kernels.backends.protocol import Gradients, LogSumExps, Sums
 from llave_kernels.backends.rows import ROW_BYTES, aligned
 from llave_kernels.backends.strip_gemm import ALIGNMENT, strip_workspace
 from llave_kernels.precision import float32_matmul
@@ -141,10 +141,17 @@ def backward(
     *,
     scale_gradient: bool,
     bias_gradients: bool = False,
+    sums: Sums | None = None,
 ) -> Gradients:
     """The gradients. That of logit_scale is uninitialised unless ``scale_gradient``."""
     factor = gain(logit_scale, *upstream) if query.dtype == torch.float16 else None
+    if sums is not None:
+        factor = sums.gain
     call = _Backward(query, target, logit_scale, rules, outputs, upstream, factor, kept)
+    if sums is not None:
+        return strip_gemm.add_gradients(
+            query, target, partial(call.fill, call.tile(), sums=False), sums
+        )
     fill = partial(call.fill, call.tile(), sums=scale_gradient)
     return strip_gemm.gradients(
         query, target, logit_scale, fill, factor, rules.bias_gradients(bias_gradients),

@@ -105,7 +105,7 @@ def _sum_each(
     Memory has (max, sum) pairs of columns below ``n_known``. Each direction takes its own
     exponentials, shifted by the maximum of the row or the column.
     """
-    in_row, in_column = negatives(b_s, b_label, pairs, o_m, o_n, N, M)
+    in_row, in_column = negatives(b_s, b_label, pairs, o_m, o_n, N, M, HARDNESS)
     b_max, b_sum = _sums(b_z, in_row, 1)
     if p_column_max is not None:
         if pairs.target_alpha is not None:
@@ -222,7 +222,7 @@ def forward_kernel(
                 b_e = tl.exp2(b_z * LOG2E - shift * LOG2E)
                 b_e_column = b_e
                 if not PLAIN:
-                    in_row, in_column = negatives(b_s, b_label, pairs, o_m, o_n, N, M)
+                    in_row, in_column = negatives(b_s, b_label, pairs, o_m, o_n, N, M, HARDNESS)
                     b_e_column = tl.where(in_column, b_e, 0.0)
                     b_e = tl.where(in_row, b_e, 0.0)
                 b_max, b_sum = _shifted(tl.sum(b_e, 1), shift)
@@ -308,7 +308,7 @@ def _each_direction(
     b_lse, b_d, b_d_positive, p_target_lse, p_d_target_lse,
 ):  # fmt: skip
     """A tile's dS. Each direction takes its own exponentials."""
-    in_row, in_column = negatives(b_s, b_label, pairs, o_m, o_n, N, M)
+    in_row, in_column = negatives(b_s, b_label, pairs, o_m, o_n, N, M, HARDNESS)
     b_ds = b_d[:, None] * _softmax(b_z, in_row, b_lse, 1)
     if p_target_lse is not None:
         if pairs.target_alpha is not None:
@@ -396,7 +396,7 @@ def strip_kernel(
             if _fits(b_spread, b_label, i_first, BN, PLAIN):
                 b_weights = b_weight[:, None] + b_weight_column[None, :]
                 if not PLAIN:
-                    in_row, in_column = negatives(b_s, b_label, pairs, o_m, o_n, STOP, M)
+                    in_row, in_column = negatives(b_s, b_label, pairs, o_m, o_n, STOP, M, HARDNESS)
                     b_weights = tl.where(in_row, b_weight[:, None], 0.0)
                     b_weights += tl.where(in_column, b_weight_column[None, :], 0.0)
                 b_ds = tl.exp2(b_z * LOG2E - shift * LOG2E) * b_weights

@@ -136,7 +136,7 @@ def logits(b_s, b_label, pairs, scale, alpha, o_m, o_n, N, M, HARDNESS: tl.const
 
     Beyond the edges, the last bias is added again, as in ``similarity``.
     """
-    if HARDNESS == "all":
+    if HARDNESS == "all" or HARDNESS == "within":
         factor = scale + alpha
     elif pairs.owner is None:
         factor = scale + alpha if HARDNESS == "in_batch" else scale
@@ -153,7 +153,7 @@ def logits(b_s, b_label, pairs, scale, alpha, o_m, o_n, N, M, HARDNESS: tl.const
 
 
 @triton.jit
-def negatives(b_s, b_label, pairs, o_m, o_n, N, M):
+def negatives(b_s, b_label, pairs, o_m, o_n, N, M, HARDNESS: tl.constexpr):
     """Where a pair counts as a negative of its row, and of its column."""
     m_m, m_n = o_m < N, o_n < M
     counts = m_m[:, None] & m_n[None, :] & (b_label[:, None] != o_n[None, :])
@@ -161,6 +161,9 @@ def negatives(b_s, b_label, pairs, o_m, o_n, N, M):
         b_query_id = tl.load(pairs.query_id + o_m, mask=m_m, other=0)
         b_target_id = tl.load(pairs.target_id + o_n, mask=m_n, other=0)
         counts = counts & (b_query_id[:, None] != b_target_id[None, :])
+    if HARDNESS == "within":  # noqa: SIM102 - a constant decides what is compiled
+        if pairs.owner is not None:
+            counts = counts & ~_own(b_label, pairs, o_n, M)
     in_row, in_column = counts, counts
     if pairs.row_limit is not None:
         b_limit = tl.load(pairs.row_limit + o_m, mask=m_m, other=INF)

@@ -21,7 +21,7 @@ from benchmarks import machine_code
 from llave_kernels.backends import cuda, strip_gemm
 from llave_kernels.backends.cuda import _cuda as simulated
 from llave_kernels.backends.protocol import LogSumExps
-from llave_kernels.rules import HARDNESS_MODES, Rules
+from llave_kernels.rules import HARDNESS_MODES, WITHIN, Rules
 from tests.helpers import embeddings
 
 ROOT = Path(__file__).parents[2]
@@ -147,7 +147,7 @@ def test_built_module_refuses_every_mistake() -> None:
 
 @needs_simulation
 def test_hardness_modes_are_those_of_the_rules() -> None:
-    assert simulated.hardness_modes == HARDNESS_MODES
+    assert simulated.hardness_modes == (*HARDNESS_MODES, WITHIN)
 
 
 @needs_simulation

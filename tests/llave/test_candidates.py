@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 for needed in ("sentence_transformers", "datasets", "PIL"):
     pytest.importorskip(needed)
 
+from llave import evaluation  # noqa: E402
 from llave.evaluation import evaluate  # noqa: E402
 from tests.llave.test_evaluation import (  # noqa: E402, F401 (a fixture)
     COLOURS,
@@ -54,7 +57,7 @@ def test_several_processes_give_the_result_of_one(tmp_path: Path) -> None:
 
 
 def test_a_killed_evaluation_goes_on_within_a_task(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Killed(ByColour):
         def __call__(self, features: dict[str, Any]) -> dict[str, Any]:
@@ -67,6 +70,7 @@ def test_a_killed_evaluation_goes_on_within_a_task(
     with pytest.raises(KeyboardInterrupt):
         evaluate(Killed(), ["many"], out=out, **settings)
     capsys.readouterr()
+    monkeypatch.setattr(evaluation, "tqdm", partial(tqdm, mininterval=0, miniters=1))
     other = tmp_path / "other"
     shutil.copytree(out, other)
     model = ByColour()

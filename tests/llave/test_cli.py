@@ -11,10 +11,12 @@ import pytest
 for needed in ("sentence_transformers", "datasets", "accelerate", "torchvision"):
     pytest.importorskip(needed)
 
+import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from llave.cli import main  # noqa: E402
 from llave.recipe import read_recipe  # noqa: E402
+from llave.shards import read_manifest  # noqa: E402
 
 EVALUATE = ["evaluate", "bare", "--tasks", "t", "--data", "d", "--images", "i"]
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "grey": (90, 90, 90)}
@@ -148,9 +150,14 @@ def looks(
     assert main(["index", "vectors"]) == 0
     assert "Flat of 4 rows" in (said := capsys.readouterr().out)
     assert "recall@10 against exact search, for rows of the corpus: 1.000" in said
-    small = ["compress", "vectors", "--out", "small", "--truncate-dim", "16", "--dtype", "int8"]
-    assert main(small) == 0
+    smaller = ["--truncate-dim", "16", "--dtype", "int8"]
+    assert main(["compress", "vectors", "--out", "small", *smaller]) == 0
     assert "recall@10 against the whole embeddings" in capsys.readouterr().out
+    assert main(["embed", "tiny/model", "emoji/images", "--out", "at-once", *smaller]) == 0
+    assert "recall@10 against the whole embeddings, in a sample of 4" in capsys.readouterr().err
+    once, later = read_manifest("at-once"), read_manifest("small")
+    np.testing.assert_allclose(once.pop("ranges"), later.pop("ranges"), atol=1e-5)
+    assert once == later
     Path("queries.txt").write_text("the colour red\nblue <b>\n")
     asked = ["--model", "tiny/model", "-k", "3"]
     page = [*asked, "--queries", "queries.txt", "--html", "found.html", "--corpus", "emoji/images"]
@@ -160,6 +167,10 @@ def looks(
         answers[folder] = capsys.readouterr().out
         found = [json.loads(line) for line in answers[folder].splitlines()]
         assert [hit["query"] for hit in found] == ["0"] * 3 + ["1"] * 3
+    assert main(["search", "vectors", "red", *asked, "--truncate-dim", "16"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert main(["search", "vectors", "red", *asked, "--truncate-dim", "99"]) == 2
+    assert "truncate_dim must be in 1..32, got 99" in capsys.readouterr().err
     assert main(["search", "vectors", *page, "--backend", "faiss"]) == 0
     faiss = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     exact = [json.loads(line) for line in answers["vectors"].splitlines()]

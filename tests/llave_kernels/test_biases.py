@@ -38,15 +38,17 @@ def two_tower(
     return cross_entropy(logits, labels)
 
 
-def settings_drawn(count: int) -> None:
-    """Compare value and gradients with the recommenders' loss, at random settings."""
-    for _ in range(count):
+def test_the_log_q_correction_of_two_towers() -> None:
+    """Value and gradients are the recommenders', at 1,000 random settings."""
+    for _ in range(1000):
         n, d = (int(torch.randint(1, most, ())) for most in (20, 24))
         m = n + int(torch.randint(0, 20, ()))
         temperature = float(0.02 + torch.rand(()))
         labels = torch.randperm(m)[:n] if torch.rand(()) < 0.5 else torch.randint(m, (n,))
         frequency = (torch.rand(m) + 1e-3) ** 3  # popular and rare items
-        rows = [normalize(x, dim=1) for x in (torch.randn(n, d), torch.randn(m, d))]
+        dtype = torch.float32 if torch.rand(()) < 0.5 else torch.float64
+        frequency = frequency.to(dtype)
+        rows = [normalize(torch.randn(k, d, dtype=dtype), dim=1) for k in (n, m)]
         both = []
         for ours in (True, False):
             leaves = [x.clone().requires_grad_() for x in (*rows, frequency)]
@@ -61,19 +63,11 @@ def settings_drawn(count: int) -> None:
                 double = [x.double() for x in (query, item, probability)]
                 loss = two_tower(*double, temperature, labels)
             both.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+        bound = 1e-5 if dtype == torch.float32 else 1e-11
         for found, expected in zip(*both, strict=True):
             # A gradient near 0 is the rest of terms that cancel.
-            size = float(expected.norm()) + 1e-3 * float(both[1][0])
-            assert float((found - expected).norm()) < 1e-5 * size
-
-
-def test_the_log_q_correction_of_two_towers() -> None:
-    settings_drawn(100)
-
-
-@pytest.mark.long
-def test_the_log_q_correction_at_a_thousand_settings() -> None:
-    settings_drawn(1000)
+            size = float(expected.norm()) + float(both[1][0]) / 10
+            assert float((found - expected).norm()) <= bound * size
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -84,12 +78,12 @@ def test_outputs_have_the_biases_in_them(backend: str, symmetric: bool) -> None:
     truth = reference_logsumexp(
         *(x.double() for x in pair), **rules, **{k: x.double() for k, x in given.items()}
     )
-    for ours, expected in zip(found, truth, strict=True):
+    for ours, expected in zip(found[:3], truth, strict=True):
         assert (ours is None) == (expected is None)
         assert ours is None or relative_error(ours, expected) < 2e-6
     # Any loss of the outputs differentiates.
     upstream = [torch.rand(len(x)) for x in truth if x is not None]
-    outputs = [x for x in found if x is not None]
+    outputs = [x for x in found[:3] if x is not None]
     ours = torch.autograd.grad(outputs, list(given.values()), upstream)
     outputs = [x for x in truth if x is not None]
     expected = torch.autograd.grad(outputs, list(given.values()), [x.double() for x in upstream])
@@ -127,14 +121,9 @@ def test_a_bias_of_all_cancels(backend: str) -> None:
         for d in torch.autograd.grad(loss, list(given.values())):
             assert abs(float(d.sum())) < 1e-6
     # In one direction a row's bias cancels in its own loss.
-    assert (
-        float(
-            torch.autograd.grad(loss_of_rows(pair, given, backend), given["query_bias"])[0]
-            .abs()
-            .max()
-        )
-        < 1e-6
-    )
+    loss = loss_of_rows(pair, given, backend)
+    (d,) = torch.autograd.grad(loss, given["query_bias"])
+    assert float(d.abs().max()) < 1e-6
 
 
 def loss_of_rows(pair: tuple[Tensor, Tensor], given: dict[str, Tensor], backend: str) -> Tensor:
@@ -192,13 +181,17 @@ def test_transforms_see_the_biases() -> None:
     assert relative_error(values, torch.stack(each)) < 1e-12
 
 
+def second_derivative(loss: Tensor, bias: Tensor) -> None:
+    (gradient,) = torch.autograd.grad(loss, bias, create_graph=True)
+    gradient.square().sum().backward()
+
+
 def test_second_derivatives_are_refused() -> None:
     pair, given = embeddings(N, M, D), biases(N, M)
     for symmetric in (True, False):
         loss = hardness_weighted_contrastive_loss(*pair, symmetric=symmetric, **given)
         with pytest.raises(RuntimeError, match="no second derivative"):
-            (d,) = torch.autograd.grad(loss, given["target_bias"], create_graph=True)
-            d.square().sum().backward()
+            second_derivative(loss, given["target_bias"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

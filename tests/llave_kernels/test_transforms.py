@@ -160,7 +160,7 @@ def test_a_scales_tangent_is_refused_and_a_level_without_tangents_is_none() -> N
 
 def test_the_operator_of_one_direction_names_the_one_to_take() -> None:
     query, target = embeddings(N, N, 4)
-    rules = LABELS, None, None, None, None, None, 9.0, 9.0, "in_batch", None, False
+    rules = LABELS, *[None] * 7, 9.0, 9.0, "in_batch", None, False
     scale = torch.tensor(50.0)
     with pytest.raises(RuntimeError, match=r"take torch\.ops\.llave\."):
         grad(lambda q: ops.one_direction_loss(q, target, scale, "torch", *rules)[0])(query)

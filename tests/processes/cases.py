@@ -25,6 +25,8 @@ D_IN, D = 6, 5
 HARDNESS = ("in_batch", "hard_negatives", "all")
 KINDS = ((), ("labels",), ("ids",), ("margin",), ("target_alpha",), ("mined",), ("biases",))
 KINDS += (("labels", "ids", "margin", "target_alpha", "mined", "biases"),)
+KINDS += (("within",), ("within", "labels", "ids", "margin", "target_alpha", "mined"))
+EVERYTHING = [KINDS[-3], KINDS[-1]]  # biases and within do not go together
 
 
 def rows_of(world: int, *, uneven: bool) -> list[int]:
@@ -61,6 +63,8 @@ class Batch:
             self.settings["false_negative_margin"] = 0.1
         if "target_alpha" in kinds:
             self.settings["target_alpha"] = 2.0
+        if "within" in kinds:
+            self.settings["within"] = ("query", "target")
 
     def whole(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """The whole batch for one process. ``labels`` and ``owners`` are global column indices."""

@@ -3,14 +3,14 @@
 The host takes a softmax over up to four sets of pairs ("directions"). They share one softmax
 ("joint") or have one each ("per_direction"). Let ``Q`` be the queries, ``P`` their positives and
 ``C`` all candidates: the positives, then the mined negatives. Each direction is a log-sum-exp per
-row, which one call of a kernel gives:
+row. One call of ``contrastive_logsumexp`` gives them all:
 
-| direction | log-sum-exp over | kernel call |
+| direction | log-sum-exp over | from |
 |---|---|---|
-| query_to_doc | row i of Q C^T, hardness-weighted | (Q, C) |
-| doc_to_query | column i of Q C^T | (Q, C), target direction |
-| query_to_query | row i of Q Q^T but i | (Q, Q) |
-| doc_to_doc | row i of P C^T but i's own candidates | (P, C) |
+| query_to_doc | row i of Q C^T, hardness-weighted | rows |
+| doc_to_query | column i of Q C^T | ``symmetric`` |
+| query_to_query | row i of Q Q^T but i | ``within`` "query" |
+| doc_to_doc | row i of P C^T but i's own candidates | ``within`` "target" |
 
 The positive's logit ``p`` stays out of these. A softmax that holds it k times, beside terms of
 log-sum-exp ``n``, has the loss ``log(k e^p + e^n) - p = log k + softplus(n - p - log k)``. It holds
@@ -36,19 +36,14 @@ from torch.nn.functional import normalize
 from llave_kernels import checks, dispatch
 from llave_kernels.agreement import Peer, Terms, agree, learns
 from llave_kernels.distributed import checked, own_logsumexps
-from llave_kernels.functional import (
-    contrastive_logsumexp,
-    hardness_weighted_contrastive_loss,
-    matryoshka_logsumexp,
-)
-from llave_kernels.grid import block_of
-from llave_kernels.losses import direction_loss
+from llave_kernels.functional import hardness_weighted_contrastive_loss, logits_of
+from llave_kernels.losses import direction_loss, joined
 from llave_kernels.matryoshka import Matryoshka
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
 PartitionMode = Literal["joint", "per_direction"]
-LogSumExps = tuple[Tensor, Tensor, Tensor | None]
+LogSumExps = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 HardnessMode = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
 
 # Our ``hardness`` by the host's ``hardness_mode``.
@@ -58,6 +53,8 @@ HARDNESS = {
     "hard_negatives": "hard_negatives",
     "all_negatives": "all",
 }
+# The directions of pairs within a side.
+WITHIN = {"query": "query_to_query", "target": "doc_to_doc"}
 CITATION = """
 @misc{lan2025llave,
     title={LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted Contrastive Learning},
@@ -110,6 +107,7 @@ class MultipleNegativesRankingLoss(
     | the same with ``hardness_mode="in_batch_negatives"``, both strengths 9, ``scale=50`` | LLaVE |
     | ``hardness_mode="hard_negatives", hardness_strength=5`` | EmbeddingGemma |
     | all four directions, ``partition_mode="joint"`` | GTE |
+    | all but ``"doc_to_query"``, ``false_negative_margin=0.1`` | Qwen3-Embedding |
 
     Args:
         model, scale, directions, partition_mode, hardness_mode: as in the host.
@@ -121,14 +119,14 @@ class MultipleNegativesRankingLoss(
         target_hardness_strength: the weight in ``"doc_to_query"``, of the pairs that
             ``hardness_mode`` selects. Default 0, as in the host.
         false_negative_margin, backend: as in ``llave_kernels.hardness_weighted_contrastive_loss``.
+            In every direction the margin compares with the row's positive.
 
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: as in the host, and for settings that do not go together.
             ``target_hardness_strength`` needs ``"doc_to_query"`` and a ``hardness_mode`` that
-            selects in-batch pairs. ``false_negative_margin`` does not go with ``"query_to_query"``
-            or ``"doc_to_doc"``, which hold no positive to compare with. Both need a
-            ``similarity_fct`` that is fused.
+            selects in-batch pairs. It and ``false_negative_margin`` need a ``similarity_fct`` that
+            is fused.
 
     Example:
         >>> loss = MultipleNegativesRankingLoss(
@@ -208,12 +206,6 @@ class MultipleNegativesRankingLoss(
                 f"target_hardness_strength={strength} has no effect: it needs 'doc_to_query' in "
                 "directions and hardness_mode 'in_batch_negatives' or 'all_negatives', got "
                 f"{self.directions} and {self.hardness_mode!r}"
-            )
-        same_type = sorted({"query_to_query", "doc_to_doc"}.intersection(self.directions))
-        if margin is not None and same_type:
-            raise ValueError(
-                f"false_negative_margin={margin} compares queries with documents; leave "
-                f"{', '.join(same_type)} out of directions"
             )
         if self.fused_similarity is not None:
             return True
@@ -298,39 +290,28 @@ class MultipleNegativesRankingLoss(
             columns: queries, positives and mined negatives of this process, each (N, D).
             peers: the processes whose candidates count, None for this process alone.
         """
-        query, positive, candidates = columns[0], columns[1], torch.cat(columns[1:])
-        to_query, to_same_query, to_same_doc = (
-            name in self.directions for name in ("doc_to_query", "query_to_query", "doc_to_doc")
-        )
-        main: dict[str, Any] = {
+        query, candidates = columns[0], torch.cat(columns[1:])
+        to_query = "doc_to_query" in self.directions
+        rules: dict[str, Any] = {
             "alpha": self.hardness_strength if self.hardness_mode is not None else 0.0,
             "target_alpha": self.target_hardness_strength,
             "hardness": HARDNESS[self.hardness_mode],
             "false_negative_margin": self.false_negative_margin,
             "symmetric": to_query,
+            "within": [side for side, name in WITHIN.items() if name in self.directions],
         }
-        one_way: dict[str, Any] = {"symmetric": False, "alpha": 0.0}
-        if peers is None and not (to_query or to_same_query or to_same_doc):
+        if peers is None and not to_query:
             return hardness_weighted_contrastive_loss(
-                query, candidates, logit_scale=self.scale, backend=self.backend, **main,
+                query, candidates, logit_scale=self.scale, backend=self.backend, **rules,
                 **self._prefixes(),
             )  # fmt: skip
         logsumexps = self._here if peers is None else partial(self._over_processes, peers)
-        positive_logit, row, column = logsumexps(query, candidates, **main)
-        terms = [row] if column is None else [row, column]
+        positive, *found = logsumexps(query, candidates, **rules)
+        terms = [lse for lse in found if lse is not None]
         if self.partition_mode == "per_direction":
-            return self._mean(direction_loss(positive_logit, torch.stack(terms)).mean(0))
-        if to_same_query:
-            terms.append(logsumexps(query, query, **one_way)[1])
-        if to_same_doc:
-            first = 0 if peers is None else dist.get_rank() * len(query)
-            ids = torch.arange(first, first + len(query), device=query.device)
-            own = {"query_ids": ids, "target_ids": ids.repeat(len(columns) - 1)}
-            terms.append(logsumexps(positive, candidates, **own, **one_way)[1])
-        # In a batch of one every term is -inf, where the gradient of logsumexp is NaN.
-        finite = torch.stack(terms).clamp(min=torch.finfo(positive_logit.dtype).min)
+            return self._mean(direction_loss(positive, torch.stack(terms)).mean(0))
         log_k = math.log(1 + to_query)  # the softmax holds the positive once or twice
-        return self._mean(log_k + direction_loss(positive_logit + log_k, finite.logsumexp(0)))
+        return self._mean(log_k + direction_loss(positive + log_k, joined(*terms)))
 
     def _mean(self, loss: Tensor) -> Tensor:
         """The mean () of a loss for each row, (N,) or (K, N) over prefixes."""
@@ -344,13 +325,12 @@ class MultipleNegativesRankingLoss(
         return {"matryoshka_dims": dims, "matryoshka_weights": weights}
 
     def _here(self, query: Tensor, target: Tensor, **rules: Any) -> LogSumExps:
-        """The positives' logits and log-sum-exps of the rows, and of their positives' columns."""
-        logsumexp = contrastive_logsumexp
-        if self.nested is not None:
-            logsumexp = partial(matryoshka_logsumexp, dims=self.nested.dims)
-        found = logsumexp(query, target, logit_scale=self.scale, backend=self.backend, **rules)
+        """The positives' logits, and log-sum-exps of rows, of their positives' columns, within."""
+        dims = self.nested and self.nested.dims
+        given = {"logit_scale": self.scale, "backend": self.backend, "dims": dims, **rules}
+        found = logits_of(query, target, **given)
         column = None if found.target is None else found.target[..., : len(query)]
-        return found.positive, found.query, column
+        return found.positive, found.query, column, found.within
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _over_processes(
@@ -360,7 +340,7 @@ class MultipleNegativesRankingLoss(
         given = {"logit_scale": self.scale, "backend": self.backend, **rules, **self._prefixes()}
         call, terms = checked(query, target, settings={}, **given)
         parts = [terms.part._replace(node=peer.node) for peer in peers]
-        return own_logsumexps(call, block_of(None, parts, query.device))
+        return own_logsumexps(call, None, parts)
 
 
 OWN_SETTINGS: dict[str, Any] = MultipleNegativesRankingLoss.__init__.__kwdefaults__ or {}

@@ -189,10 +189,6 @@ def test_the_models_own_similarity_is_recognised(kind: str) -> None:
         ({"target_hardness_strength": 2.0}, "no effect"),
         ({"target_hardness_strength": -2.0}, ">= 0"),
         ({"false_negative_margin": float("nan")}, "finite"),
-        (
-            {"false_negative_margin": 0.1, "directions": ("query_to_doc", "doc_to_doc")},
-            "leave doc_to_doc out",
-        ),
         ({"false_negative_margin": 0.1, "similarity_fct": util.manhattan_sim}, "cos_sim"),
     ],
 )
