@@ -99,10 +99,12 @@ Size launch_size(const Problem& p, const Outputs& outputs, cudaStream_t stream, 
       choose_size(p.n, p.m, hardware.sm_count, p.rules.biased() ? Size::large : largest);
   if (size == Size::small) {
     launch<Gemm<Size::small, Epilogue>>(p, outputs, hardware, stream, name);
-  } else if (size == Size::large) {
-    launch<Gemm<Size::large, Epilogue>>(p, outputs, hardware, stream, name);
-  } else {
-    launch<Gemm<largest, Epilogue>>(p, outputs, hardware, stream, name);
+  } else if constexpr (largest != Size::small) {
+    if (size == Size::large) {
+      launch<Gemm<Size::large, Epilogue>>(p, outputs, hardware, stream, name);
+    } else {
+      launch<Gemm<largest, Epilogue>>(p, outputs, hardware, stream, name);
+    }
   }
   return size;
 }
@@ -139,8 +141,8 @@ template <>
 SigmoidParts launch_sigmoid<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>(const Problem& p,
                                                                const SigmoidOutputs& outputs,
                                                                cudaStream_t stream) {
-  const Size size = launch_size<Size::large, SigmoidEpilogue>(p, outputs, stream, "sigmoid");
-  return sigmoid_parts<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>(p, size);
+  launch_size<kSigmoidSize, SigmoidEpilogue>(p, outputs, stream, "sigmoid");
+  return sigmoid_parts<LLAVE_ARCHITECTURE, LLAVE_ELEMENT>(p);
 }
 
 }  // namespace llave

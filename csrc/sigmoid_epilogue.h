@@ -27,6 +27,7 @@ class SigmoidEpilogue : public EpilogueInterface<SigmoidOutputs> {
   using Place_ = Place<Tile>;
   static constexpr int kRows = Tile::kRows, kColumns = Tile::kColumns;
   static constexpr int kWarps = Place_::kThreads / 32;
+  static constexpr float kLargest = std::numeric_limits<float>::max();
 
   // Of a thread's pairs: the loss by row, and the gradients of scale and bias.
   struct Sums {
@@ -37,6 +38,7 @@ class SigmoidEpilogue : public EpilogueInterface<SigmoidOutputs> {
   struct SharedStorage {
     TilePairs<Warp, Tile> pairs;
     float weights[kRows];
+    float scale, bias;
   };
   using TensorStorage = SharedStorage;
   using EpilogueInterface<SigmoidOutputs>::EpilogueInterface;
@@ -59,6 +61,10 @@ class SigmoidEpilogue : public EpilogueInterface<SigmoidOutputs> {
     for (int i = thread; i < kRows; i += Place_::kThreads) {
       shared.weights[i] = out.weights == nullptr || i0 + i >= p.n ? 1.0f : out.weights[i0 + i];
     }
+    if (thread == 0) {
+      shared.scale = p.logit_scale();
+      shared.bias = *out.bias;
+    }
     Warp::synchronize(Place_::kThreads);
 
     const Place_ place(thread);
@@ -68,12 +74,35 @@ class SigmoidEpilogue : public EpilogueInterface<SigmoidOutputs> {
     if (!edge && shared.pairs.plain(p.rules, s, place, j0)) {
       visit<true>(s, place, shared, i0, j0, sums);
     } else {
+      exclude(s, place, shared, i0, j0);
       visit<false>(s, place, shared, i0, j0, sums);
     }
     write(sums, place, shared, thread, i0, j0);
   }
 
  private:
+  // Replaces the similarities of pairs that do not count by -infinity.
+  template <class Matrix>
+  CUTE_DEVICE void exclude(Matrix& s, Place_ const& place, SharedStorage const& shared, int i0,
+                           int j0) const {
+    using namespace cute;
+    const TilePairs<Warp, Tile>& pairs = shared.pairs;
+    const int rows = params.problem.n - i0 - place.row(0);
+    const int columns = params.problem.m - j0 - place.column(0);
+    CUTE_UNROLL
+    for (int r = 0; r < size<0>(s); ++r) {
+      CUTE_UNROLL
+      for (int c = 0; c < size<1>(s); ++c) {
+        if (c % 8 == 0) Warp::fence();
+        const int i = place.row(r), offset = Place_::column_offset(c);
+        const bool beyond = place.row_offset(r) >= rows || offset >= columns;
+        const bool alike = pairs.row_ids[i] == pairs.column_ids[place.column(c)] &&
+                           pairs.positive_offset(place, j0, i) != offset;
+        if (beyond || alike) s(r, c) = -kInfinity;
+      }
+    }
+  }
+
   // Adds all pairs to the sums and stores their dS. Plain pairs are negatives that count.
   template <bool kPlain, class Matrix>
   CUTE_DEVICE void visit(Matrix const& s, Place_ const& place, SharedStorage const& shared, int i0,
@@ -81,36 +110,36 @@ class SigmoidEpilogue : public EpilogueInterface<SigmoidOutputs> {
     using namespace cute;
     const Problem& p = params.problem;
     const SigmoidOutputs& out = params.outputs;
-    const float scale = p.logit_scale(), bias = *out.bias;
-    const float gain = out.gain == nullptr ? scale : scale * *out.gain;
+    const float gain = out.gain == nullptr ? shared.scale : shared.scale * *out.gain;
     const int i = i0 + place.row(0), j = j0 + place.column(0);
-    const int rows = p.n - i, columns = p.m - j, stored = static_cast<int>(out.pitch) - j;
+    const int rows = p.n - i, stored = static_cast<int>(out.pitch) - j;
     Element* const ds = static_cast<Element*>(out.ds) + i * out.pitch + j;
     CUTE_UNROLL
     for (int c = 0; c < size<1>(s); c += 8) {
-      Warp::fence();
       CUTE_UNROLL
       for (int r = 0; r < size<0>(s); ++r) {
+        // What is read after this depends on it. Otherwise the compiler would compute logits of all
+        // pairs at a time, and there are no registers for them.
+        Warp::fence();
+        const float scale = shared.scale, bias = shared.bias;
         const int row = Warp::opaque(place.row(r));
         const float weight = shared.weights[row];
         const int positive = kPlain ? 0 : shared.pairs.positive_offset(place, j0, row);
-        const int64_t id = kPlain ? 0 : shared.pairs.row_ids[row];
         const bool inside = place.row_offset(r) < rows;
         const auto value_of = [&](int k) {
           const int offset = Place_::column_offset(k);
-          float similarity = s(r, k), z = fmaf(similarity, scale, bias), sign = weight;
+          const float similarity = s(r, k);
+          float z = fmaf(similarity, scale, bias), sign = weight;
           if constexpr (!kPlain) {
             const bool mine = positive == offset;
-            const bool counts = inside && offset < columns &&
-                                (mine || id != shared.pairs.column_ids[place.column(k)]);
-            z = counts ? (mine ? -z : z) : -kInfinity;
-            similarity = counts ? similarity : 0.0f;
+            z = mine ? -z : z;
             sign = mine ? -weight : weight;
           }
           const PairLoss pair(z);
           const float d = sign * pair.slope;
           sums.loss[r] += pair.value;
-          sums.scale = fmaf(d, similarity, sums.scale);
+          // d is 0 at -infinity.
+          sums.scale = fmaf(d, kPlain ? similarity : fmaxf(similarity, -kLargest), sums.scale);
           sums.bias += d;
           return gain * d;
         };
@@ -163,17 +192,14 @@ class SigmoidEpilogue : public EpilogueInterface<SigmoidOutputs> {
   CUTE_DEVICE bool elsewhere(int i) const { return params.problem.rules.labels[i] == kElsewhere; }
 };
 
-template <int Architecture, class Element, Size size>
-SigmoidParts sigmoid_parts_of(const Problem& p) {
-  using Place_ = Place<Tile<Architecture, Element, size>>;
-  return {int64_t(tiles_over(p.m, tile_columns(size))) * Place_::kWarpsAcross,
-          tile_count(p.n, p.m, size) * (Place_::kThreads / 32)};
-}
+// The only tile: with more accumulators, losses and slopes find too few registers.
+constexpr Size kSigmoidSize = Size::small;
 
 template <int Architecture, class Element>
-SigmoidParts sigmoid_parts(const Problem& p, Size size) {
-  return size == Size::small ? sigmoid_parts_of<Architecture, Element, Size::small>(p)
-                             : sigmoid_parts_of<Architecture, Element, Size::large>(p);
+SigmoidParts sigmoid_parts(const Problem& p) {
+  using Place_ = Place<Tile<Architecture, Element, kSigmoidSize>>;
+  return {int64_t(tiles_over(p.m, tile_columns(kSigmoidSize))) * Place_::kWarpsAcross,
+          tile_count(p.n, p.m, kSigmoidSize) * (Place_::kThreads / 32)};
 }
 
 }  // namespace llave

@@ -32,6 +32,7 @@ CUTE_HOST_DEVICE constexpr int64_t tile_count(int n, int m, Size size) {
 // rounds, and large tiles serve those of at least one. A small batch has more small tiles to spread
 // over the GPU.
 inline Size choose_size(int n, int m, int multiprocessors, Size largest) {
+  if (largest == Size::small) return Size::small;
   const auto rounds = [&](Size size) { return tile_count(n, m, size) / multiprocessors; };
   if (rounds(largest) >= 6) return largest;
   return rounds(Size::large) >= 1 ? Size::large : Size::small;

@@ -3,11 +3,11 @@
 from llave_kernels.diagnostics import SimilarityStatistics, similarity_statistics
 from llave_kernels.dispatch import available_backends
 from llave_kernels.functional import (
-    ContrastiveLogits,
     contrastive_logsumexp,
     hardness_weighted_contrastive_loss,
     matryoshka_logsumexp,
 )
+from llave_kernels.logits import ContrastiveLogits
 from llave_kernels.modules import (
     HardnessWeightedContrastiveLoss,
     SigmoidContrastiveLoss,

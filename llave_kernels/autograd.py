@@ -131,10 +131,10 @@ def _asked(ctx: Any) -> dict[str, bool]:
     return {"scale_gradient": learnable, "bias_gradients": any(others)}
 
 
-def _needed(ctx: Any, gradients: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+def needed(ctx: Any, gradients: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The gradients of a function's arguments. None where none is needed."""
     given = zip_longest(gradients, ctx.needs_input_grad)
-    return tuple(x if needed else None for x, needed in given)
+    return tuple(x if wanted else None for x, wanted in given)
 
 
 class _LogSumExp(Function):
@@ -177,7 +177,7 @@ class _LogSumExp(Function):
                 found = ctx.backend.backward(
                     upstream, query, target, scale, outputs, kept, rules, **asked
                 )
-        return _needed(ctx, found)
+        return needed(ctx, found)
 
 
 class _TotalLoss(Function):
@@ -226,7 +226,7 @@ class _TotalLoss(Function):
                 found = ctx.backend.total_gradients(
                     d_total, query, target, scale, saved, rules, prepared, **_asked(ctx)
                 )
-        return _needed(ctx, found)
+        return needed(ctx, found)
 
 
 def _graph_gradients(
@@ -278,4 +278,4 @@ class _OneDirectionLoss(Function):
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        return _needed(ctx, ops.apply_upstream(d_total, ctx.saved_tensors, ctx.dtypes))
+        return needed(ctx, ops.apply_upstream(d_total, ctx.saved_tensors, ctx.dtypes))

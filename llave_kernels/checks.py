@@ -241,7 +241,7 @@ def sides(name: str, value: Any, rules: Rules | None = None) -> tuple[str, ...]:
         raise ValueError(
             f"{name} must be a tuple of {' and '.join(map(repr, SIDES))}, or (), got {short(value)}"
         )
-    if given and rules is not None and rules.biases != (None, None):
+    if given and rules is not None and rules.biased:
         raise ValueError(
             f"{name}={value!r} does not go with query_bias or target_bias, which are of pairs of a "
             "query and a target; leave one out"

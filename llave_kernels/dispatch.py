@@ -122,6 +122,18 @@ def one_direction(name: str, query: Tensor) -> OneDirection | None:
     return cast(OneDirection, backend) if merges is not None and merges(query) else None
 
 
+def choose_sigmoid(name: str, query: Tensor, target: Tensor, rules: Rules) -> str:
+    """``choose`` for the sigmoid loss. A backend without it is passed over by ``"auto"``."""
+    found = choose(name, query, target, rules)
+    if found in SIGMOID:
+        return found
+    if name != "auto":
+        raise ValueError(
+            f"backend={name!r} has no sigmoid loss; choose one of {', '.join(SIGMOID)}"
+        )
+    return BACKENDS[-1].NAME
+
+
 def running_on(query: Tensor) -> AbstractContextManager[object]:
     """Run on the device of ``query`` with autocast off. The public functions have applied it."""
     kind, device = query.device.type, query.device.index

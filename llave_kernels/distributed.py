@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from llave_kernels import checks, dispatch, exchange, functional, losses, matryoshka
+from llave_kernels import checks, dispatch, exchange, functional, logits, losses, matryoshka
 from llave_kernels.agreement import Group, Peer, Terms, agree, learns
 from llave_kernels.grid import Block, Side, block_of
 from llave_kernels.precision import accumulation_dtype, autocast
@@ -63,9 +63,9 @@ def distributed_contrastive_loss(
             ``"none"``: (N_local,) one loss per row of this process.
         logit_scale, backend, matryoshka_dims, matryoshka_weights: as in
             ``hardness_weighted_contrastive_loss``.
-        within: as there, but not with ``matryoshka_dims``. A process compares its own queries with
-            all queries, and its positives with all targets. So each of these pairs is computed for
-            both of its rows, and the rows of a side are received once more.
+        within: as there. A process compares its own queries with all queries, and its positives
+            with all targets. So each of these pairs is computed for both of its rows, and the rows
+            of a side are received once more.
         rules: as in ``hardness_weighted_contrastive_loss``. ``labels`` (N_local,) and ``owners``
             (M_local,) are columns of this process's own ``target``. ``query_ids`` (N_local,) and
             ``target_ids`` (M_local,) are compared across processes. ``query_bias`` (N_local,) and
@@ -127,9 +127,12 @@ def own_logsumexps(
     call: Call, group: Group, peers: list[Peer]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """What the losses of this process's rows are made from: ``losses.loss_of_rows``."""
-    query, target, _, rules, sides, *_ = call
-    found = _logsumexps(call, block_of(group, peers, query.device))
-    limit = dispatch.named(call.backend).margin_limit
+    found = _logsumexps(call, block_of(group, peers, call.query.device))
+    if not call.within:
+        return *found, None
+    query, target, _, rules, sides, _, name, nested = call
+    limits = logits.margin_limits(query, target, rules, name, nested and nested.dims)
+    rules, limit = rules._replace(row_limit=limits), dispatch.named(name).margin_limit
     parts = []
     for side, own in zip(sides, blocks(query, target, rules, sides, limit), strict=True):
         places = peers
@@ -137,7 +140,7 @@ def own_logsumexps(
             places = [peer._replace(columns=peer.rows, owners=False) for peer in peers]
         part = call._replace(query=own.query, target=own.target, rules=own.rules)
         parts.append(_logsumexps(part, block_of(group, places, query.device))[1])
-    return *found, losses.joined(*parts) if parts else None
+    return *found, losses.joined(*parts)
 
 
 def _logsumexps(call: Call, block: Block) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -151,13 +154,13 @@ def _logsumexps(call: Call, block: Block) -> tuple[Tensor, Tensor, Tensor | None
     rules = block_rules(query, target, own, name, block, dims)
     queries, targets = inputs.result()
     del inputs  # and the padded rows of an uneven batch
-    logits = functional.logsumexp(queries, targets, scale, rules, name, dims)
-    query_lse = _last_first(exchange.combined, logits.query, block.rows)
-    target_lse = logits.target
+    found = logits.logsumexp(queries, targets, scale, rules, name, dims)
+    query_lse = _last_first(exchange.combined, found.query, block.rows)
+    target_lse = found.target
     if target_lse is not None:
         target_lse = _last_first(exchange.combined, target_lse, block.columns)
         target_lse = at_labels(target_lse, own.labels, len(query))
-    positive = _last_first(lambda x, side: side.own(x), logits.positive, block.rows)
+    positive = _last_first(lambda x, side: side.own(x), found.positive, block.rows)
     return positive, query_lse, target_lse
 
 
@@ -185,11 +188,6 @@ def checked(
     scale, rules = functional.resolve(query, target, logit_scale, **given)
     sides = checks.sides("within", within, rules)
     nested = matryoshka.checked(matryoshka_dims, matryoshka_weights, query.shape[1])
-    if nested is not None and sides:
-        raise ValueError(
-            f"within={sides} does not go with matryoshka_dims over several processes; sum the "
-            "losses of the truncated, normalised embeddings, one call for each dim"
-        )
     name = dispatch.choose(backend, query, target, rules)
     ids = rules.query_ids is not None
     told = told_of("distributed_contrastive_loss", query, target, scale, ids, reduction, backend)
@@ -258,7 +256,7 @@ def block_rules(
         if given is None:
             given = torch.arange(len(target), device=target.device)
         owners = exchange.gathered(in_block(given), columns)
-    limits = functional.margin_limits(query, target, own, backend, dims)
+    limits = logits.margin_limits(query, target, own, backend, dims)
     if limits is not None:
         row_limit = _last_first(exchange.gathered, limits, rows)
         if own.symmetric:

@@ -108,5 +108,5 @@ def _checked(
     told["requires_grad of logit_bias"] = learns(call.bias)
     # Numbers are compared without a look at the device.
     scale, bias = (torch.as_tensor(x, dtype=call.scale.dtype) for x in (logit_scale, logit_bias))
-    told["logit_bias"] = checks.read(bias, Tensor.max)
+    told["logit_bias"] = next(iter(checks.read(bias, Tensor.max)), "on a device")
     return (call, reduction), Terms(Peer(len(query), len(target)), told, scale)

@@ -4,36 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from llave_kernels import autograd, checks, dispatch, losses, matryoshka, ops, transforms
+from llave_kernels import autograd, checks, dispatch, logits, losses, matryoshka, ops, transforms
+from llave_kernels.logits import ContrastiveLogits, Logits
 from llave_kernels.precision import accumulation_dtype, autocast, scale_tensor
 from llave_kernels.rules import HARDNESS_MODES, RuleArguments, Rules, at_labels, default_owners
-from llave_kernels.within import within_logsumexp
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-class ContrastiveLogits(NamedTuple):
-    """The values that every loss is composed from. float32, or float64 for float64 inputs.
-
-    Attributes:
-        positive: (N,) logit of each row's positive, ``kappa s_{i,l_i}`` plus its biases.
-        query: (N,) log-sum-exp of each row over its valid negatives, -inf without any.
-        target: (M,) log-sum-exp of each column over its valid negatives, the rows whose positive it
-            is not. None when not symmetric. The loss reads it at ``labels`` only.
-        within: (N,) log-sum-exp of each row's negatives within the sides, -inf without any. None
-            without ``within``.
-    """
-
-    positive: Tensor
-    query: Tensor
-    target: Tensor | None
-    within: Tensor | None = None
 
 
 def resolve(
@@ -103,7 +85,6 @@ def contrastive_logsumexp(
     target: Tensor,
     *,
     logit_scale: float | Tensor = 50.0,
-    within: Sequence[str] = (),
     backend: str = "auto",
     **rules: Unpack[RuleArguments],
 ) -> ContrastiveLogits:
@@ -112,11 +93,8 @@ def contrastive_logsumexp(
     This is the differentiable primitive. Gradients reach ``query``, ``target``, ``logit_scale`` and
     the biases. Arguments and errors are as in ``hardness_weighted_contrastive_loss``.
     """
-    query, target = autocast(query, target)
-    scale, resolved = resolve(query, target, logit_scale, **rules)
-    sides = checks.sides("within", within, resolved)
-    name = dispatch.choose(backend, query, target, resolved)
-    return logsumexp(query, target, scale, resolved, name, sides=sides)
+    found = logits_of(query, target, logit_scale=logit_scale, backend=backend, **rules)
+    return ContrastiveLogits(*found[:3])
 
 
 @shows_rules
@@ -126,6 +104,7 @@ def matryoshka_logsumexp(
     dims: Sequence[int],
     *,
     logit_scale: float | Tensor = 50.0,
+    within: Sequence[str] = (),
     backend: str = "auto",
     **rules: Unpack[RuleArguments],
 ) -> ContrastiveLogits:
@@ -136,27 +115,45 @@ def matryoshka_logsumexp(
 
     Args:
         dims: K different lengths from 1 to D, in any order.
-        query, target, logit_scale, backend, rules: as in ``hardness_weighted_contrastive_loss``.
-            ``false_negative_margin`` is compared with the cosines of each dim.
+        query, target, logit_scale, within, backend, rules: as in
+            ``hardness_weighted_contrastive_loss``. ``false_negative_margin`` is compared with the
+            cosines of each dim. With ``within`` the ``torch`` backend computes dim after dim too.
 
     Returns:
-        (K, N), (K, N) and (K, M), in the order of ``dims``.
+        The same with a first dimension of K, in the order of ``dims``.
 
     Raises:
         TypeError, ValueError, RuntimeError: as in ``hardness_weighted_contrastive_loss``.
     """
+    if dims is None:
+        raise TypeError("dims must be a list or tuple of numbers, got None")
+    found = logits_of(query, target, logit_scale=logit_scale, dims=dims, backend=backend, **rules)
+    return ContrastiveLogits(*found[:3])
+
+
+def logits_of(
+    query: Tensor,
+    target: Tensor,
+    *,
+    logit_scale: float | Tensor,
+    backend: str,
+    within: Sequence[str] = (),
+    dims: Sequence[int] | None = None,
+    **rules: Unpack[RuleArguments],
+) -> Logits:
+    """``contrastive_logsumexp``, or with ``dims`` ``matryoshka_logsumexp``, and those within."""
     query, target = autocast(query, target)
     scale, resolved = resolve(query, target, logit_scale, **rules)
+    sides = checks.sides("within", within, resolved)
     nested = matryoshka.checked(dims, None, query.shape[1])
-    if nested is None:
-        raise TypeError("dims must be a list or tuple of numbers, got None")
     name = dispatch.choose(backend, query, target, resolved)
-    found = logsumexp(query, target, scale, resolved, name, nested.dims)
+    found = logits.logsumexp(query, target, scale, resolved, name, nested and nested.dims, sides)
+    if nested is None or dims is None:
+        return found
     order = [nested.dims.index(int(d)) for d in dims]
-    positive, rows, columns, _ = found
-    return ContrastiveLogits(
-        positive[order], rows[order], None if columns is None else columns[order]
-    )
+    positive, rows, *others = found
+    others = [None if x is None else x[order] for x in others]
+    return Logits(positive[order], rows[order], *others)
 
 
 @shows_rules
@@ -237,31 +234,41 @@ def hardness_weighted_contrastive_loss(
     name = dispatch.choose(backend, query, target, resolved)
     if reduction != "none" and not sides:
         weight = 1 / query.shape[0] if reduction == "mean" else 1.0
-        merges = _merges_gradients(name, query, target, scale, resolved)
-        eager = autograd.serves(query, target, scale, *resolved.biases)
-        if nested is not None:
-            if eager and merges and _in_one_product(name, resolved):
-                merging = matryoshka.OneDirection(nested)
-                return autograd.one_direction_loss(query, target, scale, merging, resolved, weight)
-        elif eager:
-            run = autograd.one_direction_loss if merges else autograd.total_loss
-            return run(query, target, scale, dispatch.named(name), resolved, weight)
-        elif merges:
-            scale = scale_tensor(scale, query)
-            return weight * ops.one_direction_loss(query, target, scale, name, *resolved)[0]
-    logits = logsumexp(query, target, scale, resolved, name, nested and nested.dims, sides)
-    target_lse = logits.target
+        total = _total(query, target, scale, resolved, name, nested, weight)
+        if total is not None:
+            return total
+    found = logits.logsumexp(query, target, scale, resolved, name, nested and nested.dims, sides)
+    target_lse = found.target
     if target_lse is not None:
         target_lse = at_labels(target_lse, resolved.labels, len(query))
-    loss = losses.loss_of_rows(logits.positive, logits.query, target_lse, logits.within)
+    loss = losses.loss_of_rows(found.positive, found.query, target_lse, found.within)
     if nested is not None:
         loss = nested.summed(loss)
     return losses.reduce(loss, reduction)
 
 
-def _in_one_product(backend: str, rules: Rules) -> bool:
-    """Whether the prefixes of a matryoshka loss share one product."""
-    return backend == matryoshka.BACKEND and not rules.biased
+def _total(
+    query: Tensor,
+    target: Tensor,
+    scale: float | Tensor,
+    rules: Rules,
+    backend: str,
+    nested: matryoshka.Matryoshka | None,
+    weight: float,
+) -> Tensor | None:
+    """``weight`` times the sum of the rows' losses (), or None where there is no shorter way."""
+    merges = _merges_gradients(backend, query, target, scale, rules)
+    if autograd.serves(query, target, scale, *rules.biases):
+        if nested is None:
+            run = autograd.one_direction_loss if merges else autograd.total_loss
+            return run(query, target, scale, dispatch.named(backend), rules, weight)
+        if merges and backend == matryoshka.BACKEND:
+            merging = matryoshka.OneDirection(nested)
+            return autograd.one_direction_loss(query, target, scale, merging, rules, weight)
+    elif merges and nested is None:
+        scale = scale_tensor(scale, query)
+        return weight * ops.one_direction_loss(query, target, scale, backend, *rules)[0]
+    return None
 
 
 def _merges_gradients(
@@ -273,73 +280,3 @@ def _merges_gradients(
     inputs = query, target, scale, *rules.biases
     learns = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
     return learns and dispatch.one_direction(name, query) is not None
-
-
-def logsumexp(
-    query: Tensor,
-    target: Tensor,
-    scale: float | Tensor,
-    rules: Rules,
-    backend: str,
-    dims: tuple[int, ...] | None = None,
-    sides: Sequence[str] = (),
-) -> ContrastiveLogits:
-    """``contrastive_logsumexp`` of resolved arguments, on the named backend.
-
-    With ``dims``, which ascend, it is ``matryoshka_logsumexp``.
-    """
-    scale = scale_tensor(scale, query)
-    within = None
-    if dims is not None and (sides or not _in_one_product(backend, rules)):
-        return _prefix_by_prefix(query, target, scale, rules, backend, dims, sides)
-    if dims is not None:
-        outputs = matryoshka.logsumexp(query, target, scale, dims, rules)
-    elif sides:
-        outputs, within = within_logsumexp(query, target, scale, backend, rules, sides)
-    elif autograd.serves(query, target, scale, *rules.biases):
-        outputs = autograd.logsumexp(query, target, scale, dispatch.named(backend), rules)
-    else:
-        outputs = ops.contrastive_logsumexp(query, target, scale, backend, *rules)[:3]
-    positive, rows, columns = outputs
-    return ContrastiveLogits(positive, rows, columns if rules.symmetric else None, within)
-
-
-def margin_limits(
-    query: Tensor,
-    target: Tensor,
-    rules: Rules,
-    backend: str,
-    dims: tuple[int, ...] | None,
-) -> Tensor | None:
-    """(N,) ``rules.row_limits``, or (K, N) for the prefixes of ``dims``. None without a margin."""
-    if dims is not None:
-        return matryoshka.margin_limits(query, target, rules, dims, backend)
-    return rules.row_limits(query, target, dispatch.named(backend).margin_limit)
-
-
-def _prefix_by_prefix(
-    query: Tensor,
-    target: Tensor,
-    scale: float | Tensor,
-    rules: Rules,
-    backend: str,
-    dims: tuple[int, ...],
-    sides: Sequence[str],
-) -> ContrastiveLogits:
-    """``matryoshka_logsumexp`` for a call that computes the logits of one prefix at a time."""
-    positives, rows, columns, within = [], [], [], []
-    for k, d in enumerate(dims):
-        q, t = matryoshka.truncated(query, d), matryoshka.truncated(target, d)
-        found = logsumexp(q, t, scale, rules.of_prefix(k), backend, sides=sides)
-        positives.append(found.positive)
-        rows.append(found.query)
-        if found.target is not None:
-            columns.append(found.target)
-        if found.within is not None:
-            within.append(found.within)
-    return ContrastiveLogits(
-        torch.stack(positives),
-        torch.stack(rows),
-        torch.stack(columns) if columns else None,
-        torch.stack(within) if within else None,
-    )

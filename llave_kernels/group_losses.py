@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llave_kernels import checks, dispatch, exchange, functional
+from llave_kernels import checks, dispatch, exchange, logits
 from llave_kernels.exchange import combined, gathered, summed
 from llave_kernels.grid import Block, Side
 from llave_kernels.groups import (
@@ -125,17 +125,17 @@ def group_losses(call: Call, block: Block | None = None) -> list[GroupLosses]:
     else:
         rules = _negatives(call, query_groups, target_groups)
     name = dispatch.choose(call.backend, query, target, rules)
-    logits = functional.logsumexp(query, target, call.scale, rules, name)
+    found = logits.logsumexp(query, target, call.scale, rules, name)
     size = groups.columns.shape[0] + 1
     directions = [
-        _Direction(query, target, groups.rows, groups.columns, size, counts, logits.query, own)
+        _Direction(query, target, groups.rows, groups.columns, size, counts, found.query, own)
     ]
     sides = [block.rows, block.columns]
-    if logits.target is not None:
+    if found.target is not None:
         directions.append(
             _Direction(
                 target, query, groups.columns, groups.rows, size, groups.column_counts,
-                logits.target, None,
+                found.target, None,
             )
         )  # fmt: skip
     both = list(zip(directions, sides, strict=False))
@@ -143,7 +143,7 @@ def group_losses(call: Call, block: Block | None = None) -> list[GroupLosses]:
         return [direction.pair(call.scale, side) for direction, side in both]
     if call.denominator == "negatives":
         return [direction.decoupled(call.scale, side) for direction, side in both]
-    aside = [_aside_of_rows(logits.positive, rules, own)]
+    aside = [_aside_of_rows(found.positive, rules, own)]
     if call.symmetric:
         aside.append(_aside_of_columns(aside[0], groups))
     return [

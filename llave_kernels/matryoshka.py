@@ -111,8 +111,8 @@ def logsumexp(
 
     The arguments are resolved, and ``dims`` ascend.
     """
-    if autograd.serves(query, target, scale):
-        return LogSumExps(*_LogSumExp.apply(query, target, scale, dims, rules))
+    if autograd.serves(query, target, scale, *rules.biases):
+        return LogSumExps(*_LogSumExp.apply(query, target, scale, *rules.biases, dims, rules))
     return LogSumExps(*matryoshka_logsumexp(query, target, scale, dims, *rules))
 
 
@@ -138,7 +138,7 @@ def _(query: Tensor, target: Tensor, logit_scale: Tensor, dims: Sequence[int], *
 @torch.library.custom_op(
     "llave::matryoshka_logsumexp_backward",
     mutates_args=(),
-    schema=f"({ops.UPSTREAM}, {ops.OUTPUTS}, {INPUTS}) -> ({ops.GRADIENTS})",
+    schema=f"({ops.UPSTREAM}, {ops.OUTPUTS}, bool bias_gradients, {INPUTS}) -> ({ops.WITH_BIASES})",
 )
 def matryoshka_logsumexp_backward(
     d_positive: Tensor,
@@ -147,12 +147,13 @@ def matryoshka_logsumexp_backward(
     positive: Tensor,
     query_lse: Tensor,
     target_lse: Tensor,
+    bias_gradients: bool,
     query: Tensor,
     target: Tensor,
     logit_scale: Tensor,
     dims: Sequence[int],
     *given: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The ``Gradients``."""
     rules = _checked(query, target, logit_scale, dims, given)
     count = len(dims)
@@ -163,13 +164,15 @@ def matryoshka_logsumexp_backward(
         rules, query, target, "", positive, query_lse, target_lse, prefixes=(count,)
     )
     transforms.refuse_tangents(query, target, logit_scale)
-    return _backward(upstream, outputs, query, target, logit_scale, dims, rules)[:3]
+    found = _backward(upstream, outputs, query, target, logit_scale, dims, rules, bias_gradients)
+    return ops.as_tensors(found)
 
 
 @matryoshka_logsumexp_backward.register_fake
 def _(*arguments: Any) -> Any:
-    query, target = arguments[6:8]
-    return ops.gradients_like(query, target, query.dtype)[:3]
+    bias_gradients, query, target = arguments[6:9]
+    of_biases = Rules(*arguments[11:]).bias_gradients(bias_gradients)
+    return ops.as_tensors(ops.gradients_like(query, target, query.dtype, *of_biases))
 
 
 class OneDirection:
@@ -190,10 +193,11 @@ class OneDirection:
         *,
         bias_gradients: bool = False,
     ) -> tuple[Tensor, Gradients]:
-        """It is called without biases."""
         limits = margin_limits(query, target, rules, self.nested.dims, BACKEND)
         own = rules._replace(row_limit=limits)
-        return torch_matryoshka.one_direction(query, target, logit_scale, self.nested, own)
+        return torch_matryoshka.one_direction(
+            query, target, logit_scale, self.nested, own, bias_gradients=bias_gradients
+        )
 
 
 def _checked(
@@ -222,10 +226,13 @@ def _backward(
     scale: Tensor,
     dims: Sequence[int],
     rules: Rules,
+    bias_gradients: bool,
 ) -> Gradients:
     with dispatch.running_on(query):
         rules = rules._replace(row_limit=margin_limits(query, target, rules, dims, BACKEND))
-        return torch_matryoshka.backward(upstream, outputs, query, target, scale, dims, rules)
+        return torch_matryoshka.backward(
+            upstream, outputs, query, target, scale, dims, rules, bias_gradients=bias_gradients
+        )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -234,14 +241,18 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.settings = rules[TENSORS:]
 
 
-def _backward_of_operator(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, *upstream: Tensor) -> tuple[Tensor, ...]:
+    """The gradients that a graph or a transform sees."""
     *outputs, query, target, scale = ctx.saved_tensors[:6]
     rules = *ctx.saved_tensors[6:], *ctx.settings
-    dq, dt, d_scale = matryoshka_logsumexp_backward(
-        *upstream, *outputs, query, target, scale, ctx.dims, *rules
+    biased = any(ctx.needs_input_grad[3:])
+    return matryoshka_logsumexp_backward(
+        *upstream, *outputs, biased, query, target, scale, ctx.dims, *rules
     )
-    d_scale = d_scale if ctx.needs_input_grad[2] else None
-    return dq, dt, d_scale, *[None] * (1 + len(Rules._fields))
+
+
+def _backward_of_operator(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    return ops.of_inputs(ctx, _gradients(ctx, *upstream))
 
 
 transforms.support(
@@ -257,7 +268,14 @@ class _LogSumExp(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, target: Tensor, scale: Tensor, dims: Sequence[int], rules: Rules
+        ctx: Any,
+        query: Tensor,
+        target: Tensor,
+        scale: Tensor,
+        query_bias: Tensor | None,
+        target_bias: Tensor | None,
+        dims: Sequence[int],
+        rules: Rules,
     ) -> LogSumExps:
         outputs = _forward(query, target, scale, dims, rules)
         _setup(ctx, (query, target, scale, dims, *rules), outputs)
@@ -266,9 +284,10 @@ class _LogSumExp(Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         if transforms.of_backward(*upstream):
-            return _backward_of_operator(ctx, *upstream)[:5]
+            return autograd.needed(ctx, _gradients(ctx, *upstream))
         *outputs, query, target, scale = ctx.saved_tensors[:6]
         rules = Rules(*ctx.saved_tensors[6:], *ctx.settings)
         given = (LogSumExps(*(d.contiguous() for d in upstream)), LogSumExps(*outputs))
-        dq, dt, d_scale, *_ = _backward(*given, query, target, scale, ctx.dims, rules)
-        return dq, dt, d_scale if ctx.needs_input_grad[2] else None, None, None
+        biased = any(ctx.needs_input_grad[3:])
+        found = _backward(*given, query, target, scale, ctx.dims, rules, biased)
+        return autograd.needed(ctx, found)

@@ -109,14 +109,14 @@ def contrastive_logsumexp_backward(
             upstream, query, target, logit_scale, outputs, kept, rules,
             scale_gradient=scale_gradient, bias_gradients=bias_gradients,
         )  # fmt: skip
-        return _tensors(found)
+        return as_tensors(found)
 
 
 @contrastive_logsumexp_backward.register_fake
 def _(*arguments: Any) -> Any:
     bias_gradients, query, target = arguments[8:11]
     of_biases = Rules(*arguments[13:]).bias_gradients(bias_gradients)
-    return _tensors(gradients_like(query, target, query.dtype, *of_biases))
+    return as_tensors(gradients_like(query, target, query.dtype, *of_biases))
 
 
 @torch.library.custom_op(
@@ -142,14 +142,14 @@ def one_direction_loss(
         loss, gradients = module.one_direction(
             query, target, logit_scale, rules, bias_gradients=True
         )
-        return loss.sum(), *_tensors(gradients)
+        return loss.sum(), *as_tensors(gradients)
 
 
 @one_direction_loss.register_fake
 def _(query: Tensor, target: Tensor, scale: Tensor, backend: str, *given: Any) -> Any:
     dtype = accumulation_dtype(query.dtype)
     gradients = gradients_like(query, target, dtype, *Rules(*given).bias_gradients(True))
-    return query.new_empty((), dtype=dtype), *_tensors(gradients)
+    return query.new_empty((), dtype=dtype), *as_tensors(gradients)
 
 
 def gradients_like(
@@ -160,7 +160,7 @@ def gradients_like(
     return Gradients(dq, dt, d_scale, *of_biases)
 
 
-def _tensors(gradients: Gradients) -> tuple[Tensor, ...]:
+def as_tensors(gradients: Gradients) -> tuple[Tensor, ...]:
     """An operator returns tensors only. (0,) stands for None."""
     return tuple(gradients.query.new_empty(0) if x is None else x for x in gradients)
 
@@ -245,10 +245,10 @@ def _backward_logsumexp(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | No
         *(*outputs, kept, learnable, biased, query, target, scale, ctx.backend),
         *(*tensors, *ctx.settings),
     )
-    return _of_inputs(ctx, found)
+    return of_inputs(ctx, found)
 
 
-def _of_inputs(ctx: Any, found: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+def of_inputs(ctx: Any, found: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
     """An operator's gradients in the order of its arguments. None where none is needed."""
     dq, dt, d_scale, *d_biases = found
     places = (4 + Rules._fields.index(name) for name in Gradients._fields[3:])
@@ -272,7 +272,7 @@ def _setup_one_direction(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 def _backward_one_direction(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if d_loss is None:
         return (None,) * len(ctx.needs_input_grad)
-    return _of_inputs(ctx, apply_upstream(d_loss, ctx.saved_tensors, ctx.dtypes))
+    return of_inputs(ctx, apply_upstream(d_loss, ctx.saved_tensors, ctx.dtypes))
 
 
 def gradient_dtypes(query: Tensor, target: Tensor, scale: Tensor) -> list[torch.dtype]:

@@ -163,11 +163,11 @@ class Rules(NamedTuple):
         return self.query_bias is not None or self.target_bias is not None
 
     def add_biases(self, positive: Tensor) -> Tensor:
-        """Add the biases to the rows' positives (N,), in place."""
+        """Add the biases to the rows' positives (..., N), in place."""
         if self.query_bias is not None:
             positive += self.query_bias
         if self.target_bias is not None:
-            positive += at_labels(self.target_bias, self.labels, len(positive))
+            positive += at_labels(self.target_bias, self.labels, positive.shape[-1])
         return positive
 
     def bias_gradients(self, asked: bool) -> tuple[Tensor | None, Tensor | None]:

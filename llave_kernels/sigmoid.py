@@ -117,7 +117,7 @@ def resolve(
         symmetric=False,
     )  # fmt: skip
     rules = plain_rules(labels=labels, query_ids=query_ids, target_ids=target_ids)
-    name = dispatch.choose(backend, query, target, rules)
+    name = dispatch.choose_sigmoid(backend, query, target, rules)
     return Call(query, target, scale_tensor(scale, query), scale_tensor(bias, query), rules, name)
 
 

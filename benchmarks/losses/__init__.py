@@ -6,7 +6,7 @@ A file has ``FAMILY``: its implementations and its dense formula.
 from __future__ import annotations
 
 from benchmarks import peers
-from benchmarks.losses import log_q, matryoshka, supcon, within
+from benchmarks.losses import log_q, matryoshka, sigmoid, supcon, within
 from benchmarks.peer import Family
 
 LOSSES: dict[str, Family] = {
@@ -15,4 +15,5 @@ LOSSES: dict[str, Family] = {
     "matryoshka": matryoshka.FAMILY,
     "log-q": log_q.FAMILY,
     "within": within.FAMILY,
+    "sigmoid": sigmoid.FAMILY,
 }

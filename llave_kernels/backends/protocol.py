@@ -111,7 +111,7 @@ class Backend(Protocol):
         ``upstream`` and ``outputs`` are contiguous. Without ``scale_gradient``, the gradient of the
         scale may be any number. The gradients of the biases are in the accumulation dtype. With
         ``sums``, the gradients of query and target are added there and nowhere else, and what is
-        returned has no meaning.
+        returned has no meaning. ``kept`` may then be (0,): its forward kept nothing.
         """
 
 

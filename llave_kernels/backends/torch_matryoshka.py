@@ -88,7 +88,9 @@ class _Prefix(Strips):
     def _bounded(self) -> bool:
         if self.query.device.type != "cpu":
             return False
-        return bool(self.scale + max(self.rules.alpha, self.rules.target_alpha) <= SAFE_EXPONENT)
+        bound = self.scale + max(self.rules.alpha, self.rules.target_alpha)
+        bound = bound + sum(x.abs().max() for x in self.rules.biases if x is not None)
+        return bool(bound <= SAFE_EXPONENT)
 
     def scaled(self, strip: slice, matrix: Tensor, out: Tensor | None = None) -> Tensor:
         """``matrix`` (M, rows) times the factors of its rows and columns."""
@@ -105,7 +107,7 @@ class _Prefixes:
         self, query: Tensor, target: Tensor, scale: Tensor, dims: Sequence[int], rules: Rules
     ) -> None:
         self.query, self.target = _Rows(query, dims), _Rows(target, dims)
-        self.scale, self.labels = scale, rules.labels
+        self.rules = rules
         self.each = [_Prefix(self.query, self.target, k, scale, rules) for k in range(len(dims))]
         # The strips of all prefixes share the budget of one, if that is enough rows.
         fit = strip_rows(len(query), len(target), query.dtype)
@@ -126,10 +128,12 @@ class _Prefixes:
             yield prefix, total
 
     def positives(self) -> Tensor:
-        """(K, N) cosines of the positives."""
+        """(K, N) logits of the positives."""
+        labels = self.rules.labels
         parts = zip(self.query.parts, self.target.parts, strict=True)
-        found = torch.stack([positive_similarity(q, t, self.labels) for q, t in parts]).cumsum(0)
-        return found * self.query.factors * at_labels(self.target.factors, self.labels, self.n)
+        found = torch.stack([positive_similarity(q, t, labels) for q, t in parts]).cumsum(0)
+        cosines = found * self.query.factors * at_labels(self.target.factors, labels, self.n)
+        return self.rules.add_biases(cosines * self.each[0].scale)
 
 
 def forward(
@@ -155,7 +159,7 @@ def forward(
     target_lse = rows.new_empty(len(dims), 0)
     if rules.symmetric:
         target_lse = torch.stack([each.logsumexp() for each in columns])
-    return LogSumExps(prefixes.positives() * prefixes.each[0].scale, rows, target_lse)
+    return LogSumExps(prefixes.positives(), rows, target_lse)
 
 
 def backward(
@@ -166,6 +170,8 @@ def backward(
     logit_scale: Tensor,
     dims: Sequence[int],
     rules: Rules,
+    *,
+    bias_gradients: bool,
 ) -> Gradients:
     """The gradients, from those of ``forward``'s outputs."""
     prefixes = _Prefixes(query, target, logit_scale, dims, rules)
@@ -177,16 +183,17 @@ def backward(
             prefixes.each, zip(*upstream, strict=True), zip(*outputs, strict=True), strict=True
         )
     ]
-    gradients = _Gradients(prefixes)
+    gradients = _Gradients(prefixes, bias_gradients=bias_gradients)
 
     def ds_of(k: int, strip: slice, cosines: Tensor) -> tuple[Tensor, Tensor]:
         return slopes[k].of(strip, cosines), slopes[k].positive[strip]
 
     for strip in prefixes:
         gradients.add(strip, ds_of)
-    d_query, d_target, d_scale, *_ = gradients.result(query, target)
+    d_query, d_target, d_scale, *d_biases = gradients.result(query, target)
     d_query, d_target = (x.div_(factor).to(query.dtype) for x in (d_query, d_target))
-    return Gradients(d_query, d_target, d_scale / factor)
+    of_biases = (None if x is None else x / factor for x in d_biases)
+    return Gradients(d_query, d_target, d_scale / factor, *of_biases)
 
 
 def one_direction(
@@ -195,6 +202,8 @@ def one_direction(
     logit_scale: Tensor,
     nested: tuple[Sequence[int], Sequence[float]],
     rules: Rules,
+    *,
+    bias_gradients: bool,
 ) -> tuple[Tensor, Gradients]:
     """As ``OneDirection.one_direction``, for the weighted sum over prefixes.
 
@@ -203,8 +212,8 @@ def one_direction(
     """
     dims, weights = nested
     prefixes = _Prefixes(query, target, logit_scale, dims, rules)
-    gradients = _Gradients(prefixes)
-    positives = prefixes.positives() * prefixes.each[0].scale
+    gradients = _Gradients(prefixes, bias_gradients=bias_gradients)
+    positives = prefixes.positives()
     loss = torch.zeros_like(positives[0])
 
     def ds_of(k: int, strip: slice, cosines: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,8 +229,9 @@ def one_direction(
 class _Gradients:
     """The gradients of one call, summed over strips."""
 
-    def __init__(self, prefixes: _Prefixes) -> None:
+    def __init__(self, prefixes: _Prefixes, *, bias_gradients: bool) -> None:
         self.prefixes = prefixes
+        self.d_biases = prefixes.rules.bias_gradients(bias_gradients)
         # Of the parts, as if the factors were constants; sums of dS times cosine of rows, columns.
         self.d_query = [torch.empty_like(x) for x in prefixes.query.parts]
         self.d_target = [torch.zeros_like(x) for x in prefixes.target.parts]
@@ -241,6 +251,7 @@ class _Gradients:
         for k, (prefix, products) in enumerate(self.prefixes.products(strip)):
             ds, d_positive = ds_of(k, strip, prefix.scaled(strip, products))
             prefix.put_positives(strip, ds, d_positive)
+            self._add_biases(strip, ds)
             ds = prefix.scaled(strip, ds, ds)
             pulls = ds * products
             self.row_pulls[k, strip] = pulls.sum(0)
@@ -255,11 +266,20 @@ class _Gradients:
             if waiting:
                 total += waiting.pop()
 
+    def _add_biases(self, strip: slice, ds: Tensor) -> None:
+        query, target = self.d_biases
+        if query is not None:
+            query[strip] += ds.sum(0)
+        if target is not None:
+            target += ds.sum(1)
+
     def result(self, query: Tensor, target: Tensor) -> Gradients:
         """The gradients of the inputs, in the accumulation dtype."""
         rows, columns = self.prefixes.query, self.prefixes.target
+        scale = self.prefixes.each[0].scale  # dS is that times dz
         return Gradients(
             rows.gradient(self.d_query, self.row_pulls, query.shape[1]),
             columns.gradient(self.d_target, self.column_pulls, target.shape[1]),
-            self.row_pulls.sum() / self.prefixes.each[0].scale,
+            self.row_pulls.sum() / scale,
+            *(None if x is None else x / scale for x in self.d_biases),
         )

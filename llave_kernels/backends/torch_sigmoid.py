@@ -34,7 +34,7 @@ def sigmoid_loss(
     dtype = accumulation_dtype(query.dtype)
     kept = query.new_empty((len(target), 0), dtype=dtype)
     strips = Strips(query, target, logit_scale, rules, kept)
-    positive = strips.positive * logit_scale + logit_bias
+    positive = strips.positive + logit_bias
     loss, slope = softplus(-positive, threshold=LINEAR), -torch.sigmoid(-positive)
     if rules.labels is not None:
         loss, slope = (x.masked_fill(rules.labels == ELSEWHERE, 0.0) for x in (loss, slope))

@@ -11,6 +11,7 @@ from torch import Tensor
 from llave_kernels import checks, dispatch
 from llave_kernels.functional import hardness_weighted_contrastive_loss
 from llave_kernels.scores import scores_loss
+from llave_kernels.sigmoid import sigmoid_contrastive_loss
 
 
 class BiEncoderLoss(bi_encoder_losses.BiEncoderLoss):  # type: ignore[misc]
@@ -70,6 +71,42 @@ class BiPairedEncoderLoss(BiEncoderLoss):
     """
 
     symmetric = True
+
+
+class BiSigmoidLoss(bi_encoder_losses.BiSigmoidLoss):  # type: ignore[misc]
+    """colpali-engine's ``BiSigmoidLoss`` without the N x M scores.
+
+    Value and gradients are the host's for every setting. With ``pos_aware_negative_filtering`` the
+    host's own code computes the loss, because its filter changes the scores.
+
+    Args:
+        args, kwargs: the host's.
+        backend: as in ``llave_kernels.sigmoid_contrastive_loss``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value.
+
+    Example:
+        >>> loss = BiSigmoidLoss(temperature=0.02)(query_embeddings, doc_embeddings)
+    """
+
+    def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.backend = dispatch.known(backend)
+
+    def forward(self, query_embeddings: Tensor, doc_embeddings: Tensor, offset: int = 0) -> Tensor:
+        """Mean loss (0-d) of all pairs. Query i's positive is row ``offset + i`` of (M, D)."""
+        if self.pos_aware_negative_filtering:
+            return super().forward(query_embeddings, doc_embeddings, offset)
+        loss = sigmoid_contrastive_loss(
+            query_embeddings,
+            doc_embeddings,
+            logit_scale=1 / self.temperature,
+            logit_bias=0.0,
+            labels=_labels(query_embeddings, offset),
+            backend=self.backend,
+        )
+        return loss / len(doc_embeddings)
 
 
 class ColbertLoss(late_interaction_losses.ColbertLoss):  # type: ignore[misc]

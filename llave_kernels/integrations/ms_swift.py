@@ -19,15 +19,15 @@ from llave_kernels.functional import hardness_weighted_contrastive_loss
 class InfonceLoss(embedding.InfonceLoss):  # type: ignore[misc]
     """ms-swift's ``InfonceLoss`` without the N x M similarities, for its ``loss_map``.
 
-    The host's environment variables ``INFONCE_TEMPERATURE``, ``INFONCE_USE_BATCH``,
-    ``INFONCE_HARD_NEGATIVES``, ``INFONCE_MASK_FAKE_NEGATIVE`` and ``INFONCE_FAKE_NEG_MARGIN`` have
-    the host's effect. At ``alpha=0`` value and gradients are the host's. With several processes so
-    are the gradients that DDP averages, and the average of the values. Their numbers of rows may
-    differ.
+    The host's environment variables have the host's effect: ``INFONCE_TEMPERATURE``,
+    ``INFONCE_USE_BATCH``, ``INFONCE_HARD_NEGATIVES``, ``INFONCE_MASK_FAKE_NEGATIVE``,
+    ``INFONCE_FAKE_NEG_MARGIN``, ``INFONCE_INCLUDE_QQ``, ``INFONCE_INCLUDE_DD``. At ``alpha=0``
+    value and gradients are the host's. With several processes so are the gradients that DDP
+    averages, and the average of the values. Their numbers of rows may differ.
 
-    Where mined negatives are masked as well (``INFONCE_MASK_FAKE_NEGATIVE``), the weight applies to
-    them, too. With ``INFONCE_USE_BATCH=False`` there are no in-batch negatives, and the host's own
-    code computes the loss.
+    With ``INFONCE_MASK_FAKE_NEGATIVE`` or ``INFONCE_INCLUDE_DD`` the host treats mined negatives as
+    in-batch ones, so the weight applies to them, too. With ``INFONCE_USE_BATCH=False`` there are no
+    in-batch negatives, and the host's own code computes the loss.
 
     Args:
         args, trainer: the host's.
@@ -36,8 +36,8 @@ class InfonceLoss(embedding.InfonceLoss):  # type: ignore[misc]
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value. In the call:
-            ``INFONCE_INCLUDE_QQ``, ``INFONCE_INCLUDE_DD``, Megatron or sequence parallelism, which
-            are not supported.
+            ``INFONCE_INCLUDE_DD`` with ``INFONCE_MASK_FAKE_NEGATIVE``, Megatron or sequence
+            parallelism, which are not supported.
 
     Example:
         >>> loss_map["infonce"] = partial(InfonceLoss, alpha=9.0)
@@ -58,7 +58,10 @@ class InfonceLoss(embedding.InfonceLoss):  # type: ignore[misc]
         """
         if not _flag("INFONCE_USE_BATCH", True):
             return super().__call__(outputs, labels, **kwargs)
-        self._refuse_unsupported()
+        masks = _flag("INFONCE_MASK_FAKE_NEGATIVE", False)
+        sides = {"query": "INFONCE_INCLUDE_QQ", "target": "INFONCE_INCLUDE_DD"}
+        within = [side for side, name in sides.items() if _flag(name, False)]
+        self._refuse_unsupported(masks, within)
         kept = os.environ.get("INFONCE_HARD_NEGATIVES")
         samples = embedding._parse_multi_negative_sentences(
             outputs["last_hidden_state"], labels, None if kept is None else int(kept)
@@ -67,7 +70,8 @@ class InfonceLoss(embedding.InfonceLoss):  # type: ignore[misc]
         target = torch.cat([sample[1:] for sample in samples])
         widths = torch.tensor([len(sample) - 1 for sample in samples], device=query.device)
         positives = widths.cumsum(0) - widths
-        masks = _flag("INFONCE_MASK_FAKE_NEGATIVE", False)
+        # A row's own negatives would escape the margin, and not be compared with its positive.
+        alike = masks or "target" in within
         margin = float(os.environ.get("INFONCE_FAKE_NEG_MARGIN", "0.1"))
         many = get_dist_setting()[2] > 1
         loss_fn = distributed_contrastive_loss if many else hardness_weighted_contrastive_loss
@@ -78,16 +82,18 @@ class InfonceLoss(embedding.InfonceLoss):  # type: ignore[misc]
             alpha=self.alpha,
             symmetric=False,
             labels=positives,
-            # The host masks any negative. The margin spares those that a row owns.
-            owners=range(len(target)) if masks else positives.repeat_interleave(widths),
+            within=within,
+            owners=range(len(target)) if alike else positives.repeat_interleave(widths),
             false_negative_margin=margin if masks else None,
             backend=self.backend,
         )
 
-    def _refuse_unsupported(self) -> None:
-        for name in ("INFONCE_INCLUDE_QQ", "INFONCE_INCLUDE_DD"):
-            if _flag(name, False):
-                raise ValueError(f"{name}={os.environ[name]} is not supported; unset it")
+    def _refuse_unsupported(self, masks: bool, within: list[str]) -> None:
+        if masks and "target" in within:
+            raise ValueError(
+                "INFONCE_INCLUDE_DD is not supported with INFONCE_MASK_FAKE_NEGATIVE, because the "
+                "host masks no pair of documents; unset one of them"
+            )
         if self.is_megatron or getattr(sequence_parallel, "dp_group", None) is not None:
             raise ValueError(
                 "Megatron and sequence parallelism are not supported; train with DDP, FSDP or "

@@ -205,6 +205,8 @@ def test_embed_names_a_row_that_it_would_sample(tmp_path: Path) -> None:
         ValueError, match=r"row 19 \(id 'bad'\): the image none\.png cannot be read"
     ):
         quick(source, tmp_path / "out", dtype="int8")
+    with pytest.raises(ValueError, match=r"truncate_dim must be in 1\.\.8, got 9"):
+        quick(source, tmp_path / "out", truncate_dim=9)
     source = write_jsonl(tmp_path / "none.jsonl", [records[19]])
     with pytest.raises(ValueError, match="no row is usable"):
         quick(source, tmp_path / "out", dtype="int8", on_error="skip")

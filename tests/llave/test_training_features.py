@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,23 @@ def test_fsdp(plain: Path, tmp_path: Path) -> None:
     assert logged(out) == pytest.approx(logged(plain), rel=1e-3)
     one, sharded = (SentenceTransformer(str(x / "model"), device="cpu") for x in (plain, out))
     np.testing.assert_allclose(sharded.encode(INPUTS), one.encode(INPUTS), atol=1e-2)
+
+
+@pytest.mark.long
+def test_deepspeed_with_the_settings_of_the_docs(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
+    (settings,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "zero3.json").write_text(settings)
+    one, two = tmp_path / "one", tmp_path / "two"
+    train_worker.train(str(one))
+    sharded = ("--trainer.deepspeed", str(tmp_path / "zero3.json"))
+    run(two, *sharded, processes=2, kill="step:7")
+    run(two, *sharded, processes=2)
+    assert logged(two) == pytest.approx(logged(one), rel=1e-3)
+    models = (SentenceTransformer(str(x / "model"), device="cpu") for x in (one, two))
+    expected, found = (model.encode(["one and two", "three"]) for model in models)
+    np.testing.assert_allclose(found, expected, atol=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llave_kernels import ops
-from llave_kernels.backends import cuda, products, tiles, triton_backend
+from llave_kernels import ops, sigmoid_ops
+from llave_kernels.backends import cuda, products, tiles, triton_backend, triton_sigmoid
 
 BLOCK = 512  # bytes to which torch's allocator rounds
 # They launch nothing: allocations and views.
@@ -43,7 +43,8 @@ class Accounts(TorchDispatchMode):
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
         if func.namespace == "llave":  # on meta tensors torch would take the operator's fake
             with self:
-                return getattr(ops, name)._init_fn(*args, **kwargs)
+                module = sigmoid_ops if hasattr(sigmoid_ops, name) else ops
+                return getattr(module, name)._init_fn(*args, **kwargs)
         with self:  # operators that are made of others
             out = func.decompose(*args, **kwargs)
         if out is not NotImplemented:
@@ -121,6 +122,11 @@ def pretend(monkeypatch: pytest.MonkeyPatch, backend: str) -> Accounts:
             loss=lambda **given: launch("loss"),
             most_scale_parts=lambda problem, rows: -(-rows // 64) * -(-problem.m // 128) * 8,
             backward=backward,
+            sigmoid=lambda **given: (launch("sigmoid"), (1, 1))[1],
+            most_sigmoid_parts=lambda problem, rows: (
+                -(-problem.m // 128) * 2,
+                -(-rows // 64) * -(-problem.m // 128) * 8,
+            ),
         )
         monkeypatch.setattr(cuda, "_cuda", stub)
         monkeypatch.setattr(cuda, "_missing", None)
@@ -128,6 +134,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, backend: str) -> Accounts:
     else:
         for name in ("positive_kernel", "forward_kernel", "combine_kernel", "strip_kernel"):
             monkeypatch.setattr(triton_backend.kernels, name, _Kernel(accounts, name))
+        kernel = _Kernel(accounts, "sigmoid_kernel")
+        monkeypatch.setattr(triton_sigmoid.kernels, "sigmoid_kernel", kernel)
         monkeypatch.setattr(triton_backend.loss, "loss_kernel", _Kernel(accounts, "loss_kernel"))
         monkeypatch.setattr(triton_backend, "unavailable", lambda: None)
         monkeypatch.setattr(triton_backend, "supports", lambda query, target, rules: None)

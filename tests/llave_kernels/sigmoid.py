@@ -54,14 +54,21 @@ def limits(
     terms = slopes / 0.5 * weights
     double = dtype == torch.float64
     eps = torch.finfo(torch.float64 if double else torch.float32).eps
-    relative = 16 * eps + 2 * eps * largest
-    rounding = 80 * eps + 2 * eps * largest
+    relative = 4 * eps + eps * largest
+    rounding = 20 * eps + eps * largest
     if dtype.itemsize == 2:  # dS is rounded, and so is the result
-        rounding += torch.finfo(dtype).eps / 2
+        rounding += torch.finfo(dtype).eps
+    # Below the smallest normal number the rounding of a result stays constant.
+    least = torch.finfo(dtype).eps * torch.finfo(dtype).smallest_normal
     return [
         relative * float(exact[0].norm()),
-        rounding * float(exact[1].norm()) + eps * float((terms @ target.double().abs()).norm()),
-        rounding * float(exact[2].norm()) + eps * float((terms.T @ query.abs()).norm()),
+        *(
+            rounding * float(x.norm()) + least * x.numel() ** 0.5 + eps * float(sizes.norm())
+            for x, sizes in (
+                (exact[1], terms @ target.double().abs()),
+                (exact[2], terms.T @ query.abs()),
+            )
+        ),
         relative * float((terms * similarity.abs()).sum()),
         relative * float(terms.sum()),
     ]

@@ -139,7 +139,7 @@ def test_only_plain_eager_calls_skip_the_operators() -> None:
 def test_log_sum_exps_without_an_upstream_gradient(backend: str) -> None:
     query, target = (x.requires_grad_() for x in embeddings(7, 9, 4))
     outputs = contrastive_logsumexp(query, target, backend=backend)
-    for output in outputs:
+    for output in outputs[:3]:
         assert output is not None
         eager = torch.autograd.grad(output.sum(), (query, target), retain_graph=True)
         with Watching():

@@ -89,6 +89,7 @@ def test_a_process_that_differs_is_an_error_on_all() -> None:
         ("a bias", "presence of target_bias is True on rank 1 and False here"),
         ("a bias's gradient", "requires_grad of query_bias is True on rank 1 and False here"),
         ("symmetric", "symmetric is False on rank 1 and True here"),
+        ("within", "within is ('query',) on rank 1 and () here"),
         ("hardness", "hardness is all on rank 1 and in_batch here"),
         ("target_alpha", "target_alpha is 2.0 on rank 1 and 0.0 here"),
         ("logit_scale", "logit_scale is 51.0 on rank 1 and 50.0 here"),

@@ -19,6 +19,7 @@ import torch
 from llave_kernels import (
     HardnessWeightedContrastiveLoss,
     RuleArguments,
+    SupervisedContrastiveLoss,
     contrastive_logsumexp,
     hardness_weighted_contrastive_loss,
     scores,
@@ -339,6 +340,11 @@ CONSTRUCTORS: list[tuple[Callable[..., Any], str]] = [
         HardnessWeightedContrastiveLoss,
         "logit_scale alpha hardness symmetric target_alpha false_negative_margin reduction backend "
         "learnable max_logit_scale gather_group",
+    ),
+    (
+        SupervisedContrastiveLoss,
+        "logit_scale alpha denominator symmetric reduction backend learnable max_logit_scale "
+        "gather_group",
     ),
     (gradcache.SimpleContrastiveLoss, "n_hard_negatives " + BLOCKS),
     (tevatron.SimpleContrastiveLoss, BLOCKS),

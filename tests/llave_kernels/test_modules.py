@@ -9,9 +9,11 @@ import torch
 
 from llave_kernels import (
     HardnessWeightedContrastiveLoss,
+    SupervisedContrastiveLoss,
     diagnostics,
     hardness_weighted_contrastive_loss,
     similarity_statistics,
+    supervised_contrastive_loss,
 )
 from tests.helpers import embeddings
 
@@ -127,3 +129,22 @@ def test_overlap_of_separated_and_equal_distributions() -> None:
     assert float(similarity_statistics(eye, eye).overlap) == 0.0
     same = torch.ones(6, 1)
     assert float(similarity_statistics(same, same).overlap) == 1.0
+
+
+def test_supervised_module_is_the_function() -> None:
+    query, target = embeddings(6, 12, 5)
+    settings = {"alpha": 5.0, "denominator": "pair", "symmetric": True, "reduction": "sum"}
+    groups = {"query_groups": torch.arange(6) // 2, "target_groups": torch.arange(12) // 3}
+    module = SupervisedContrastiveLoss(30.0, **settings)
+    expected = supervised_contrastive_loss(query, target, logit_scale=30.0, **groups, **settings)
+    assert torch.equal(module(query, target, **groups), expected)
+    assert "denominator='pair'" in repr(module)
+    learning = SupervisedContrastiveLoss(30.0, learnable=True)
+    alone = {"query_groups": groups["query_groups"]}
+    learning(query, **alone).backward()
+    assert learning.log_logit_scale is not None
+    assert learning.log_logit_scale.grad.isfinite()
+    expected = supervised_contrastive_loss(query, logit_scale=30.0, **alone)
+    assert float(learning(query, **alone)) == pytest.approx(float(expected), rel=1e-5)
+    with pytest.raises(ValueError, match="denominator must be one of"):
+        SupervisedContrastiveLoss(denominator="some")

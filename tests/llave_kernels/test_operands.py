@@ -241,7 +241,10 @@ ARGUMENTS: dict[str, Any] = {
 MISTAKES: list[tuple[str, dict[str, Any]]] = [
     ("columns from -1 to 5, got values from -2 to 1", {"labels": torch.arange(-2, 2)}),
     ("got values from 0 to 4294967296", {"labels": torch.tensor([0, 1, 2, 1 << 32])}),
-    ("labels must not repeat a column", {"labels": torch.tensor([0, 1, 1, 2])}),
+    (
+        "labels must not repeat a column",
+        {"labels": torch.tensor([0, 1, 1, 2]), "margin": 0.1},
+    ),
     (r"labels must have shape \(4,\), got \(3,\)", {"labels": torch.arange(3)}),
     ("labels must be an integer tensor", {"labels": torch.ones(4)}),
     ("owners must be columns .* got values from 1 to 6", {"owners": torch.arange(1, 7)}),

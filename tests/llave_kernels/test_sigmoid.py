@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from llave_kernels import dispatch, sigmoid_contrastive_loss, sigmoid_ops
+from llave_kernels import dispatch, sigmoid_contrastive_loss
 from llave_kernels.backends import products, strip_gemm, torch_backend
-from llave_kernels.rules import ELSEWHERE
+from llave_kernels.reference import reference_sigmoid_loss
+from llave_kernels.rules import ELSEWHERE, plain_rules
 from tests.helpers import embeddings, relative_error
 from tests.llave_kernels.sigmoid import (
     NAMES,
@@ -42,7 +44,7 @@ def test_logits_of_every_size(backend: str, scale: float, bias: float) -> None:
     for dtype in DTYPES[backend]:
         query, target = embeddings(35, 40, 12, dtype)
         target[:35] = query  # similarities of 1 at the positives
-        for reduction in ("sum", "none"):
+        for reduction in ("mean",) if dtype == torch.float16 else ("sum", "none"):
             assert_contract(query, target, scale, bias, backend=backend, reduction=reduction)
 
 
@@ -58,8 +60,7 @@ def test_many_strips(backend: str, few: int, many: int, monkeypatch: pytest.Monk
 
 def test_a_small_loss_keeps_its_digits(backend: str) -> None:
     """Each pair has a loss of about 1e-10, and float16 gradients far below its smallest number."""
-    query, target = (x.abs() for x in embeddings(20, 20, 16, torch.float32))
-    query, target = torch.eye(20, 32) + 0 * query[:1, :1], torch.eye(20, 32) + 0 * target[:1, :1]
+    query = target = torch.eye(20, 32)
     for dtype in DTYPES[backend]:
         pair = query.to(dtype), target.to(dtype)
         exact = truth(*pair, 46.0, -23.0)
@@ -75,17 +76,24 @@ def test_a_small_loss_keeps_its_digits(backend: str) -> None:
 
 
 def test_gradients_of_float16_do_not_vanish(backend: str) -> None:
-    """At SigLIP's start sigmoid(z) is 4.5e-5, and a sixteenth of that at twice the bias."""
+    """At SigLIP's start sigmoid(z) is 4.5e-5. Half of float16's digits are gone there."""
     if torch.float16 not in DTYPES[backend]:
         pytest.skip("no float16")
     query, target = embeddings(50, 60, 24, torch.float16)
+    labels = torch.full((50,), 59)
+
+    def scaled(function: Any) -> Any:
+        return lambda *rows, **given: 4096 * function(*rows, reduction="sum", **given)
+
     for bias in (-10.0, -13.0):
-        settings = {"backend": backend, "reduction": "sum", "labels": torch.full((50,), 59)}
-        found = outcome(sigmoid_contrastive_loss, query, target, 1.0, bias, **settings)
-        exact = truth(query, target, 1.0, bias, reduction="sum", labels=settings["labels"])
-        # dT of negatives comes from dS of 1e-5 alone.
-        assert relative_error(found[2][:59], exact[2][:59]) < 2e-3
-        assert float(found[2][:59].abs().max()) > 0
+        found = outcome(
+            scaled(sigmoid_contrastive_loss), query, target, 1.0, bias,
+            labels=labels, backend=backend,
+        )  # fmt: skip
+        pair = query.double(), target.double()
+        exact = outcome(scaled(reference_sigmoid_loss), *pair, 1.0, bias, labels=labels)
+        # dT of columns that are nobody's positive comes from dS of this size alone.
+        assert relative_error(found[2][:59], exact[2][:59]) < 1e-3
 
 
 def test_nan_in_nan_out(backend: str) -> None:
@@ -111,7 +119,7 @@ def test_a_label_that_is_no_column_makes_its_row_nan(backend: str, label: int) -
     labels = torch.arange(40)
     labels[5], labels[6] = label, ELSEWHERE
     numbers = torch.tensor(10.0), torch.tensor(-10.0)
-    rules = sigmoid_ops.rules_of(labels, None, None)
+    rules = plain_rules(labels=labels)
     loss, gradients = dispatch.SIGMOID[backend].sigmoid_loss(
         query, target, *numbers, rules, None, gradients=True
     )
@@ -170,8 +178,7 @@ def test_random_settings_equal_the_hosts_class(count: int) -> None:
         most = limits(query, target, scale, bias, exact)
         for name, found, right, limit in zip(NAMES, ours, exact, most, strict=True):
             error = float((found.double() - right).norm())
-            assert error <= max(limit, 0.0), (name, n, d, scale, bias)
-            assert error <= 1e-5 * float(right.norm()) + limit, name
+            assert error <= limit, (name, n, d, scale, bias)
 
 
 def test_products_of_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:

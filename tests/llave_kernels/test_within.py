@@ -12,12 +12,12 @@ from torch.nn.functional import normalize
 
 from llave_kernels import (
     HardnessWeightedContrastiveLoss,
-    contrastive_logsumexp,
     dispatch,
     hardness_weighted_contrastive_loss,
     within,
 )
 from llave_kernels.backends.protocol import LogSumExps
+from llave_kernels.functional import logits_of
 from llave_kernels.reference import (
     reference_logsumexp,
     reference_loss,
@@ -62,11 +62,12 @@ def test_edges(
 
 def test_every_row_sum_is_the_references(backend: str) -> None:
     query, target = embeddings(9, 20, 6)
-    found = contrastive_logsumexp(query, target, within=BOTH, backend=backend)
+    found = logits_of(query, target, logit_scale=50.0, within=BOTH, backend=backend)
     assert found.within is not None
     expected = reference_within(query.double(), target.double(), within=BOTH)
     assert relative_error(found.within, expected) < 2e-6
-    assert contrastive_logsumexp(query, target, backend=backend).within is None
+    plain = logits_of(query, target, logit_scale=50.0, backend=backend)
+    assert plain.within is None
 
 
 def test_queries_that_share_a_target(backend: str) -> None:
@@ -127,9 +128,7 @@ def test_parts_of_a_gradient_are_added_before_they_are_rounded(
 
     def d_query(*, less: float) -> Tensor:
         query = x.clone().requires_grad_()
-        logits = contrastive_logsumexp(
-            query, x, logit_scale=1.0, alpha=0.0, within=("query",), backend=backend
-        )
+        logits = logits_of(query, x, logit_scale=1.0, alpha=0.0, within=("query",), backend=backend)
         assert logits.target is not None
         assert logits.within is not None
         total = (logits.query + logits.target - less * logits.within).sum()
@@ -240,7 +239,7 @@ def test_other_sides_are_refused(wrong: Any) -> None:
 def test_biases_are_refused() -> None:
     bias = torch.zeros(3)
     with pytest.raises(ValueError, match="does not go with query_bias or target_bias"):
-        contrastive_logsumexp(*embeddings(3, 3, 2), within=BOTH, query_bias=bias)
+        hardness_weighted_contrastive_loss(*embeddings(3, 3, 2), within=BOTH, query_bias=bias)
 
 
 def test_prefixes_of_the_embeddings(backend: str) -> None:
@@ -305,7 +304,7 @@ def test_autocast_and_each_outputs_own_gradient() -> None:
     rounded = [x.detach().bfloat16() for x in (query, target)]
     assert torch.equal(loss, hardness_weighted_contrastive_loss(*rounded, within=BOTH))
     pair = [x.detach().double().requires_grad_() for x in (query, target)]
-    found = contrastive_logsumexp(*pair, within=BOTH, alpha=0.0)
+    found = logits_of(*pair, logit_scale=50.0, backend="auto", within=BOTH, alpha=0.0)
     expected = (
         *reference_logsumexp(*pair, alpha=0.0),
         reference_within(*pair, within=BOTH),

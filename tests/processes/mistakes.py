@@ -157,6 +157,7 @@ def losses() -> dict[str, Any]:
         "a bias": said(lambda: loss(*good, target_bias=torch.ones(4) if odd else None)),
         "a bias's gradient": said(lambda: loss(*good, query_bias=torch.ones(4, requires_grad=odd))),
         "symmetric": said(lambda: loss(*good, symmetric=not odd)),
+        "within": said(lambda: loss(*good, within=("query",) if odd else ())),
         "hardness": said(lambda: loss(*good, hardness="all" if odd else "in_batch")),
         "target_alpha": said(lambda: loss(*good, target_alpha=2.0 * odd)),
         "logit_scale": said(lambda: loss(*good, logit_scale=50.0 + odd)),

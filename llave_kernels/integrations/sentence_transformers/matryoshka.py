@@ -22,8 +22,9 @@ class MatryoshkaLoss(host.MatryoshkaLoss):  # type: ignore[misc]
 
     Same constructor, same call, same value and gradients. Around ``MultipleNegativesRankingLoss``
     or ``CachedMultipleNegativesRankingLoss`` of this package, one call of our kernels computes all
-    dims. Around any other loss, and with a ``similarity_fct`` that is neither cosine nor dot
-    product, the host's own code runs dim after dim.
+    dims. The host's own code runs dim after dim around any other loss, with a ``similarity_fct``
+    that is neither cosine nor dot product, and where ``gather_across_devices`` meets the direction
+    ``"query_to_query"`` or ``"doc_to_doc"``.
 
     Args:
         model, loss, matryoshka_dims, matryoshka_weights: as in the host.
@@ -68,8 +69,10 @@ class MatryoshkaLoss(host.MatryoshkaLoss):  # type: ignore[misc]
             found = found.loss
         method = "compute_loss_from_embeddings"
         ours = getattr(MultipleNegativesRankingLoss, method)
-        fuses = getattr(type(found), method, None) is ours and found.fused_similarity is not None
-        return found if fuses else None
+        if getattr(type(found), method, None) is not ours or found.fused_similarity is None:
+            return None
+        within = {"query_to_query", "doc_to_doc"}.intersection(found.directions)
+        return None if within and found.gather_across_devices else found
 
     def _chosen(self) -> Matryoshka:
         """The dims of this step."""

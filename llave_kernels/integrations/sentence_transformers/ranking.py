@@ -36,11 +36,7 @@ from torch.nn.functional import normalize
 from llave_kernels import checks, dispatch
 from llave_kernels.agreement import Peer, Terms, agree, learns
 from llave_kernels.distributed import checked, own_logsumexps
-from llave_kernels.functional import (
-    contrastive_logsumexp,
-    hardness_weighted_contrastive_loss,
-    matryoshka_logsumexp,
-)
+from llave_kernels.functional import hardness_weighted_contrastive_loss, logits_of
 from llave_kernels.losses import direction_loss, joined
 from llave_kernels.matryoshka import Matryoshka
 
@@ -330,10 +326,9 @@ class MultipleNegativesRankingLoss(
 
     def _here(self, query: Tensor, target: Tensor, **rules: Any) -> LogSumExps:
         """The positives' logits, and log-sum-exps of rows, of their positives' columns, within."""
-        logsumexp = contrastive_logsumexp
-        if self.nested is not None:
-            logsumexp = partial(matryoshka_logsumexp, dims=self.nested.dims)
-        found = logsumexp(query, target, logit_scale=self.scale, backend=self.backend, **rules)
+        dims = self.nested and self.nested.dims
+        given = {"logit_scale": self.scale, "backend": self.backend, "dims": dims, **rules}
+        found = logits_of(query, target, **given)
         column = None if found.target is None else found.target[..., : len(query)]
         return found.positive, found.query, column, found.within
 

@@ -134,8 +134,8 @@ int64_t launch_backward(const Problem& p, const BackwardOutputs& outputs, cudaSt
 
 template <int Architecture, class Element>
 SigmoidParts launch_sigmoid(const Problem& p, const SigmoidOutputs& outputs, cudaStream_t) {
-  const Size size = run_size<Architecture, Element, Size::large, SigmoidEpilogue>(p, outputs);
-  return sigmoid_parts<Architecture, Element>(p, size);
+  run_size<Architecture, Element, kSigmoidSize, SigmoidEpilogue>(p, outputs);
+  return sigmoid_parts<Architecture, Element>(p);
 }
 
 void select_device(int) {

@@ -14,9 +14,10 @@ from llave_kernels import (
     contrastive_logsumexp,
     dispatch,
     hardness_weighted_contrastive_loss,
+    within,
 )
-from llave_kernels.backends.protocol import Gradients, LogSumExps
-from llave_kernels.rules import Rules
+from llave_kernels.backends.protocol import Gradients, LogSumExps, Sums
+from llave_kernels.rules import WITHIN, Rules
 from tests.helpers import assert_contract, draw_rules, embeddings
 
 
@@ -44,8 +45,8 @@ class Dense:
     def logits(self, s: Tensor, scale: Tensor, alpha: float, rules: Rules) -> Tensor:
         columns, labels = torch.arange(s.shape[1]), rules.labels_of(s)[:, None]
         own = labels == (columns if rules.owners is None else rules.owners)
-        weighted = {"in_batch": ~own, "hard_negatives": own, "all": own | True}[rules.hardness]
-        counts = labels != columns
+        weighted = {"in_batch": ~own, "hard_negatives": own}.get(rules.hardness, own | True)
+        counts = ~own if rules.hardness == WITHIN else labels != columns
         if rules.query_ids is not None:
             counts &= rules.query_ids[:, None] != rules.target_ids
         z = s * (scale + alpha * weighted) + self.bias(s, rules)
@@ -79,8 +80,9 @@ class Dense:
         *,
         scale_gradient: bool,
         bias_gradients: bool = False,
+        sums: Sums | None = None,
     ) -> Gradients:
-        s = kept.double()
+        s = (kept if len(kept) else query @ target.T).double()
         rows, columns = (x.masked_fill(x == -math.inf, 0.0) for x in outputs[1:])
         z = self.logits(s, logit_scale, rules.alpha, rules)
         ds = upstream.query_lse[:, None] * (z - rows[:, None]).exp()
@@ -89,6 +91,9 @@ class Dense:
             ds += upstream.target_lse * (z - columns).exp()
         ds.scatter_(1, rules.labels_of(s)[:, None], upstream.positive.double()[:, None])
         dq, dt = logit_scale * ds @ target.double(), logit_scale * ds.T @ query.double()
+        if sums is not None:
+            sums.query.add_(sums.gain * dq)
+            sums.target.add_(sums.gain * dt)
         d_biases = (
             ds.sum(1 - side).float() if bias_gradients and bias is not None else None
             for side, bias in enumerate(rules.biases)
@@ -133,11 +138,15 @@ def test_a_backend_that_is_listed_trains(dense: str) -> None:
         assert trained(dense, compiled=compiled) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["biases", "within"])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_the_contract_holds_for_a_backend_that_is_listed(dense: str, symmetric: bool) -> None:
+def test_the_contract_holds_for_a_backend_that_is_listed(
+    dense: str, symmetric: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """This backend has no pass that computes loss and gradients of one direction together."""
     pair = embeddings(9, 15, 4)
-    rules = draw_rules(9, 15, {"ids", "owners", "target_alpha", "biases"})
+    monkeypatch.setattr(within, "strip_rows", lambda n, device: min(n, 4))
+    rules = draw_rules(9, 15, {"ids", "owners", "target_alpha", kind})
     assert_contract(*pair, 20.0, backend=dense, symmetric=symmetric, **rules)
 
 

@@ -91,6 +91,30 @@ def test_the_environment_does_not_change_the_arithmetic(fusion: str) -> None:
     assert keys(**{FUSION: fusion}) == keys()
 
 
+# Half precision takes the tiles for masks. Calls with labels, ids and upstream gradients of rows
+# compile all of the kernel.
+SIGMOID = [
+    pytest.param(arch, dtype, tile, absent, marks=() if dtype == "bf16" else pytest.mark.long)
+    for arch in (80, 90)
+    for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4))
+    for tile in tiles.CANDIDATES[tiles.Kind(arch // 10, itemsize)]
+    if itemsize == 4 or tile != tiles.TABLE[tiles.Kind(arch // 10, 2)].plain
+    for absent in ((), ("p_label", "p_query_id", "p_target_id"))
+    if dtype != "bf16" or tile.bm == 128
+]
+
+
+@pytest.mark.parametrize(("arch", "dtype", "tile", "absent"), SIGMOID, ids=str)
+def test_sigmoid_kernel(arch: int, dtype: str, tile: tiles.Tile, absent: tuple[str, ...]) -> None:
+    options = ["p_ds", "p_sums", *([] if absent else ["p_weight"])]
+    found = machine_code("sigmoid_kernel", arch, dtype, tile, absent, options=options)
+    assert found["tensor_core"] > 0
+    assert found["wgmma"] > 0 or arch < 90
+    assert 0 < found["copies"] == found["wide_copies"]
+    assert found["spills"] == 0
+    assert found["shared"] <= SHARED_MEMORY[arch]
+
+
 CASES = [
     (arch, dtype, tile)
     for arch in (80, 90)

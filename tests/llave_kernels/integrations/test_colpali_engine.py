@@ -19,9 +19,11 @@ from colpali_engine.loss import bi_encoder_losses, late_interaction_losses
 
 from llave_kernels.integrations import colpali_engine as ours
 
+WEIGHTED = ("BiEncoderLoss", "BiPairedEncoderLoss", "ColbertLoss")
 HOSTS = {
     "BiEncoderLoss": bi_encoder_losses.BiEncoderLoss,
     "BiPairedEncoderLoss": bi_encoder_losses.BiPairedEncoderLoss,
+    "BiSigmoidLoss": bi_encoder_losses.BiSigmoidLoss,
     "ColbertLoss": late_interaction_losses.ColbertLoss,
 }
 # The host's losses that hold one of these as ``inner_loss``, and whose own part is small.
@@ -91,7 +93,7 @@ def test_it_is_the_inner_loss_of_the_hosts_class_for_negatives(name: str) -> Non
         assert_equal(value_and_gradients(outer, given, offset), expected, (seed, settings))
 
 
-@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("name", WEIGHTED)
 def test_alpha_weights_every_negative(name: str) -> None:
     """Documents of other processes are negatives too, not a query's own."""
     for seed in range(20):
@@ -129,5 +131,6 @@ def test_misuse() -> None:
     for kind in (ours.BiEncoderLoss, ours.ColbertLoss):
         with pytest.raises(ValueError, match=r"alpha must be >= 0 and finite, got -1"):
             kind(alpha=-1.0)
-    with pytest.raises(ValueError, match=r"backend='fast' is not a backend"):
-        ours.BiEncoderLoss(backend="fast")
+    for kind in (ours.BiEncoderLoss, ours.BiSigmoidLoss):
+        with pytest.raises(ValueError, match=r"backend='fast' is not a backend"):
+            kind(backend="fast")

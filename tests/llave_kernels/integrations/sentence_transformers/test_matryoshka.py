@@ -165,3 +165,21 @@ def test_gathered_across_processes() -> None:
     for found in run(__name__, "gathered", 2):
         for case, expected, value in found:
             assert_equal(value, expected, 1e-5, case)
+
+
+@pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.long)])
+def test_random_settings_equal_the_host(count: int) -> None:
+    generator = random.Random(count)
+    for _ in range(count):
+        directions, partition = generator.choice(DIRECTIONS)
+        arguments = settings(directions, partition, generator.choice([None, "all_negatives"]))
+        arguments["scale"] = generator.choice([1.0, 20.0, 50.0])
+        dims = generator.sample(range(2, WIDTH + 1), generator.randint(1, 5))
+        weights = [generator.choice([0.0, 0.5, 1, 3.0]) for _ in dims]
+        features = batch(generator.randint(2, 4), generator.randint(2, 9))
+        model = encoder().double()
+        expected, found = (
+            step(wrapped(module, model, TWINS[0], dims, weights, **arguments), features)
+            for module in (host, ours)
+        )
+        assert_equal(found, expected, 1e-9, (dims, weights, arguments))
