@@ -16,7 +16,6 @@ from sentence_transformers import util
 from sentence_transformers.sentence_transformer import losses as host
 
 from llave_kernels.integrations import sentence_transformers as ours
-from llave_kernels.integrations.sentence_transformers import ranking
 from tests.llave_kernels.integrations.sentence_transformers.twins import (
     ROWS,
     TWINS,
@@ -102,7 +101,7 @@ def test_other_losses_are_computed_by_the_host(name: str, monkeypatch: pytest.Mo
         def compute_loss_from_embeddings(self, *args: Any) -> Tensor:
             return super().compute_loss_from_embeddings(*args) / 2
 
-    monkeypatch.setattr(ranking, "matryoshka_logsumexp", never)
+    monkeypatch.setattr(ours.MultipleNegativesRankingLoss, "over_prefixes", never)
     other = {"similarity_fct": util.manhattan_sim, "scale": 2.0}
     expected = step(wrapped(host, encoder(), name, DIMS, None, **other), batch(3))
     assert_equal(
