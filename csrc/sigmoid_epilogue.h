@@ -34,6 +34,12 @@ class SigmoidEpilogue : public EpilogueInterface<SigmoidOutputs> {
     float loss[Place_::kRowsHeld] = {}, scale = 0.0f, bias = 0.0f;
   };
 
+  // The similarities of a thread's positives, in the rows whose bits are set.
+  struct Positives {
+    float similarity[Place_::kRowsHeld];
+    unsigned rows = 0;
+  };
+
  public:
   struct SharedStorage {
     TilePairs<Warp, Tile> pairs;
@@ -71,24 +77,25 @@ class SigmoidEpilogue : public EpilogueInterface<SigmoidOutputs> {
     Tensor s = make_tensor(accumulators.data(), matrix_layout(accumulators.layout()));
     const bool edge = i0 + kRows > p.n || j0 + kColumns > p.m;
     Sums sums;
-    if (!edge && shared.pairs.plain(p.rules, s, place, j0)) {
-      visit<true>(s, place, shared, i0, j0, sums);
-    } else {
-      exclude(s, place, shared, i0, j0);
-      visit<false>(s, place, shared, i0, j0, sums);
-    }
+    Positives positives;
+    const bool plain = !edge && shared.pairs.plain(p.rules, s, place, j0);
+    if (!plain) positives = take_out(s, place, shared, i0, j0);
+    visit(s, place, shared, i0, j0, sums);
+    if (!plain) visit(positives, place, shared, i0, j0, sums);
     write(sums, place, shared, thread, i0, j0);
   }
 
  private:
-  // Replaces the similarities of pairs that do not count by -infinity.
+  // Replaces the similarities of pairs that do not count, and of positives, by one whose pair has
+  // neither loss nor slope. Returns the positives.
   template <class Matrix>
-  CUTE_DEVICE void exclude(Matrix& s, Place_ const& place, SharedStorage const& shared, int i0,
-                           int j0) const {
+  CUTE_DEVICE Positives take_out(Matrix& s, Place_ const& place, SharedStorage const& shared,
+                                 int i0, int j0) const {
     using namespace cute;
     const TilePairs<Warp, Tile>& pairs = shared.pairs;
     const int rows = params.problem.n - i0 - place.row(0);
     const int columns = params.problem.m - j0 - place.column(0);
+    Positives found;
     CUTE_UNROLL
     for (int r = 0; r < size<0>(s); ++r) {
       CUTE_UNROLL
@@ -96,24 +103,43 @@ class SigmoidEpilogue : public EpilogueInterface<SigmoidOutputs> {
         if (c % 8 == 0) Warp::fence();
         const int i = place.row(r), offset = Place_::column_offset(c);
         const bool beyond = place.row_offset(r) >= rows || offset >= columns;
-        const bool alike = pairs.row_ids[i] == pairs.column_ids[place.column(c)] &&
-                           pairs.positive_offset(place, j0, i) != offset;
-        if (beyond || alike) s(r, c) = -kInfinity;
+        const bool mine = pairs.positive_offset(place, j0, i) == offset;
+        const bool alike = pairs.row_ids[i] == pairs.column_ids[place.column(c)];
+        if (mine && !beyond) {
+          found.similarity[r] = s(r, c);
+          found.rows |= 1 << r;
+        }
+        if (beyond || mine || alike) s(r, c) = -kLargest;
       }
     }
+    return found;
   }
 
-  // Adds all pairs to the sums and stores their dS. Plain pairs are negatives that count.
-  template <bool kPlain, class Matrix>
+  // Adds a pair to the sums. Returns its dS. `sign` is the row's weight, negative for a positive,
+  // and `z` is then the negative logit.
+  CUTE_DEVICE static float add(float similarity, float z, float sign, float& loss, Sums& sums) {
+    const PairLoss pair(z);
+    const float d = sign * pair.slope;
+    loss += pair.value;
+    sums.scale = fmaf(d, similarity, sums.scale);
+    sums.bias += d;
+    return d;
+  }
+
+  CUTE_DEVICE float gain_of(SharedStorage const& shared) const {
+    const float* gain = params.outputs.gain;
+    return gain == nullptr ? shared.scale : shared.scale * *gain;
+  }
+
+  // Adds all pairs of the tile to the sums, as negatives, and stores their dS.
+  template <class Matrix>
   CUTE_DEVICE void visit(Matrix const& s, Place_ const& place, SharedStorage const& shared, int i0,
                          int j0, Sums& sums) const {
     using namespace cute;
-    const Problem& p = params.problem;
     const SigmoidOutputs& out = params.outputs;
-    const float gain = out.gain == nullptr ? shared.scale : shared.scale * *out.gain;
+    const float gain = gain_of(shared);
     const int i = i0 + place.row(0), j = j0 + place.column(0);
-    const int rows = p.n - i, stored = static_cast<int>(out.pitch) - j;
-    Element* const ds = static_cast<Element*>(out.ds) + i * out.pitch + j;
+    const int rows = params.problem.n - i, stored = static_cast<int>(out.pitch) - j;
     CUTE_UNROLL
     for (int c = 0; c < size<1>(s); c += 8) {
       CUTE_UNROLL
@@ -122,36 +148,41 @@ class SigmoidEpilogue : public EpilogueInterface<SigmoidOutputs> {
         // pairs at a time, and there are no registers for them.
         Warp::fence();
         const float scale = shared.scale, bias = shared.bias;
-        const int row = Warp::opaque(place.row(r));
-        const float weight = shared.weights[row];
-        const int positive = kPlain ? 0 : shared.pairs.positive_offset(place, j0, row);
+        const float weight = shared.weights[Warp::opaque(place.row(r))];
         const bool inside = place.row_offset(r) < rows;
         const auto value_of = [&](int k) {
-          const int offset = Place_::column_offset(k);
-          const float similarity = s(r, k);
-          float z = fmaf(similarity, scale, bias), sign = weight;
-          if constexpr (!kPlain) {
-            const bool mine = positive == offset;
-            z = mine ? -z : z;
-            sign = mine ? -weight : weight;
-          }
-          const PairLoss pair(z);
-          const float d = sign * pair.slope;
-          sums.loss[r] += pair.value;
-          // d is 0 at -infinity.
-          sums.scale = fmaf(d, kPlain ? similarity : fmaxf(similarity, -kLargest), sums.scale);
-          sums.bias += d;
-          return gain * d;
+          const float z = fmaf(s(r, k), scale, bias);
+          return gain * add(s(r, k), z, weight, sums.loss[r], sums);
         };
         CUTE_UNROLL
         for (int k = c; k < c + 8; k += 2) {  // two neighbouring columns
           const float first = value_of(k), second = value_of(k + 1);
           const int offset = Place_::column_offset(k);
           if (out.ds != nullptr && inside && offset < stored) {
-            store(first, second, ds + place.row_offset(r) * out.pitch + offset);
+            // Computed here. Kept from the start, the address spills on sm_90 in float32.
+            const int64_t start = (i + place.row_offset(r)) * out.pitch + j;
+            store(first, second, static_cast<Element*>(out.ds) + start + offset);
           }
         }
       }
+    }
+  }
+
+  // The same for the positives that were taken out.
+  CUTE_DEVICE void visit(Positives const& found, Place_ const& place, SharedStorage const& shared,
+                         int i0, int j0, Sums& sums) const {
+    const SigmoidOutputs& out = params.outputs;
+    CUTE_UNROLL
+    for (int r = 0; r < Place_::kRowsHeld; ++r) {
+      if ((found.rows >> r & 1) == 0) continue;
+      const int row = place.row(r);
+      const float similarity = found.similarity[r], weight = shared.weights[row];
+      const float z = fmaf(similarity, shared.scale, shared.bias);
+      const float d = add(similarity, -z, -weight, sums.loss[r], sums);
+      if (out.ds == nullptr) continue;
+      const int64_t column = j0 + place.column(0) + shared.pairs.positive_offset(place, j0, row);
+      static_cast<Element*>(out.ds)[(i0 + row) * out.pitch + column] =
+          static_cast<Element>(gain_of(shared) * d);
     }
   }
 
