@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.data import precision
 from benchmarks.measure import times
-from llave_kernels.backends.torch_backend import product
+from llave_kernels.backends.products import product
 
 SIDE = {"cpu": 2048, "cuda": 8192}
 COPIED = {"cpu": 2**27, "cuda": 2**30}  # bytes, more than any cache holds

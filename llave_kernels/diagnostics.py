@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llave_kernels import checks
-from llave_kernels.backends.torch_backend import STRIP_BUDGET
+from llave_kernels.backends.torch_strips import STRIP_BUDGET
 from llave_kernels.plots import draw_similarities
 from llave_kernels.precision import accumulation_dtype
 

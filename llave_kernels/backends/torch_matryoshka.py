@@ -22,15 +22,8 @@ from torch import Tensor
 from llave_kernels.backends.positives import positive_similarity
 from llave_kernels.backends.products import add_product, gain, product
 from llave_kernels.backends.protocol import Gradients, LogSumExps
-from llave_kernels.backends.torch_backend import (
-    SAFE_EXPONENT,
-    ColumnSums,
-    Slopes,
-    Strips,
-    merged,
-    reduced,
-    strip_rows,
-)
+from llave_kernels.backends.torch_backend import ColumnSums, Slopes, merged, reduced
+from llave_kernels.backends.torch_strips import SAFE_EXPONENT, Strips, strip_rows
 from llave_kernels.precision import accumulation_dtype
 from llave_kernels.rules import Rules, at_labels
 

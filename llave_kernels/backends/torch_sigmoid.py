@@ -12,7 +12,8 @@ from torch.nn.functional import softplus
 
 from llave_kernels.backends.products import gain
 from llave_kernels.backends.protocol import SigmoidGradients
-from llave_kernels.backends.torch_backend import INF, Strips, _Gradients, rounds_gradients
+from llave_kernels.backends.torch_gradients import StripGradients
+from llave_kernels.backends.torch_strips import INF, Strips, rounds_gradients
 from llave_kernels.precision import accumulation_dtype
 from llave_kernels.rules import ELSEWHERE, Rules
 
@@ -41,7 +42,7 @@ def sigmoid_loss(
     ones = torch.ones_like(loss) if weights is None else weights
     factor = gain(logit_scale, ones) if rounds_gradients(query) else None
     steepness = ones * (logit_scale if factor is None else logit_scale * factor)  # dS over dz
-    sums = _Gradients(strips, dtype, factor) if gradients else None
+    sums = StripGradients(strips, dtype, factor) if gradients else None
 
     def accumulate(strip: slice) -> None:  # a function, to free a strip before the next is made
         z = strips.similarity(strip).mul_(logit_scale).add_(logit_bias)

@@ -15,7 +15,7 @@ from llave_kernels import (
     hardness_weighted_contrastive_loss,
     within,
 )
-from llave_kernels.backends import products, strip_gemm, torch_backend
+from llave_kernels.backends import products, strip_gemm, torch_backend, torch_strips
 from llave_kernels.reference import reference_logsumexp, similarity_loss
 from tests.conftest import BACKENDS
 from tests.helpers import (
@@ -45,7 +45,7 @@ DTYPES = {
 def strip_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "many strips":  # few rows a strip, no similarities kept
         monkeypatch.setattr(strip_gemm, "WORKSPACE", 1 << 15)
-        monkeypatch.setattr(torch_backend, "STRIP_BUDGET", 256)
+        monkeypatch.setattr(torch_strips, "STRIP_BUDGET", 256)
         monkeypatch.setattr(torch_backend, "KEEP_BUDGET", 0)
         monkeypatch.setattr(products, "ONEDNN_WORK", 0)
         monkeypatch.setattr(products, "SUM_COLUMNS", 3)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llave_kernels import dispatch, sigmoid_contrastive_loss
-from llave_kernels.backends import products, strip_gemm, torch_backend
+from llave_kernels.backends import products, strip_gemm, torch_gradients, torch_strips
 from llave_kernels.reference import reference_sigmoid_loss
 from llave_kernels.rules import ELSEWHERE, plain_rules
 from tests.helpers import embeddings, relative_error
@@ -51,7 +51,7 @@ def test_logits_of_every_size(backend: str, scale: float, bias: float) -> None:
 @pytest.mark.parametrize(("few", "many"), [(40, 100), (3, 7)])
 def test_many_strips(backend: str, few: int, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strip_gemm, "WORKSPACE", 16 * 176 * 4)
-    monkeypatch.setattr(torch_backend, "STRIP_BUDGET", 16 * 176 * 4)
+    monkeypatch.setattr(torch_strips, "STRIP_BUDGET", 16 * 176 * 4)
     for dtype in DTYPES[backend]:
         query, target = embeddings(few, many, 9, dtype)
         for reduction in ("mean", "none"):
@@ -193,9 +193,13 @@ def test_products_of_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    for name in ("product", "add_product"):
-        monkeypatch.setattr(torch_backend, name, counting(getattr(products, name)))
-    monkeypatch.setattr(torch_backend, "STRIP_BUDGET", 30 * 8 * 4)
+    for module, name in (
+        (torch_strips, "product"),
+        (torch_gradients, "product"),
+        (torch_gradients, "add_product"),
+    ):
+        monkeypatch.setattr(module, name, counting(getattr(products, name)))
+    monkeypatch.setattr(torch_strips, "STRIP_BUDGET", 30 * 8 * 4)
     query, target = embeddings(20, 30, 6)
     sigmoid_contrastive_loss(query, target, logit_scale=10.0, logit_bias=-10.0)
     assert sum(counted) == 2 * 20 * 30 * 6

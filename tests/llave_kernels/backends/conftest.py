@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llave_kernels.backends import products, torch_backend
+from llave_kernels.backends import products, torch_strips
 
 
 @pytest.fixture
@@ -26,5 +26,5 @@ def half_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "mm", multiply)
     monkeypatch.setattr(torch, "baddbmm", add)
-    for module in (products, torch_backend):
+    for module in (products, torch_strips):
         monkeypatch.setattr(module, "multiplies_halves", lambda device_type: True)

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llave_kernels.backends import positives, products, torch_backend
+from llave_kernels.backends import positives, products, torch_strips
 from llave_kernels.dispatch import named
 from llave_kernels.reference import reference_loss, similarity_loss
 from llave_kernels.rules import Rules
@@ -182,7 +182,7 @@ def test_ties_stay_where_float32_is_multiplied_in_a_smaller_type(
             a, b = (rounded(x).to(smaller).float() for x in (a, b))
             return a @ b
 
-        monkeypatch.setattr(torch_backend, "product", product)
+        monkeypatch.setattr(torch_strips, "product", product)
         query, target = torch.randn(n, d), torch.randn(2, d).repeat(n // 2, 1)
         counted = negatives_that_count(query, target, "torch")[:n]
         assert bool((counted >= n / 2 - 1).all())  # at least the copies of its positive
