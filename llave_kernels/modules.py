@@ -88,8 +88,9 @@ class HardnessWeightedContrastiveLoss(_ScaledLoss):
 
     Args:
         logit_scale: kappa = 1 / temperature, positive.
-        alpha, hardness, symmetric, target_alpha, false_negative_margin, within, reduction, backend,
-            matryoshka_dims, matryoshka_weights: as in ``hardness_weighted_contrastive_loss``.
+        alpha, hardness, symmetric, target_alpha, false_negative_margin: as in
+            ``hardness_weighted_contrastive_loss``.
+        within, reduction, backend, matryoshka_dims, matryoshka_weights: as there.
         learnable: train the scale. The parameter ``log_logit_scale`` is its logarithm (0-d,
             float32), as in CLIP. That keeps the scale positive.
         max_logit_scale: upper bound of a learnable scale (CLIP: 100). The next call clamps a

@@ -106,6 +106,7 @@ def test_a_run_leaves_csv_and_plots(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "llave-torch" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_run_with_a_rule_is_named_by_it(tmp_path: Path) -> None:
     rule = "ids"
     arguments = ["--data", "random", "--sizes", "24", "--dims", "8", "--device", "cpu"]

@@ -106,6 +106,7 @@ def own_rows() -> list[Tensor]:
     return rows_of(dist.get_rank(), 3)
 
 
+@pytest.mark.long
 def test_four_processes_average_to_one() -> None:
     by_rank = run(__name__, "own_rows", 4)
     for parts, expected in zip(zip(*by_rank, strict=True), rows_of(0, 12), strict=True):

@@ -302,8 +302,12 @@ def test_a_run_from_before_runs_had_ids_goes_on(
     ("number", "step", "overrides"),
     [
         (signal.SIGINT, 5, ()),
-        (signal.SIGTERM, 6, ("--trainer.logging_steps", "4", *EPOCHS)),
-        (signal.SIGTERM, 7, ("--trainer.save_strategy", "no", *EPOCHS)),
+        pytest.param(
+            *(signal.SIGTERM, 6, ("--trainer.logging_steps", "4", *EPOCHS)), marks=pytest.mark.long
+        ),
+        pytest.param(
+            *(signal.SIGTERM, 7, ("--trainer.save_strategy", "no", *EPOCHS)), marks=pytest.mark.long
+        ),
     ],
 )
 def test_a_stopped_run_keeps_a_checkpoint_and_goes_on(

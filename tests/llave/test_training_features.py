@@ -176,6 +176,7 @@ def test_settings_of_deepspeed_that_would_fail(
         EmbeddingTrainer.check_sharding(trainer, homogeneous)  # type: ignore[arg-type]
 
 
+@pytest.mark.long
 def test_gradient_caching_under_fsdp_with_rows_of_several_pictures(tmp_path: Path) -> None:
     rows = ("--data.subsets", "[several, plus]", *FROZEN)
     train_worker.train(str(tmp_path / "one"), *rows)
@@ -227,6 +228,7 @@ def test_figures_count_pairs_and_tokens() -> None:
     assert figures.take(alone).keys() == {"peak_memory_gib"}
 
 
+@pytest.mark.long
 def test_lora(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -50,7 +50,9 @@ def test_a_step_inside_a_wrapper_is_that_of_one_process(wrapper: str) -> None:
 
 
 @pytest.mark.parametrize("function", ["open_clip_settings", "weighted_settings"])
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize(
+    "world", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(4, marks=pytest.mark.long)]
+)
 def test_clip_classes_equal_their_host_in_every_process(function: str, world: int) -> None:
     """The scale's gradient is compared after averaging over the processes.
 
@@ -68,7 +70,8 @@ def test_clip_classes_equal_their_host_in_every_process(function: str, world: in
                 assert close or float((ours[i] - host[i]).norm()) < 1e-7, (rank, setting, i)
 
 
-@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.long
+@pytest.mark.parametrize("world", [1, 2])
 def test_a_compiled_step_gives_the_same_numbers(world: int) -> None:
     pytest.importorskip("open_clip")
     pytest.importorskip("sentence_transformers")
@@ -122,6 +125,7 @@ def test_a_process_that_differs_is_an_error_on_all() -> None:
         assert first[name] == second[name] == "nothing"
 
 
+@pytest.mark.long
 def test_every_setting_of_a_host_is_compared() -> None:
     pytest.importorskip("open_clip")
     pytest.importorskip("sentence_transformers")

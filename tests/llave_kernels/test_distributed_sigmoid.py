@@ -19,7 +19,7 @@ def results(world: int) -> list[dict[str, Any]]:
     return run("tests.processes.sigmoid", "everything", world)
 
 
-WORLDS = [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(3, marks=pytest.mark.long), 4]
+WORLDS = [2, *(pytest.param(world, marks=pytest.mark.long) for world in (1, 3, 4))]
 
 
 @pytest.mark.parametrize("world", WORLDS)

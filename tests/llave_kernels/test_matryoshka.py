@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from llave_kernels.distributed import distributed_contrastive_loss
 from llave_kernels.reference import reference_logsumexp, reference_loss, reference_matryoshka
 from llave_kernels.rules import plain_rules
 from tests.helpers import BIASES, bounds, draw_rules, embeddings, loss_and_gradients, relative_error
-from tests.llave_kernels.test_memory import MEASURE
+from tests.llave_kernels.test_memory import measured
 from tests.processes import cases, run
 
 KINDS: list[tuple[str, ...]] = [
@@ -282,11 +280,8 @@ def test_operators_refuse_dims_that_do_not_ascend() -> None:
 @pytest.mark.parametrize("symmetric", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_extra_memory(symmetric: bool) -> None:
     """The N x M matrix would take 268 MB. Rows, gradients and parts take 38 MB."""
-    code = MEASURE.format(n=8192, d=192, symmetric=f"{symmetric}, matryoshka_dims=(32, 64, 192)")
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert float(result.stdout) < 134
+    settings = f"symmetric={symmetric}, matryoshka_dims=(32, 64, 192)"
+    assert measured(8192, 192, f"loss(query, target, {settings})") < 134
 
 
 def across() -> tuple[dict[tuple[Any, ...], Tensor], str]:

@@ -19,7 +19,7 @@ MEASURE = """
 import torch
 from pathlib import Path
 from torch.nn.functional import normalize
-from llave_kernels import supervised_contrastive_loss
+from llave_kernels import sigmoid_contrastive_loss, supervised_contrastive_loss
 from llave_kernels import hardness_weighted_contrastive_loss as loss
 
 def status(field):

@@ -137,7 +137,7 @@ def test_contract_property(backend: str, data: st.DataObject) -> None:
     assert_contract(query, target, scale, backend=backend, **rules)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("symmetric", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_products_of_some_size(symmetric: bool) -> None:
     """The sizes reach the CPU's other GEMM library and several strips, some of them kept."""
     for dtype, layout in ((torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 1)):

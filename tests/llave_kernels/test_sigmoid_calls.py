@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from llave_kernels.reference import reference_sigmoid_loss
 from tests.helpers import embeddings, relative_error
 from tests.llave_kernels import accounting
 from tests.llave_kernels.sigmoid import meta_call, outcome, truth
-from tests.llave_kernels.test_memory import MEASURE
+from tests.llave_kernels.test_memory import measured
 
 
 def loss_of(query: Tensor, target: Tensor, **settings: Any) -> Tensor:
@@ -216,14 +214,8 @@ def test_the_module_trains() -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_extra_memory() -> None:
     """The gradients, as computed and as applied, a strip and its losses. S would take 268 MB."""
-    code = MEASURE.format(n=8192, d=384, symmetric=None)
-    code = code.replace("hardness_weighted_contrastive_loss as", "sigmoid_contrastive_loss as")
-    code = code.replace("symmetric=None", "**scales").replace(
-        "loss(*pair(512))",
-        "scales = dict(logit_scale=10.0, logit_bias=-10.0)\nloss(*pair(512), **scales)",
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(run.stdout) < 110
+    call = "sigmoid_contrastive_loss(query, target, logit_scale=10.0, logit_bias=-10.0)"
+    assert measured(8192, 384, call) < 110
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -106,6 +106,7 @@ def test_bfloat16_is_nearer_the_truth_than_the_host() -> None:
     assert bool((errors[0] < errors[1]).all()), errors
 
 
+@pytest.mark.long
 def test_compiles_in_one_graph() -> None:
     loss_fn = ClipLoss(alpha=9.0)
     compiled = torch.compile(loss_fn, fullgraph=True)

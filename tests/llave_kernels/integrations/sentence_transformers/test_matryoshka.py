@@ -160,6 +160,7 @@ def gathered() -> list[tuple[Any, list[Tensor], list[Tensor]]]:
     return results
 
 
+@pytest.mark.long
 def test_gathered_across_processes() -> None:
     for found in run(__name__, "gathered", 2):
         for case, expected, value in found:

@@ -239,6 +239,7 @@ def gathered() -> tuple[list[Any], list[list[Tensor]]]:
     return results, [one(ours, name, EXTRAS) for name in TWINS]
 
 
+@pytest.mark.long
 def test_gathered_across_processes() -> None:
     """Each process's value and gradients are the host's.
 
