@@ -38,12 +38,14 @@ def limits(
 ) -> list[float]:
     """Absolute errors of ``outcome`` within the contract, from its values in float64.
 
-    The rounding of a logit is relative to its size. The terms of the gradients of scale and bias
-    may cancel, so their errors are relative to the sum of the terms' sizes.
+    The rounding of a logit is relative to the sizes of its products and its bias. The terms of the
+    gradients of scale and bias may cancel, so their errors are relative to the sum of the terms'
+    sizes.
     """
     query, dtype = query.double(), query.dtype
     similarity = query @ target.double().T
-    largest = float(scale * similarity.abs().max() + abs(bias))
+    products = query.abs() @ target.double().abs().T
+    largest = float(scale * products.max() + abs(bias))
     # The gradient of each row's sum with respect to the similarities.
     eye = torch.eye(len(target), dtype=torch.float64)
     given = {**settings, "reduction": "sum"}
@@ -58,10 +60,12 @@ def limits(
     rounding = 20 * eps + eps * largest
     if dtype.itemsize == 2:  # dS is rounded, and so is the result
         rounding += torch.finfo(dtype).eps
-    # Below the smallest normal number the rounding of a result stays constant.
+    # Below the smallest normal number a result's rounding stays constant, and a slope may be 0.
     least = torch.finfo(dtype).eps * torch.finfo(dtype).smallest_normal
+    lost = 4 * torch.finfo(torch.float64 if double else torch.float32).smallest_normal * len(query)
+    least += lost * scale * float(query.abs().max() + target.abs().max())
     return [
-        relative * float(exact[0].norm()),
+        relative * float(exact[0].norm()) + lost,
         *(
             rounding * float(x.norm()) + least * x.numel() ** 0.5 + eps * float(sizes.norm())
             for x, sizes in (
@@ -69,8 +73,8 @@ def limits(
                 (exact[2], terms.T @ query.abs()),
             )
         ),
-        relative * float((terms * similarity.abs()).sum()),
-        relative * float(terms.sum()),
+        relative * float((terms * products).sum()) + lost * float(products.max()),
+        relative * float(terms.sum()) + lost,
     ]
 
 

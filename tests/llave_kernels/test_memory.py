@@ -72,7 +72,7 @@ def test_extra_memory_of_two_groups(denominator: str) -> None:
     """Half of all pairs are positives. The N x M similarities would take 268 MB."""
     groups = "torch.arange(8192) % 2"
     call = f"supervised_contrastive_loss(query, query_groups={groups}, denominator={denominator!r})"
-    assert measured(8192, 384, call) < 150
+    assert measured(8192, 384, call) < 200
 
 
 @pytest.mark.parametrize("learnable", [False, True], ids=["fixed", "learnable"])
