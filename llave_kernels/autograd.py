@@ -24,7 +24,7 @@ from llave_kernels.backends.protocol import (
     OneDirection,
 )
 from llave_kernels.precision import scale_tensor
-from llave_kernels.rules import TENSORS, Rules
+from llave_kernels.rules import TENSORS, Rules, biases_of
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -47,7 +47,7 @@ def logsumexp(
 ) -> LogSumExps:
     """The backend's differentiable ``LogSumExps``."""
     scale = scale_tensor(scale, query)
-    return LogSumExps(*_LogSumExp.apply(query, target, scale, *rules.biases, backend, rules))
+    return LogSumExps(*_LogSumExp.apply(query, target, scale, *biases_of(rules), backend, rules))
 
 
 def total_loss(
@@ -59,7 +59,7 @@ def total_loss(
     weight: float,
 ) -> Tensor:
     """``weight`` times the sum of the rows' losses, (). The rules are resolved."""
-    inputs = query, target, scale, *rules.biases
+    inputs = query, target, scale, *biases_of(rules)
     total: Tensor = _TotalLoss.apply(*inputs, _fused(backend), rules, weight)
     return total
 
@@ -74,7 +74,7 @@ def one_direction_loss(
 ) -> Tensor:
     """``total_loss`` of a backend that has ``OneDirection``."""
     scale, merging = scale_tensor(scale, query), cast(OneDirection, backend)
-    total: Tensor = _OneDirectionLoss.apply(query, target, scale, *rules.biases, merging, rules)
+    total: Tensor = _OneDirectionLoss.apply(query, target, scale, *biases_of(rules), merging, rules)
     return total * weight
 
 

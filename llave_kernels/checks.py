@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llave_kernels.rules import HARDNESS_MODES, Rules, RuleSettings
+from llave_kernels.rules import HARDNESS_MODES, Rules, RuleSettings, biased
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -241,7 +241,7 @@ def sides(name: str, value: Any, rules: Rules | None = None) -> tuple[str, ...]:
         raise ValueError(
             f"{name} must be a tuple of {' and '.join(map(repr, SIDES))}, or (), got {short(value)}"
         )
-    if given and rules is not None and rules.biased:
+    if given and rules is not None and biased(rules):
         raise ValueError(
             f"{name}={value!r} does not go with query_bias or target_bias, which are of pairs of a "
             "query and a target; leave one out"

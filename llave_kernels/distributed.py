@@ -21,7 +21,15 @@ from llave_kernels import checks, dispatch, exchange, functional, logits, losses
 from llave_kernels.agreement import Group, Peer, Terms, agree, learns
 from llave_kernels.grid import Block, Side, block_of
 from llave_kernels.precision import accumulation_dtype, autocast
-from llave_kernels.rules import ELSEWHERE, RuleArguments, Rules, RuleSettings, at_labels, inside
+from llave_kernels.rules import (
+    ELSEWHERE,
+    RuleArguments,
+    Rules,
+    RuleSettings,
+    at_labels,
+    biases_of,
+    inside,
+)
 from llave_kernels.within import blocks
 
 OUTSIDE = -2  # a label or an owner that is no column, and is not ``ELSEWHERE``
@@ -191,7 +199,7 @@ def checked(
     name = dispatch.choose(backend, query, target, rules)
     ids = rules.query_ids is not None
     told = told_of("distributed_contrastive_loss", query, target, scale, ids, reduction, backend)
-    for name_of_bias, bias in zip(("query_bias", "target_bias"), rules.biases, strict=True):
+    for name_of_bias, bias in zip(("query_bias", "target_bias"), biases_of(rules), strict=True):
         told[f"presence of {name_of_bias}"] = bias is not None
         told[f"requires_grad of {name_of_bias}"] = bias is not None and learns(bias)
     told |= {
@@ -263,7 +271,7 @@ def block_rules(
             column_limits = own.column_limits(limits, len(target))
             column_limit = _last_first(exchange.gathered, column_limits, columns)
     query_ids, target_ids = own.query_ids, own.target_ids
-    query_bias, target_bias = own.biases
+    query_bias, target_bias = biases_of(own)
     return own._replace(
         labels=labels,
         owners=owners,

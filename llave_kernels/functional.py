@@ -13,7 +13,14 @@ from typing_extensions import Unpack
 from llave_kernels import autograd, checks, dispatch, logits, losses, matryoshka, ops, transforms
 from llave_kernels.logits import ContrastiveLogits, Logits
 from llave_kernels.precision import accumulation_dtype, autocast, scale_tensor
-from llave_kernels.rules import HARDNESS_MODES, RuleArguments, Rules, at_labels, default_owners
+from llave_kernels.rules import (
+    HARDNESS_MODES,
+    RuleArguments,
+    Rules,
+    at_labels,
+    biases_of,
+    default_owners,
+)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -94,7 +101,7 @@ def contrastive_logsumexp(
     the biases. Arguments and errors are as in ``hardness_weighted_contrastive_loss``.
     """
     found = logits_of(query, target, logit_scale=logit_scale, backend=backend, **rules)
-    return ContrastiveLogits(*found[:3])
+    return ContrastiveLogits(found.positive, found.query, found.target)
 
 
 @shows_rules
@@ -128,7 +135,7 @@ def matryoshka_logsumexp(
     if dims is None:
         raise TypeError("dims must be a list or tuple of numbers, got None")
     found = logits_of(query, target, logit_scale=logit_scale, dims=dims, backend=backend, **rules)
-    return ContrastiveLogits(*found[:3])
+    return ContrastiveLogits(found.positive, found.query, found.target)
 
 
 def logits_of(
@@ -258,7 +265,7 @@ def _total(
 ) -> Tensor | None:
     """``weight`` times the sum of the rows' losses (), or None where there is no shorter way."""
     merges = _merges_gradients(backend, query, target, scale, rules)
-    if autograd.serves(query, target, scale, *rules.biases):
+    if autograd.serves(query, target, scale, *biases_of(rules)):
         if nested is None:
             run = autograd.one_direction_loss if merges else autograd.total_loss
             return run(query, target, scale, dispatch.named(backend), rules, weight)
@@ -277,6 +284,6 @@ def _merges_gradients(
     """Whether gradients are computed along with a total loss, as ``OneDirection`` does."""
     if rules.symmetric or transforms.active() or not torch.is_grad_enabled():
         return False
-    inputs = query, target, scale, *rules.biases
+    inputs = query, target, scale, *biases_of(rules)
     learns = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
     return learns and dispatch.one_direction(name, query) is not None

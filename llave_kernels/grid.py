@@ -8,6 +8,7 @@ has its own queries and all targets.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ from llave_kernels.agreement import Group, Peer, is_mesh
 FARTHER = 8
 
 
-class Side(NamedTuple):
+@dataclass(frozen=True)  # torch 2.8 cannot trace a property of a NamedTuple
+class Side:
     """The rows or the columns of a block, which several processes have in parts.
 
     Attributes:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llave_kernels import autograd, dispatch, losses, matryoshka, ops
 from llave_kernels.precision import scale_tensor
-from llave_kernels.rules import Rules
+from llave_kernels.rules import Rules, biases_of
 from llave_kernels.within import blocks, within_logsumexp
 
 
@@ -71,7 +71,7 @@ def logsumexp(
             within = _within_prefixes(query, target, scale, rules, backend, dims, sides)
     elif sides:
         outputs, within = within_logsumexp(query, target, scale, backend, rules, sides)
-    elif autograd.serves(query, target, scale, *rules.biases):
+    elif autograd.serves(query, target, scale, *biases_of(rules)):
         outputs = autograd.logsumexp(query, target, scale, dispatch.named(backend), rules)
     else:
         outputs = ops.contrastive_logsumexp(query, target, scale, backend, *rules)[:3]

@@ -21,7 +21,7 @@ from llave_kernels import autograd, checks, dispatch, ops, transforms
 from llave_kernels.backends import torch_backend, torch_matryoshka
 from llave_kernels.backends.protocol import Gradients, LogSumExps
 from llave_kernels.precision import accumulation_dtype
-from llave_kernels.rules import SCHEMA, TENSORS, Rules
+from llave_kernels.rules import SCHEMA, TENSORS, Rules, biases_of
 
 BACKEND = torch_backend.NAME
 INPUTS = f"{ops.INPUTS}, int[] dims, {SCHEMA}"
@@ -111,8 +111,8 @@ def logsumexp(
 
     The arguments are resolved, and ``dims`` ascend.
     """
-    if autograd.serves(query, target, scale, *rules.biases):
-        return LogSumExps(*_LogSumExp.apply(query, target, scale, *rules.biases, dims, rules))
+    if autograd.serves(query, target, scale, *biases_of(rules)):
+        return LogSumExps(*_LogSumExp.apply(query, target, scale, *biases_of(rules), dims, rules))
     return LogSumExps(*matryoshka_logsumexp(query, target, scale, dims, *rules))
 
 

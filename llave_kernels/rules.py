@@ -152,16 +152,6 @@ class Rules(NamedTuple):
             return self.labels
         return torch.arange(len(query), device=query.device)
 
-    @property
-    def biases(self) -> tuple[Tensor | None, Tensor | None]:
-        """``query_bias`` and ``target_bias``."""
-        return self.query_bias, self.target_bias
-
-    @property
-    def biased(self) -> bool:
-        """Whether there are biases."""
-        return self.query_bias is not None or self.target_bias is not None
-
     def add_biases(self, positive: Tensor) -> Tensor:
         """Add the biases to the rows' positives (..., N), in place."""
         if self.query_bias is not None:
@@ -172,7 +162,7 @@ class Rules(NamedTuple):
 
     def bias_gradients(self, asked: bool) -> tuple[Tensor | None, Tensor | None]:
         """Zeros for the gradients of the biases that are given, if they are asked for."""
-        query, target = self.biases
+        query, target = biases_of(self)
         return (
             torch.zeros_like(query) if asked and query is not None else None,
             torch.zeros_like(target) if asked and target is not None else None,
@@ -206,6 +196,17 @@ class Rules(NamedTuple):
             columns = torch.where(known, safe, m).expand_as(rows)  # labels outside go to entry m
             limits.scatter_(-1, columns, rows)
         return limits[..., :m]
+
+
+# Functions, because torch 2.8 cannot trace a property of a NamedTuple.
+def biases_of(rules: Rules) -> tuple[Tensor | None, Tensor | None]:
+    """``query_bias`` and ``target_bias``."""
+    return rules.query_bias, rules.target_bias
+
+
+def biased(rules: Rules) -> bool:
+    """Whether there are biases."""
+    return rules.query_bias is not None or rules.target_bias is not None
 
 
 # One direction without weights. Every column is its own owner.

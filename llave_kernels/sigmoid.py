@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -89,11 +89,12 @@ class Call(NamedTuple):
     rules: Rules
     backend: str
 
-    @property
-    def flat(self) -> tuple[Tensor | str | None, ...]:
-        """The arguments of the operators."""
-        rules = self.rules
-        return *self[:4], rules.labels, rules.query_ids, rules.target_ids, self.backend
+
+def _flat(call: Call) -> tuple[Any, ...]:
+    """The arguments of the operators."""
+    rules = call.rules
+    inputs = call.query, call.target, call.scale, call.bias
+    return *inputs, rules.labels, rules.query_ids, rules.target_ids, call.backend
 
 
 def resolve(
@@ -123,7 +124,7 @@ def resolve(
 
 def rows(call: Call) -> Tensor:
     """(N,) losses of the rows. Each has an upstream gradient of its own."""
-    losses_of_rows: Tensor = sigmoid_ops.sigmoid_rows(*call.flat)
+    losses_of_rows: Tensor = sigmoid_ops.sigmoid_rows(*_flat(call))
     return losses_of_rows
 
 
@@ -132,12 +133,13 @@ def losses_and_sum(call: Call) -> tuple[Tensor, Tensor]:
 
     If a gradient is asked for, it is computed along with the loss.
     """
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in call[:4])
+    inputs = call.query, call.target, call.scale, call.bias
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if not learns or transforms.active():
         found = rows(call)
         return found.sum(), found.detach()
-    if autograd.serves(*call[:4]):
+    if autograd.serves(*inputs):
         total, found = sigmoid_ops.EagerLoss.apply(*call)
     else:
-        total, found = sigmoid_ops.sigmoid_loss(*call.flat)[:2]
+        total, found = sigmoid_ops.sigmoid_loss(*_flat(call))[:2]
     return total, found

@@ -96,12 +96,12 @@ def kind(major: int, dtype: torch.dtype) -> Kind:
     return Kind(9 if major >= 9 else 8, dtype.itemsize)
 
 
-def masked(dtype: torch.dtype, *, ids: bool, margin: bool, biased: bool = False) -> bool:
-    """Whether the rules keep so many masks alive that the largest tile would spill registers.
+def masked(dtype: torch.dtype, *, ids: bool, margin: bool, biases: bool = False) -> bool:
+    """Whether the rules keep so many values alive that the largest tile would spill registers.
 
-    ``biased``: whether there are biases beside owners or ids.
+    Biases do so beside owners or ids, and beside labels if triton is older than 3.9.
     """
-    return margin or biased or (ids and (dtype.itemsize == 4 or _triton() < (3, 9)))
+    return margin or biases or (ids and (dtype.itemsize == 4 or _triton() < (3, 9)))
 
 
 def table(major: int, dtype: torch.dtype, d: int, n: int, *, masked: bool = False) -> Tile:

@@ -25,7 +25,7 @@ from llave_kernels.backends.protocol import Gradients, LogSumExps
 from llave_kernels.backends.torch_backend import ColumnSums, Slopes, merged, reduced
 from llave_kernels.backends.torch_strips import SAFE_EXPONENT, Strips, strip_rows
 from llave_kernels.precision import accumulation_dtype
-from llave_kernels.rules import Rules, at_labels
+from llave_kernels.rules import Rules, at_labels, biases_of
 
 EPS = 1e-12  # as in torch.nn.functional.normalize
 ENOUGH_ROWS = 256  # from which the products of a strip run at full speed
@@ -82,7 +82,7 @@ class _Prefix(Strips):
         if self.query.device.type != "cpu":
             return False
         bound = self.scale + max(self.rules.alpha, self.rules.target_alpha)
-        bound = bound + sum(x.abs().max() for x in self.rules.biases if x is not None)
+        bound = bound + sum(x.abs().max() for x in biases_of(self.rules) if x is not None)
         return bool(bound <= SAFE_EXPONENT)
 
     def scaled(self, strip: slice, matrix: Tensor, out: Tensor | None = None) -> Tensor:

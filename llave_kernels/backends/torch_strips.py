@@ -12,7 +12,7 @@ from torch import Tensor
 from llave_kernels.backends import positives
 from llave_kernels.backends.products import multiplies_halves, product, rounding
 from llave_kernels.precision import accumulation_dtype
-from llave_kernels.rules import ELSEWHERE, WITHIN, Rules, inside
+from llave_kernels.rules import ELSEWHERE, WITHIN, Rules, biases_of, inside
 
 STRIP_BUDGET = 8 << 20  # bytes of one strip; up to two are alive
 NOBODY = -3  # replaces an owner that is no column, so that it does not equal ELSEWHERE
@@ -113,7 +113,7 @@ class Strips:
         ]
         strength = self.scale + max(self.rules.alpha, self.rules.target_alpha)
         bound = strength * norms[0].max() * norms[1].max()
-        bound = bound + sum(x.abs().max() for x in self.rules.biases if x is not None)
+        bound = bound + sum(x.abs().max() for x in biases_of(self.rules) if x is not None)
         return bool(bound <= SAFE_EXPONENT)
 
     def similarity(self, strip: slice, *, fresh: bool = False) -> Tensor:

@@ -22,7 +22,7 @@ from llave_kernels.backends.protocol import Gradients, LogSumExps, Sums
 from llave_kernels.backends.rows import ROW_BYTES, aligned
 from llave_kernels.backends.strip_gemm import ALIGNMENT, strip_workspace
 from llave_kernels.precision import float32_matmul
-from llave_kernels.rules import Rules
+from llave_kernels.rules import Rules, biased
 
 NAME = "triton"
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -245,8 +245,7 @@ class _Call:
         """Whether the largest tile would spill registers."""
         rules = self.rules
         ids, margin = rules.query_ids is not None, rules.margin is not None
-        biased = rules.biased and (ids or rules.owners is not None)
-        return tiles.masked(self.query.dtype, ids=ids, margin=margin, biased=biased)
+        return tiles.masked(self.query.dtype, ids=ids, margin=margin, biases=biased(rules))
 
     def tile(self) -> tiles.Tile:
         query, d = self.query, self.query.shape[1]

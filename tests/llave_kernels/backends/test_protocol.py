@@ -17,7 +17,7 @@ from llave_kernels import (
     within,
 )
 from llave_kernels.backends.protocol import Gradients, LogSumExps, Sums
-from llave_kernels.rules import WITHIN, Rules
+from llave_kernels.rules import WITHIN, Rules, biases_of
 from tests.helpers import assert_contract, draw_rules, embeddings
 
 
@@ -53,7 +53,7 @@ class Dense:
         return z.masked_fill(~counts, -math.inf)
 
     def bias(self, s: Tensor, rules: Rules) -> Tensor:
-        given = zip(rules.biases, (1, 0), strict=True)
+        given = zip(biases_of(rules), (1, 0), strict=True)
         return sum((x.unsqueeze(dim) for x, dim in given if x is not None), torch.zeros_like(s))
 
     def forward(
@@ -96,7 +96,7 @@ class Dense:
             sums.target.add_(sums.gain * dt)
         d_biases = (
             ds.sum(1 - side).float() if bias_gradients and bias is not None else None
-            for side, bias in enumerate(rules.biases)
+            for side, bias in enumerate(biases_of(rules))
         )
         return Gradients(dq.float(), dt.float(), (s * ds).sum().float(), *d_biases)
 

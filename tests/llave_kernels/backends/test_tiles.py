@@ -61,7 +61,7 @@ def test_which_rules_need_smaller_tiles_depends_on_triton(monkeypatch: pytest.Mo
         assert tiles.masked(torch.bfloat16, ids=True, margin=False) == ids
         assert tiles.masked(torch.float32, ids=True, margin=False)
         assert tiles.masked(torch.bfloat16, ids=False, margin=True)
-        assert tiles.masked(torch.bfloat16, ids=False, margin=False, biased=True)
+        assert tiles.masked(torch.bfloat16, ids=False, margin=False, biases=True)
         assert not tiles.masked(torch.float32, ids=False, margin=False)
 
 
