@@ -50,7 +50,7 @@ NAMES = {
     "llave-cuda": "llave, cuda backend",
     "authors": "LLaVE's published loss",
     "dense": "plain PyTorch, one product",
-    "dense-compiled": "the same, torch.compile",
+    "dense-compiled": "plain PyTorch, torch.compile",
     "sentence-transformers": "sentence-transformers",
     "open-clip": "OpenCLIP",
     "inf-cl": "Inf-CL",
