@@ -150,7 +150,8 @@ def digest(rows: list[dict[str, str]]) -> list[str]:
         if ours:
             share = f", {float(ours['share']):.0%} of floor" if ours["share"] else ""
             fastest = f"{ours['impl']} {float(ours['step_ms']):.4g} ms"
-            parts.insert(0, f"{fastest}, {float(ours['tflops']):.3g} TFLOP/s{share}")
+            rate = f", {float(ours['tflops']):.3g} TFLOP/s" if ours["tflops"] else ""
+            parts.insert(0, f"{fastest}{rate}{share}")
             parts += [
                 f"{float(row['step_ms']) / float(ours['step_ms']):.2f}x {row['impl']}"
                 for row in done
