@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from llave_kernels import checks, dispatch, transforms
 from llave_kernels.backends.protocol import SigmoidGradients
-from llave_kernels.ops import apply_upstream, expect
+from llave_kernels.ops import apply_upstream, expect, setup_nothing
 from llave_kernels.precision import accumulation_dtype
 from llave_kernels.rules import ELSEWHERE, Rules, plain_rules
 
@@ -143,11 +143,7 @@ def _backward_rows(ctx: Any, d_rows: Tensor) -> tuple[Tensor | None, ...]:
     return *gradients, *[None] * CONSTANTS
 
 
-def _setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pass
-
-
-transforms.support(sigmoid_rows_backward, _setup_nothing, transforms.refuse_second_derivative)
+transforms.support(sigmoid_rows_backward, setup_nothing, transforms.refuse_second_derivative)
 transforms.support(sigmoid_rows, _setup_rows, _backward_rows)
 
 
