@@ -110,6 +110,7 @@ def test_with_nvcc_an_install_from_the_sdist_builds(sdist: Path, tmp_path: Path)
     assert not report(tmp_path).startswith("not built")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_a_failing_nvcc_fails_the_install_with_its_message(sdist: Path, tmp_path: Path) -> None:
     nvcc = tmp_path / "cuda" / "bin" / "nvcc"

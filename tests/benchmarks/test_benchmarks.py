@@ -198,6 +198,7 @@ def test_a_stuck_child_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     worker.close()
 
 
+@pytest.mark.long
 def test_a_killed_run_keeps_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ask, asked = workers.Worker.ask, []
 

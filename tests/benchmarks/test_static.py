@@ -96,6 +96,7 @@ def test_a_resident_tile_hides_another_ones_epilogue() -> None:
     assert one.seconds(8192, 8192, 1536) > 1.05 * two.seconds(8192, 8192, 1536)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(BUILT is None, reason="the CUDA extension is not built")
 def test_the_extensions_kernels_are_read() -> None:
     script = "import json; from pathlib import Path; from benchmarks import static; "

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import builtins
-import multiprocessing
-import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
+
+from tests import forks
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,11 +33,17 @@ TABLES = [
 
 
 @pytest.mark.parametrize(("page", "command", "table"), TABLES, ids=lambda x: str(x)[:60])
-def test_figures_are_not_typed(page: Path, command: str, table: str) -> None:
-    printed = subprocess.run(
-        [sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    assert table == printed
+def test_figures_are_not_typed(
+    page: Path,
+    command: str,
+    table: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", command.split())
+    runpy.run_path(command.split()[0], run_name="__main__")
+    assert table == capsys.readouterr().out
 
 
 def free_port() -> str:
@@ -58,21 +64,8 @@ def provide_files(folder: Path) -> None:
     test_video.write_video(folder / "clip.mp4", 20)
 
 
-@pytest.fixture(scope="module")
-def processes() -> ForkServerContext:
-    """Starts processes that have the large packages imported already. That takes seconds each."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "llave_kernels.modules", "tests.docs.imports"])
-    return context
-
-
-def run_snippet(code: str, folder: Path, variables: dict[str, str]) -> None:
-    """Run as ``python -c`` would, with the output in a file. Runs in a process of its own."""
-    os.chdir(folder)
-    os.environ.update(variables)
-    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+def run_snippet(code: str) -> None:
+    """Run as ``python -c`` would. Runs in a process of its own."""
     main = sys.modules["__main__"]
     main.__dict__.clear()
     main.__dict__.update(__name__="__main__", __builtins__=builtins)
@@ -80,16 +73,16 @@ def run_snippet(code: str, folder: Path, variables: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("code", SNIPPETS)
-def test_snippet_runs(code: str, tmp_path: Path, processes: ForkServerContext) -> None:
+def test_snippet_runs(code: str, tmp_path: Path) -> None:
     if "llave-0.5b" in code:
         provide_files(tmp_path)
     # The variables that torchrun sets for one process.
     variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     variables["MASTER_PORT"] = free_port()
-    child = processes.Process(target=run_snippet, args=(code, tmp_path, variables))
-    child.start()
+    log = tmp_path / "output.txt"
+    child = forks.start(run_snippet, code, log=log, folder=tmp_path, **variables)
     child.join()
-    output = (tmp_path / "output.txt").read_text()
+    output = log.read_text()
     if missing := re.search(r"No module named '(?!llave)(\w+)'", output):
         pytest.skip(f"{missing[1]} is not installed")
     assert child.exitcode == 0, output
@@ -101,6 +94,7 @@ def test_links_name_files() -> None:
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+@pytest.mark.long
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     """Sphinx warns of links to pages and headings that are not there."""
     for needed in ("sphinx", "myst_parser", "furo", "sentence_transformers"):

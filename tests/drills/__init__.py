@@ -17,17 +17,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import count
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+from tests import forks
 
-# The fork server has imported everything and runs no threads, so its forks start at once.
-processes = get_context("forkserver")
-processes.set_forkserver_preload(
-    [__name__, "llave.cli", "llave.embedding", "llave.evaluation", "llave.modeling"]
-)
 LIMIT = 120  # seconds after which a run counts as stuck
 
 
@@ -61,23 +55,13 @@ def kill_at(point: Point, call: int) -> None:
     setattr(owner, name, counted)
 
 
-def command(
-    arguments: Sequence[str], log: Path, point: Point | None, call: int, rank: int, size: int
-) -> None:
-    """Run one ``llave`` command in a child process, in its own process group."""
+def command(arguments: Sequence[str], point: Point | None, call: int) -> None:
+    """Run one ``llave`` command in a child process."""
     from llave.cli import main
 
-    os.setsid()
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    torch.set_num_threads(1)
-    with (log.with_suffix(f".{rank}") if rank else log).open("w") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
     if point is not None:
         kill_at(point, call)
-    status = main(arguments)
-    sys.stdout.flush()
-    os._exit(status)
+    sys.exit(main(arguments))
 
 
 def start(
@@ -89,9 +73,9 @@ def start(
     size: int = 1,
 ) -> Any:
     """Start a command as the process ``rank`` of ``size``. Returns the process."""
-    process = processes.Process(target=command, args=(arguments, log, point, call, rank, size))
-    process.start()
-    return process
+    own = log.with_suffix(f".{rank}") if rank else log
+    variables = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    return forks.start(command, arguments, point, call, log=own, **variables)
 
 
 def finish(arguments: Sequence[str], log: Path, out: Path, size: int = 1) -> float:

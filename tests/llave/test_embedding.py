@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import random
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule
 
 from llave.embedding import EmbedReport, embed, model_fingerprint, ranges, read_manifest, read_shard
+from tests.forks import processes
 
 DIMENSION = 8
 ROWS = 230
@@ -112,11 +112,6 @@ def pictures(tmp_path: Path) -> Path:
         Image.new("RGB", (4, 3), (40 * n, 200, 7)).save(folder / name)
     (folder / "notes.txt").write_text("no image")
     return folder
-
-
-# The fork server has imported everything and runs no threads, so its forks start at once.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload([__name__])
 
 
 def child(path: str, source: Path, out: Path, started: Any, settings: dict[str, Any]) -> None:

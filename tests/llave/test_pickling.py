@@ -115,6 +115,7 @@ def first_layer(model: SentenceTransformer) -> torch.nn.Module:
     )
 
 
+@pytest.mark.long
 def test_a_used_model_goes_to_a_pool(used):
     expected = used.encode(ITEMS)
     pool = used.start_multi_process_pool(["cpu"])
@@ -133,6 +134,7 @@ def test_a_used_model_goes_to_a_spawned_worker(used):
     assert torch.equal(features["input_ids"], used.preprocess(ITEMS[:2])["input_ids"])
 
 
+@pytest.mark.long
 def test_a_saved_file_is_read_in_a_new_process(used, tmp_path):
     torch.save(used, tmp_path / "model.pt")
     np.save(tmp_path / "picture.npy", np.asarray(PICTURE))

@@ -99,8 +99,7 @@ def test_one_request_may_be_told_twice() -> None:
     assert stopped.value.number == signal.SIGINT
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("size", [10, 100_000])
+@pytest.mark.parametrize(("size", "unbuffered"), [(10, ""), (100_000, "1")])
 def test_nobody_reads_the_output(size: int, unbuffered: str) -> None:
     program = (
         f"import sys; from llave import cli; cli._search = lambda *_: print('x' * {size})\n"

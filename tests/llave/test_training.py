@@ -27,6 +27,7 @@ from llave.training import (  # noqa: E402
     read_recipe,
     train,
 )
+from tests import forks  # noqa: E402
 from tests.llave import train_worker  # noqa: E402
 from tests.llave.test_evaluation import Fake  # noqa: E402
 
@@ -41,17 +42,26 @@ def run(
     worker: str = "train_worker",
 ) -> None:
     """Run a worker in one or several processes. It must end, or be killed, as expected."""
-    launcher = [sys.executable, "-m"]
-    if processes > 1:
-        launcher += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    command = [*launcher, f"tests.llave.{worker}", str(out), kill, *overrides]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if processes == 1:
+        log, arguments = out.with_suffix(".log"), (str(out), kill, *overrides)
+        child = forks.start(train_worker.main, *arguments, log=log, folder=out.parent)
+        child.join()
+        assert child.exitcode == (0 if kill == "none" else -signal.SIGKILL), log.read_text()
+        return
     done = subprocess.run(
-        command, cwd=out.parent, env=environment, capture_output=True, text=True, check=False
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(f"--nproc_per_node={processes}", "-m", f"tests.llave.{worker}"),
+            *(str(out), kill, *overrides),
+        ],
+        cwd=out.parent,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     # torchrun exits with 1 when one of its processes was killed.
-    killed = -signal.SIGKILL if processes == 1 else 1
-    assert done.returncode == (0 if kill == "none" else killed), done.stderr
+    assert done.returncode == (kill != "none"), done.stderr
 
 
 def logged(out: Path, key: str = "loss") -> dict[int, float]:

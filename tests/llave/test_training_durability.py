@@ -124,10 +124,13 @@ def test_a_run_waits_for_no_other_that_trains(
     ("point", "times", "overrides"),
     [
         ("model", 1, ()),
-        ("rename", 4, ()),
-        ("model", 1, ("--trainer.max_steps", "10", *LORA)),
+        pytest.param("rename", 4, (), marks=pytest.mark.long),
+        pytest.param("model", 1, ("--trainer.max_steps", "10", *LORA), marks=pytest.mark.long),
         ("rename", 3, ("--trainer.max_steps", "8", "--trainer.save_total_limit", "1", "best")),
-        ("model", 1, ("--trainer.max_steps", "-1", "--trainer.num_train_epochs", "1.5")),
+        pytest.param(
+            *("model", 1, ("--trainer.max_steps", "-1", "--trainer.num_train_epochs", "1.5")),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_finished_checkpoint_only_gets_its_model_saved(
@@ -341,7 +344,14 @@ def history(out: Path) -> list[dict[str, float]]:
 # A full disk
 
 
-@pytest.mark.parametrize("file", ["tokenizer.json", "model.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param("tokenizer.json", marks=pytest.mark.long),
+        "model.safetensors",
+        pytest.param("optimizer.pt", marks=pytest.mark.long),
+    ],
+)
 def test_a_full_disk_is_one_line_and_the_command_goes_on(
     whole: Path, tmp_path: Path, file: str
 ) -> None:

@@ -73,7 +73,7 @@ def test_checkpointing_and_caching_change_no_loss(
     assert losses(tmp_path / "both", *CHECKPOINTING, *CACHING) == expected
 
 
-@pytest.mark.parametrize("reentrant", ["true", "false"])
+@pytest.mark.parametrize("reentrant", [pytest.param("true", marks=pytest.mark.long), "false"])
 def test_checkpointing_below_a_frozen_vision_tower(
     plain: Path, tmp_path: Path, reentrant: str
 ) -> None:
@@ -107,10 +107,8 @@ def test_half_precision_backbones_are_trained_in_float32(tmp_path: Path) -> None
     assert {p.dtype for p in build_model(settings, [], seed=0).parameters()} == {torch.float16}
 
 
-CACHED = pytest.param((*CACHING, *CHECKPOINTING), marks=pytest.mark.long)
-
-
-@pytest.mark.parametrize("overrides", [(), CACHED], ids=["plain", "cached"])
+@pytest.mark.long
+@pytest.mark.parametrize("overrides", [(), (*CACHING, *CHECKPOINTING)], ids=["plain", "cached"])
 def test_two_processes_with_pictures(
     plain: Path, tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:

@@ -25,6 +25,7 @@ def assert_one_process(found: list[torch.Tensor], case: tuple[Any, ...]) -> None
         assert relative_error(average[part], truth[part]) < 1e-9, (case, name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", grids.SIZES)
 def test_every_grid_equals_one_process(size: int) -> None:
     """The groups of fewer processes are parts of the world."""
@@ -35,6 +36,7 @@ def test_every_grid_equals_one_process(size: int) -> None:
         assert all(found["bit-equal"] for found in members)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", grids.SIZES)
 def test_the_bytes_received_are_those_of_the_formula(size: int) -> None:
     pytest.importorskip("matplotlib")
@@ -49,6 +51,7 @@ def test_the_bytes_received_are_those_of_the_formula(size: int) -> None:
             assert found[f"{size} in rows of {c}"]["received"] == expected, c
 
 
+@pytest.mark.long
 def test_a_mesh_of_two_dimensions_is_the_grid() -> None:
     found = results()
     assert_one_process([each["mesh"] for each in found], grids.CASES[1])

@@ -45,7 +45,7 @@ print(status("VmHWM") - before)
         (8192, 384, True, 150),
         pytest.param(8192, 1024, True, 150, marks=pytest.mark.long),
         pytest.param(8192, 384, False, 150, marks=pytest.mark.long),
-        (8192, 1024, False, 190),
+        pytest.param(8192, 1024, False, 190, marks=pytest.mark.long),
         pytest.param(32768, 384, True, 400, marks=pytest.mark.long),
     ],
 )

@@ -93,7 +93,9 @@ def test_shapes(backend: str, shape: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("shape", [(70, 150, 64), (129, 129, 33)])
+@pytest.mark.parametrize(
+    "shape", [(70, 150, 64), pytest.param((129, 129, 33), marks=pytest.mark.long)]
+)
 def test_half_precision_is_no_worse_than_dense(
     backend: str, shape: tuple[int, int, int], symmetric: bool
 ) -> None:
@@ -138,12 +140,19 @@ def test_contract_property(backend: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, pytest.param(False, marks=pytest.mark.long)])
-def test_products_of_some_size(symmetric: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        (torch.float32, 1),
+        pytest.param(torch.float32, 2, marks=pytest.mark.long),
+        pytest.param(torch.bfloat16, 1, marks=pytest.mark.long),
+    ],
+)
+def test_products_of_some_size(dtype: torch.dtype, layout: int, symmetric: bool) -> None:
     """The sizes reach the CPU's other GEMM library and several strips, some of them kept."""
-    for dtype, layout in ((torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 1)):
-        query, target = embeddings(701, 1500, 131 * layout, dtype)
-        query, target = (x[:, ::layout] for x in (query, target))
-        assert_contract(query, target, 50.0, backend="torch", symmetric=symmetric)
+    query, target = embeddings(701, 1500, 131 * layout, dtype)
+    query, target = (x[:, ::layout] for x in (query, target))
+    assert_contract(query, target, 50.0, backend="torch", symmetric=symmetric)
 
 
 def test_logsumexp_is_the_reference_for_every_column(backend: str) -> None:

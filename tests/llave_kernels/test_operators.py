@@ -53,8 +53,15 @@ def test_opcheck_one_direction() -> None:
     torch.library.opcheck(op, (query, target, scale, "torch", *rules))
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(
+    ("symmetric", "dynamic"),
+    [
+        (True, True),
+        (False, False),
+        pytest.param(True, False, marks=pytest.mark.long),
+        pytest.param(False, True, marks=pytest.mark.long),
+    ],
+)
 def test_compile_without_a_break(symmetric: bool, dynamic: bool) -> None:
     def step(query: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         query, target = (torch.nn.functional.normalize(x, dim=1) for x in (query, target))

@@ -5,18 +5,19 @@ from __future__ import annotations
 import importlib
 import os
 import signal
-import subprocess
 import sys
 import tempfile
+import traceback
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).parents[2]
+from tests import forks
+
 DIED = 7  # exit status of a process that a case kills
 
 
@@ -28,47 +29,56 @@ def run(module: str, function: str, world: int, *, timeout: float = 120) -> list
     Raises:
         TimeoutError: a process is still running after ``timeout`` seconds.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        parent = subprocess.Popen(
-            [sys.executable, "-m", "tests.processes", module, function, folder, str(world)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            statuses, said = parent.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            raise TimeoutError(f"{function} in {world} processes: no end in {timeout} s") from None
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(parent.pid, signal.SIGKILL)
-        assert parent.returncode == 0, said
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        log, statuses = folder / "log.txt", folder / "statuses.txt"
+        parent = forks.start(main, module, function, folder, world, log=log)
+        parent.join(timeout)
+        ended = parent.exitcode is not None
+        with suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
+        parent.join()
+        if not ended:
+            raise TimeoutError(f"{function} in {world} processes: no end in {timeout} s")
+        assert parent.exitcode == 0, log.read_text()
         results = []
-        for rank, status in enumerate(statuses.split()):
-            file = Path(folder) / f"{rank}.pt"
+        for rank, status in enumerate(statuses.read_text().split()):
+            file = folder / f"{rank}.pt"
             if not file.exists():
-                assert int(status) == DIED, (Path(folder) / f"{rank}.txt").read_text()
+                assert int(status) == DIED, (folder / f"{rank}.txt").read_text()
             results.append(torch.load(file, weights_only=False) if file.exists() else None)
         return results
 
 
-def main(module: str, function: str, folder: str, world: str) -> None:
-    """Fork the processes, so that they share one import. Print their exit statuses."""
+def main(module: str, function: str, folder: Path, world: int) -> None:
+    """Fork the processes, so that they share one import. Write their exit statuses."""
     work = getattr(importlib.import_module(module), function)
-    torch.set_num_threads(1)
     children = []
-    for rank in range(int(world)):
+    for rank in range(world):
         child = os.fork()
         if child == 0:
-            return _child(work, Path(folder), rank, int(world))
+            _child(work, folder, rank, world)
         children.append(child)
-    print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    (folder / "statuses.txt").write_text(" ".join(map(str, statuses)))
 
 
-def _child(work: Any, folder: Path, rank: int, world: int) -> None:
-    with (folder / f"{rank}.txt").open("w") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
+def _child(work: Any, folder: Path, rank: int, world: int) -> NoReturn:
+    status = 1
+    try:
+        with (folder / f"{rank}.txt").open("w") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        _work(work, folder, rank, world)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def _work(work: Any, folder: Path, rank: int, world: int) -> None:
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",

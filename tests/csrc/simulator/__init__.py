@@ -60,8 +60,10 @@ def headers() -> list[Path]:
 
 
 def _build(compiler: str, includes: list[Path]) -> Path:
+    import fcntl  # not on Windows, which lacks the headers too
+
     # CUTLASS's headers hold device intrinsics in templates that are not instantiated here.
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-fpermissive"]
+    flags = ["-std=c++17", "-O2", "-fPIC", "-w", "-fpermissive"]
     flags += ["-DLLAVE_SIMULATED", "-DLLAVE_SM80", "-DLLAVE_SM90"]
     flags += [f"-I{folder}" for folder in includes]
     sources = [ROOT / "csrc" / "bindings.cpp", HERE / "launch.cpp"]
@@ -69,12 +71,21 @@ def _build(compiler: str, includes: list[Path]) -> Path:
     content = b"".join([shlex.join([compiler, *flags]).encode(), *(f.read_bytes() for f in files)])
     folder = ROOT / "build" / "simulator" / hashlib.sha256(content).hexdigest()[:16]
     module = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not module.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = folder / f"{os.getpid()}.so"
-        command = [compiler, *flags, *map(str, sources), "-o", str(beside)]
-        subprocess.run(command, check=True)
-        beside.rename(module)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the other workers of pytest-xdist wait
+        if not module.exists():
+            objects = [str(folder / f"{source.stem}.o") for source in sources]
+            running = [
+                subprocess.Popen([compiler, *flags, "-c", str(source), "-o", made])
+                for source, made in zip(sources, objects, strict=True)
+            ]
+            statuses = [process.wait() for process in running]
+            if any(statuses):
+                raise RuntimeError(f"{compiler} failed; its message is above")
+            beside = folder / "linking.so"
+            subprocess.run([compiler, "-shared", *objects, "-o", str(beside)], check=True)
+            beside.rename(module)
     return module
 
 

@@ -191,7 +191,7 @@ KEPT = [("forward_kernel", ("p_similarity",)), ("strip_kernel", ("p_similarity",
     [("small", RULES), ("masked", ()), ("plain", RULES), ("plain", LARGEST[-1])],
     ids=["small", "every rule", "largest", "rules on the largest"],
 )
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.long), 90])
 @pytest.mark.parametrize(("kernel", "options"), [*KEPT, ("strip_kernel", ("p_row_sum",))], ids=str)
 def test_similarities_that_are_kept_and_a_scale_that_learns(
     kernel: str, options: Sequence[str], arch: int, which: str, absent: Sequence[str]

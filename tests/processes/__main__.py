@@ -1,5 +1,0 @@
-import sys
-
-from tests.processes import main
-
-main(*sys.argv[1:])
