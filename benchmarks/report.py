@@ -2,6 +2,7 @@
 
 python benchmarks/report.py RESULTS/*/loss_bench.csv    # a line for each size
 python benchmarks/report.py --markdown CSV [CSV ...]    # a table of these files
+python benchmarks/report.py --plot CSV [CSV ...]        # the plots of each file, beside it
 """
 
 from __future__ import annotations
@@ -109,6 +110,13 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         ]
 
 
+def numbers(row: dict[str, str]) -> Row:
+    """A row of a CSV with numbers for ``plots``. A figure that is not there is None."""
+    sizes = {name: int(row[name]) for name in ("n", "m", "d")}
+    figures = {name: float(row[name]) if row[name] else None for name in ("step_ms", "extra_mib")}
+    return row | sizes | figures
+
+
 def markdown(rows: list[dict[str, str]]) -> str:
     """A table of milliseconds and memory: a line for each implementation, a column for each size.
 
@@ -188,6 +196,9 @@ def _plot(rows: list[Row], against: str, title: str, path: Path) -> None:
         if all(row.get(column) is None for row in rows):
             axis.set_ylim(1, 10)  # crosses alone give a log axis no limits
         axis.set(xscale="log", yscale="log", xlabel=AXES[against], ylabel=quantity)
+        if any(row["status"] == OUT_OF_MEMORY for row in rows):
+            low, high = axis.get_ylim()
+            axis.set_ylim(low, high * (high / low) ** 0.28)  # the top fifth is for the crosses
         axis.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
         axis.minorticks_off()
         axis.grid(True, alpha=0.25)
@@ -224,10 +235,15 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", type=Path, nargs="+", metavar="CSV")
-    parser.add_argument("--markdown", action="store_true", help="one table of all files")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--markdown", action="store_true", help="one table of all files")
+    kinds.add_argument("--plot", action="store_true", help="draw the plots beside each file")
     options = parser.parse_args()
     if options.markdown:
         print(markdown([row for name in options.files for row in read_csv(name)]))
-    else:
-        for name in options.files:
+        raise SystemExit
+    for name in options.files:
+        if options.plot:
+            print(*plots([numbers(row) for row in read_csv(name)], name.parent), sep="\n")
+        else:
             print(name, *digest(read_csv(name)), sep="\n  ")

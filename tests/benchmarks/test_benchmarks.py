@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -162,6 +163,16 @@ def test_committed_results_can_be_read(file: Path) -> None:
     assert len(report.digest(rows)) == len(groups)
     assert all("llave-torch" in line for line in report.digest(rows))
     assert len(report.markdown(rows).splitlines()) == 2 + len({row["impl"] for row in rows})
+
+
+def test_plots_are_drawn_from_a_csv(tmp_path: Path) -> None:
+    file = tmp_path / "loss_bench.csv"
+    shutil.copy(ROOT / "benchmarks" / "results" / "cpu" / "sizes" / "loss_bench.csv", file)
+    command = [sys.executable, "benchmarks/report.py", "--plot", str(file)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    written = [Path(line) for line in run.stdout.splitlines()]
+    assert written == [tmp_path / "loss_bench_D384.png"]
+    assert written[0].stat().st_size > 1000
 
 
 def test_the_gpu_check_names_what_failed(tmp_path: Path) -> None:
