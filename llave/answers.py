@@ -12,8 +12,8 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 
 from llave.corpus import Source, load_input
-from llave.files import escaped, shown
 from llave.page import Answer, Item, Section, make_item, write_page
+from llave.printable import escaped, shown
 from llave.search import Hit, embed_queries, search
 from llave.shards import read_manifest
 

@@ -19,9 +19,10 @@ from sentence_transformers import SentenceTransformer
 
 from llave.batching import Lengths, planned
 from llave.encoding import Encoder, Failure, dimension_of
-from llave.files import shown, writing
+from llave.files import writing
 from llave.filling import fill
 from llave.media import Media, content_id, make_input
+from llave.printable import shown
 from llave.shards import (
     MANIFEST,
     Range,

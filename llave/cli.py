@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llave.files import escaped
+from llave.printable import escaped
 from llave.stopping import Stopped, stoppable
 
 Arguments = argparse.Namespace

@@ -8,7 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llave.files import shown, writing
+from llave.files import writing
+from llave.printable import shown
 from llave.quantisation import DTYPES, Dtype, check_truncate_dim, truncated, value_ranges
 from llave.shards import (
     Range,

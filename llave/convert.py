@@ -24,15 +24,9 @@ from transformers import (
 
 from llave import onevision
 from llave.backbones import LLAVA_ONEVISION
-from llave.files import (
-    read_json,
-    reading,
-    refuse_pipes,
-    regular,
-    shown,
-    writing,
-)
+from llave.files import read_json, reading, refuse_pipes, regular, writing
 from llave.modeling import build, inputs, load
+from llave.printable import shown
 from llave.sealing import seal
 from llave_kernels.atomic_files import folder_beside, sync
 

@@ -20,11 +20,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llave import limits
-from llave.files import LFS_POINTER, left_behind, reading, shown
+from llave.files import LFS_POINTER, left_behind, reading
 from llave.images import IMAGE_SUFFIXES, MISSING, declared_size, open_rgb
 from llave.jsonl import lines, parsed
 from llave.modeling import text_input
 from llave.opening import Root, opened
+from llave.printable import shown
 
 FIELDS = ("id", "text", "image")
 OnError = Literal["raise", "skip"]

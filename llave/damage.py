@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 
-from llave.files import read_json, shown
+from llave.files import read_json
+from llave.printable import shown
 
 _LOADER = logging.getLogger("transformers.modeling_utils")
 

@@ -25,8 +25,8 @@ from datasets import Dataset, Features, List, Value, load_dataset
 from llave import limits, mmeb
 from llave.chat import placeholder_problem
 from llave.corpus import OnError
-from llave.files import shown
 from llave.media import BrokenMediaError, Media, content_id, make_input, pixel_count
+from llave.printable import shown
 from llave.subsets import PROBLEM, read_files, subset_files, typed
 
 SIDES = (("qry", "qry_image_path"), ("pos_text", "pos_image_path"), ("neg_text", "neg_image_path"))

@@ -25,10 +25,11 @@ from tqdm import tqdm
 from llave.batching import Lengths, planned
 from llave.corpus import OnError, Row, Source, image_size, load_input
 from llave.encoding import Encoder, Failure, dimension_of
-from llave.files import escaped, shown, writing
+from llave.files import writing
 from llave.filling import checked, fill
 from llave.fingerprint import model_fingerprint
 from llave.opening import Root
+from llave.printable import escaped, shown
 from llave.processes import rank_and_size
 from llave.quantisation import DTYPES, Dtype, check_truncate_dim, truncated, value_ranges
 from llave.recall import sample_recall

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from llave.candidates import Encoding, drop, encode_inputs
 from llave.data import Candidates, load_evaluation
-from llave.files import create, shown, writing
+from llave.files import create, writing
 from llave.fingerprint import model_fingerprint
 from llave.media import Media
 from llave.mmeb import GROUPS, METAS, PUBLISHED, PUBLISHED_VIDEO, TASKS, pixels
+from llave.printable import shown
 from llave.processes import rank_and_size
 from llave.sealing import signed, unsigned
 from llave_kernels import similarity_statistics

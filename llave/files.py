@@ -1,4 +1,4 @@
-"""Helpers for files: errors that name a file, printable names, and entries to pass over."""
+"""Helpers for files: errors that name a file, and entries to pass over."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from llave.jsonl import whole
+from llave.printable import shown
 from llave_kernels import atomic_files
 
 LFS_POINTER = b"version https://git-lfs"  # in a clone, the start of a file not yet fetched
-LONGEST_NAME = 1000  # characters that ``shown`` keeps
 # Windows, macOS (in archives), Synology and QNAP make these. Hidden names are passed over anyway.
 _LEFTOVERS = {
     "$recycle.bin", "__macosx", "@eadir", "@recycle", "desktop.ini", "ehthumbs.db", "icon\r",
@@ -27,22 +27,6 @@ _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFLNK: "a link",
 }  # fmt: skip
-
-
-def shown(name: object) -> str:
-    """Return a name from data as one line of text for a terminal, a log or a page.
-
-    Characters that do not print become backslash escapes. Examples are control characters, ANSI
-    escapes, line ends and direction marks. A name is cut after 1,000 characters.
-    """
-    text = str(name)
-    cut = "..." if len(text) > LONGEST_NAME else ""
-    return escaped(text[:LONGEST_NAME]) + cut
-
-
-def escaped(text: str) -> str:
-    """Escape a text of any length as ``shown`` does, without cutting it."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def left_behind(name: str) -> bool:

@@ -29,8 +29,9 @@ from PIL.TiffImagePlugin import (
 )
 
 from llave import limits
-from llave.files import LFS_POINTER, shown
+from llave.files import LFS_POINTER
 from llave.opening import opened
+from llave.printable import shown
 
 try:
     from pillow_heif import register_heif_opener

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from llave.files import publish, shown
+from llave.files import publish
+from llave.printable import shown
 from llave.sealing import checksum, file_sum, signed, unsigned
 from llave.shards import Range, count_rows, ranges, read_manifest, read_shard
 from llave_kernels.atomic_files import lock

@@ -11,10 +11,10 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from llave.files import shown
 from llave.images import Pixels, declared_size, open_rgb
 from llave.modeling import text_input
 from llave.opening import OutsideError, Root
+from llave.printable import shown
 from llave.video import VIDEO_SUFFIXES, frame_files, load_frames
 
 

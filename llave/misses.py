@@ -7,10 +7,10 @@ from pathlib import Path
 
 from llave.data import load_evaluation
 from llave.evaluation import Result
-from llave.files import shown
 from llave.media import Media, make_input
 from llave.mmeb import pixels
 from llave.page import Answer, Item, Section, make_item, write_page
+from llave.printable import shown
 
 
 def write_misses(

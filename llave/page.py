@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from llave.files import create_file, shown
+from llave.files import create_file
 from llave.media import pictures
+from llave.printable import shown
 
 SIDE = 256  # the most pixels of an embedded picture's width or height
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llave.evaluation import Result, refuse_out
-from llave.files import create_file, refuse_existing_file, shown
+from llave.files import create_file, refuse_existing_file
+from llave.printable import shown
 from llave_kernels.plots import draw_similarities, pyplot
 
 COLUMNS = 4  # panels beside each other

@@ -10,8 +10,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from llave.files import publish, regular, shown
+from llave.files import publish, regular
 from llave.jsonl import whole
+from llave.printable import shown
 from llave_kernels.atomic_files import sync
 
 MARKER = "seal.json"

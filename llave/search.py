@@ -10,9 +10,9 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 
 from llave.encoding import encode
-from llave.files import shown
 from llave.fingerprint import model_fingerprint
 from llave.index import search_index
+from llave.printable import shown
 from llave.quantisation import check_truncate_dim, truncated
 from llave.shards import (
     Range,

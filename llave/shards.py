@@ -15,15 +15,8 @@ import pyarrow.parquet as pq
 
 from llave import limits
 from llave.corpus import OnError
-from llave.files import (
-    create,
-    left_behind,
-    publish,
-    reading,
-    refuse_overlap,
-    regular,
-    shown,
-)
+from llave.files import create, left_behind, publish, reading, refuse_overlap, regular
+from llave.printable import shown
 from llave.quantisation import DTYPES, check_ranges, quantise, restore, stored_type
 from llave.sealing import checksum, signed, unsigned
 from llave_kernels.atomic_files import sweep

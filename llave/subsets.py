@@ -30,9 +30,10 @@ from huggingface_hub import DatasetCard
 from yaml import YAMLError
 
 from llave import limits
-from llave.files import LFS_POINTER, left_behind, reading, shown, snapshot
+from llave.files import LFS_POINTER, left_behind, reading, snapshot
 from llave.jsonl import lines, parsed, whole
 from llave.opening import Root, opened
+from llave.printable import shown
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
 PROBLEM = "problem"  # column that says why a row cannot be used, in subsets with such rows

@@ -26,10 +26,11 @@ from llave.data import load_training, texts_of
 from llave.embedding import refuse_not_finite
 from llave.encoding import encode
 from llave.epochs import hold_out, joined, unused_rows
-from llave.files import escaped, publish, refuse_damaged
+from llave.files import publish, refuse_damaged
 from llave.losses import CachedLLaVELoss, LLaVELoss
 from llave.media import content_id
 from llave.modeling import build
+from llave.printable import escaped
 from llave.processes import from_first, part_at_exit
 from llave.recipe import SECTIONS, Recipe, lora_config, read_recipe
 from llave.runs import last_checkpoint

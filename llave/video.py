@@ -15,9 +15,10 @@ from PIL import Image
 
 from llave import limits
 from llave.containers import DEMUXERS, refuse_inflated
-from llave.files import left_behind, shown
+from llave.files import left_behind
 from llave.images import IMAGE_SUFFIXES, REMOTE, existing, to_rgb
 from llave.opening import opened
+from llave.printable import shown
 
 VIDEO_SUFFIXES = {
     ".3g2", ".3gp", ".asf", ".avi", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpe",

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 pytest.importorskip("safetensors")
 
 from llave import files
-from llave.files import create, publish, read_json, regular, shown
+from llave.files import create, publish, read_json, regular
+from llave.printable import shown
 
 
 @given(st.text(st.characters(exclude_categories=())))
