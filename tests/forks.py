@@ -7,6 +7,7 @@ forks can use both.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,6 +41,16 @@ def start(
     process = processes.Process(target=_run, args=(work, arguments, log, folder, variables))
     process.start()
     return process
+
+
+def group(size: int) -> list[dict[str, str]]:
+    """The variables that torchrun gives each of ``size`` processes of one machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    both = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    both |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [both | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 
 def _run(

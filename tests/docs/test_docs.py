@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import re
 import runpy
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -46,12 +45,6 @@ def test_figures_are_not_typed(
     assert table == capsys.readouterr().out
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def provide_files(folder: Path) -> None:
     """Write the files that the README's snippet reads: a tiny model, an image and a video."""
     for needed in ("sentence_transformers", "torchvision", "av"):
@@ -76,9 +69,7 @@ def run_snippet(code: str) -> None:
 def test_snippet_runs(code: str, tmp_path: Path) -> None:
     if "llave-0.5b" in code:
         provide_files(tmp_path)
-    # The variables that torchrun sets for one process.
-    variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    variables["MASTER_PORT"] = free_port()
+    (variables,) = forks.group(1)
     log = tmp_path / "output.txt"
     child = forks.start(run_snippet, code, log=log, folder=tmp_path, **variables)
     child.join()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from accelerate.state import AcceleratorState, PartialState
@@ -10,7 +9,9 @@ from accelerate.utils import DistributedType
 
 from tests.llave import train_worker
 
-if __name__ == "__main__":
+
+def main(out: str, point: str, *overrides: str) -> None:
+    """``train_worker.main`` in a process of its own, which this changes."""
     initialise = AcceleratorState.__init__
 
     def sharded(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
@@ -24,4 +25,4 @@ if __name__ == "__main__":
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = sharded
-    train_worker.main(*sys.argv[1:])
+    train_worker.main(out, point, *overrides)

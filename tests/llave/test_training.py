@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -39,20 +41,31 @@ def run(
     *overrides: str,
     kill: str = "none",
     processes: int = 1,
-    worker: str = "train_worker",
+    worker: Callable[..., None] = train_worker.main,
 ) -> None:
     """Run a worker in one or several processes. It must end, or be killed, as expected."""
-    if processes == 1:
-        log, arguments = out.with_suffix(".log"), (str(out), kill, *overrides)
-        child = forks.start(train_worker.main, *arguments, log=log, folder=out.parent)
-        child.join()
-        assert child.exitcode == (0 if kill == "none" else -signal.SIGKILL), log.read_text()
-        return
+    places: list[dict[str, str]] = forks.group(processes) if processes > 1 else [{}]
+    logs = [out.with_suffix(f".{rank}.log") for rank in range(processes)]
+    running = [
+        forks.start(worker, str(out), kill, *overrides, log=log, folder=out.parent, **place)
+        for log, place in zip(logs, places, strict=True)
+    ]
+    wait([process.sentinel for process in running])
+    if any(process.exitcode for process in running):
+        for process in running:  # torchrun ends the others too
+            process.kill()
+    for process in running:
+        process.join()
+    found = {process.exitcode for process in running}
+    assert found == {0 if kill == "none" else -signal.SIGKILL}, [log.read_text() for log in logs]
+
+
+def torchrun(out: Path, kill: str = "none") -> None:
+    """Run the worker in two processes under torchrun. A process gets a signal, or both end."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *(f"--nproc_per_node={processes}", "-m", f"tests.llave.{worker}"),
-            *(str(out), kill, *overrides),
+            *("--nproc_per_node=2", "-m", "tests.llave.train_worker", str(out), kill),
         ],
         cwd=out.parent,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -60,7 +73,6 @@ def run(
         text=True,
         check=False,
     )
-    # torchrun exits with 1 when one of its processes was killed.
     assert done.returncode == (kill != "none"), done.stderr
 
 
@@ -116,11 +128,11 @@ def test_a_killed_run_goes_on_with_the_same_losses(uninterrupted: Path, tmp_path
 @pytest.mark.long
 def test_two_processes_have_the_losses_of_one(uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "two"
-    run(out, kill="step:10:SIGTERM:1", processes=2)  # one gets the signal, both stop
+    torchrun(out, "step:10:SIGTERM:1")  # one gets the signal, both stop
     assert (out / "checkpoint-10").exists()
     damaged = out / "checkpoint-10" / "rng_state_1.pth"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    run(out, processes=2)  # both take the checkpoint before
+    torchrun(out)  # both take the checkpoint before
     assert logged(out) == pytest.approx(logged(uninterrupted), rel=1e-3)
     assert len(list(out.glob("damaged-checkpoint-10-*"))) == 1
     assert not list(out.glob(".*.tmp"))

@@ -27,7 +27,7 @@ from llave.losses import CachedLLaVELoss, LLaVELoss  # noqa: E402
 from llave.modeling import build  # noqa: E402
 from llave.trainer import EmbeddingTrainer  # noqa: E402
 from llave.training import SECTIONS, build_model, read_recipe  # noqa: E402
-from tests.llave import tiny, train_worker  # noqa: E402
+from tests.llave import fsdp_worker, tiny, train_worker  # noqa: E402
 from tests.llave.test_training import logged, run  # noqa: E402
 
 # Batches of pictures and texts alternate with batches of texts only.
@@ -120,8 +120,8 @@ def test_two_processes_with_pictures(
 @pytest.mark.long
 def test_fsdp(plain: Path, tmp_path: Path) -> None:
     out, overrides = tmp_path / "sharded", (*PICTURES, "--trainer.fsdp", "true")
-    run(out, *overrides, processes=2, worker="fsdp_worker", kill="step:7")
-    run(out, *overrides, processes=2, worker="fsdp_worker")
+    run(out, *overrides, processes=2, worker=fsdp_worker.main, kill="step:7")
+    run(out, *overrides, processes=2, worker=fsdp_worker.main)
     assert logged(out) == pytest.approx(logged(plain), rel=1e-3)
     one, sharded = (SentenceTransformer(str(x / "model"), device="cpu") for x in (plain, out))
     np.testing.assert_allclose(sharded.encode(INPUTS), one.encode(INPUTS), atol=1e-2)
@@ -179,7 +179,7 @@ def test_gradient_caching_under_fsdp_with_rows_of_several_pictures(tmp_path: Pat
     rows = ("--data.subsets", "[several, plus]", *FROZEN)
     train_worker.train(str(tmp_path / "one"), *rows)
     sharded = ("--trainer.fsdp", "true", *CACHING, *CHECKPOINTING)
-    run(tmp_path / "two", *rows, *sharded, processes=2, worker="fsdp_worker")
+    run(tmp_path / "two", *rows, *sharded, processes=2, worker=fsdp_worker.main)
     assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), rel=1e-3)
     for key in ("in_batch_accuracy", "similarity_overlap"):
         one, two = (logged(tmp_path / name, key) for name in ("one", "two"))

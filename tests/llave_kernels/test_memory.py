@@ -46,7 +46,7 @@ print(status("VmHWM") - before)
         pytest.param(8192, 1024, True, 150, marks=pytest.mark.long),
         pytest.param(8192, 384, False, 150, marks=pytest.mark.long),
         pytest.param(8192, 1024, False, 190, marks=pytest.mark.long),
-        pytest.param(32768, 384, True, 400, marks=pytest.mark.long),
+        pytest.param(16384, 384, True, 235, marks=pytest.mark.long),
     ],
 )
 def test_extra_memory(n: int, d: int, symmetric: bool, limit_mb: float) -> None:
