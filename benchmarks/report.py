@@ -17,6 +17,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 
 from llave_kernels.atomic_files import publish
 
@@ -170,15 +171,17 @@ def digest(rows: list[dict[str, str]]) -> list[str]:
 
 
 def plots(rows: list[Row], folder: Path) -> list[Path]:
-    """Time and memory against N for each D, and against D for each N of several widths. Log-log.
+    """Time and memory against N for each D of several sizes, and against D for each N. Log-log.
 
-    Lines are random embeddings, squares are real ones. A cross on the top edge is out of memory.
+    One size of one width has a plot too. Lines are random embeddings, squares are real ones. A
+    cross at the top is out of memory.
     """
     written = []
-    for against, fixed, least in (("n", "d", 1), ("d", "n", 2)):
+    alone = len({(row["n"], row["d"]) for row in rows}) == 1
+    for against, fixed in (("n", "d"), ("d", "n")):
         for value in sorted({row[fixed] for row in rows}):
             here = [row for row in rows if row[fixed] == value]
-            if len({row[against] for row in here}) >= least:
+            if len({row[against] for row in here}) > 1 or (alone and against == "n"):
                 path = folder / f"loss_bench_{fixed.upper()}{value}.png"
                 _plot(here, against, f"{fixed.upper()} = {value:,}", path)
                 written.append(path)
@@ -200,6 +203,9 @@ def _plot(rows: list[Row], against: str, title: str, path: Path) -> None:
             low, high = axis.get_ylim()
             axis.set_ylim(low, high * (high / low) ** 0.28)  # the top fifth is for the crosses
         axis.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
+        low, high = axis.get_ylim()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+        axis.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}")
         axis.minorticks_off()
         axis.grid(True, alpha=0.25)
     lines, names = axes[0].get_legend_handles_labels()

@@ -40,6 +40,10 @@ def faster(name: str, other: str, d: int) -> str:
     return f"{step(name, other, d=d) / step(name, 'llave-torch', d=d):.1f}"
 
 
+def wider(other: str, d: int) -> str:
+    return f"{step('widths', other, 4096, d) / step('widths', 'llave-torch', 4096, d):.1f}"
+
+
 def feeding(device: str, delay: float, workers: int) -> str:
     found = row("feeding", device=device, decoder_ms=delay, workers=workers)
     return f"{100 * float(found['busy']):.1f} %, {float(found['pictures_per_s']):.1f}"
@@ -99,6 +103,14 @@ CLAIMS: list[tuple[str, Callable[[], str]]] = [
         lambda: (
             f"At N = 8,192 our loss is {faster('sizes', 'authors', 384)} times as fast as the "
             "authors'. At N = 32,768"
+        ),
+    ),
+    (
+        "docs/results.md",
+        lambda: (
+            f"Our loss is {wider('authors', 128)} (D = 128) to {wider('authors', 2048)} "
+            f"(D = 2,048) times as fast as the authors'. It is {wider('dense-compiled', 128)} to "
+            f"{wider('dense-compiled', 2048)} times as fast as the compiled dense loss"
         ),
     ),
     (
