@@ -247,8 +247,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if options.markdown:
         print(markdown([row for name in options.files for row in read_csv(name)]))
-        raise SystemExit
-    for name in options.files:
+    for name in [] if options.markdown else options.files:
         if options.plot:
             print(*plots([numbers(row) for row in read_csv(name)], name.parent), sep="\n")
         else:
