@@ -199,11 +199,11 @@ def _plot(rows: list[Row], against: str, title: str, path: Path) -> None:
         if all(row.get(column) is None for row in rows):
             axis.set_ylim(1, 10)  # crosses alone give a log axis no limits
         axis.set(xscale="log", yscale="log", xlabel=AXES[against], ylabel=quantity)
-        if any(row["status"] == OUT_OF_MEMORY for row in rows):
-            low, high = axis.get_ylim()
-            axis.set_ylim(low, high * (high / low) ** 0.28)  # the top fifth is for the crosses
-        axis.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
         low, high = axis.get_ylim()
+        if any(row["status"] == OUT_OF_MEMORY for row in rows):
+            high *= (high / low) ** 0.28  # the top fifth is for the crosses
+            axis.set_ylim(low, high)
+        axis.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
         axis.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}")
         axis.minorticks_off()
@@ -247,8 +247,9 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if options.markdown:
         print(markdown([row for name in options.files for row in read_csv(name)]))
-    for name in [] if options.markdown else options.files:
-        if options.plot:
+    elif options.plot:
+        for name in options.files:
             print(*plots([numbers(row) for row in read_csv(name)], name.parent), sep="\n")
-        else:
+    else:
+        for name in options.files:
             print(name, *digest(read_csv(name)), sep="\n  ")
