@@ -9,11 +9,13 @@ Environment:
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import TextIO
 
@@ -111,33 +113,60 @@ class CudaExtension(Extension):
 
 
 class BuildExtension(build_ext):
-    """Configures and builds with CMake. The output is shown, and kept in build.log."""
+    """Configures and builds with CMake. The output is shown, and kept in build.log.
+
+    The module stays in the build folder. A later install takes it if its fingerprint is the same.
+    """
 
     def build_extension(self, ext: CudaExtension) -> None:
-        import cutlass_library
-        import pybind11
-
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         folder = ROOT / "build" / f"cuda-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)
-        include = Path(cutlass_library.__file__).parent / "source" / "include"
-        settings = {
-            "CMAKE_BUILD_TYPE": "Release",
-            "CMAKE_CUDA_COMPILER": ext.nvcc,
-            "CMAKE_CUDA_ARCHITECTURES": "80",
-            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output.parent,
-            "LLAVE_CUDA_ARCHS": ";".join(ext.targets),
-            "LLAVE_CUTLASS_INCLUDE": include,
-            "Python_EXECUTABLE": sys.executable,
-            "pybind11_DIR": pybind11.get_cmake_dir(),
-        }
-        configure = ["cmake", "--fresh", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
-        configure += [f"-D{name}={value}" for name, value in settings.items()]
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        jobs = os.environ.get("MAX_JOBS") or str(cores)
-        with open(folder / "build.log", "w") as log:
-            for command in (configure, ["cmake", "--build", str(folder), "-j", jobs]):
-                run(command, log)
+        module, note = folder / output.name, folder / "fingerprint.txt"
+        current = fingerprint(ext)
+        if self.force or not (module.exists() and note.exists() and note.read_text() == current):
+            note.unlink(missing_ok=True)
+            compile_module(ext, folder)
+            note.write_text(current)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(module, output)
+
+
+def fingerprint(ext: CudaExtension) -> str:
+    """A digest of the sources, the tools' versions and the settings."""
+    tools = [subprocess.run([ext.nvcc, "--version"], capture_output=True, check=True).stdout]
+    tools += [metadata.version(name).encode() for name in ("nvidia-cutlass", "pybind11")]
+    variables = ("CXX", "CXXFLAGS", "CUDAFLAGS", "CUDAHOSTCXX", "LDFLAGS", "NVCC_APPEND_FLAGS")
+    settings = [ext.nvcc, ext.targets, *(os.environ.get(name) for name in variables)]
+    sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    digest = hashlib.sha256(repr([settings, tools]).encode())
+    for path in [ROOT / "CMakeLists.txt", ROOT / "setup.py", *sources]:
+        digest.update(repr([path.relative_to(ROOT).as_posix(), path.read_bytes()]).encode())
+    return digest.hexdigest()
+
+
+def compile_module(ext: CudaExtension, folder: Path) -> None:
+    import cutlass_library
+    import pybind11
+
+    include = Path(cutlass_library.__file__).parent / "source" / "include"
+    settings = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_CUDA_COMPILER": ext.nvcc,
+        "CMAKE_CUDA_ARCHITECTURES": "80",
+        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": folder,
+        "LLAVE_CUDA_ARCHS": ";".join(ext.targets),
+        "LLAVE_CUTLASS_INCLUDE": include,
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+    }
+    configure = ["cmake", "--fresh", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
+    configure += [f"-D{name}={value}" for name, value in settings.items()]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    jobs = os.environ.get("MAX_JOBS") or str(cores)
+    with open(folder / "build.log", "w") as log:
+        for command in (configure, ["cmake", "--build", str(folder), "-j", jobs]):
+            run(command, log)
 
 
 def run(command: list[str], log: TextIO) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from setuptools import Distribution
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("csrc", "llave", "llave_kernels", "tests")
@@ -177,3 +178,72 @@ def test_what_is_left_out_says_why(nvcc_of, version, environment, message) -> No
     module = nvcc_of(version, **environment)
     with pytest.raises(module.Skip, match=message):
         module.plan()
+
+
+@pytest.fixture
+def builds(setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """``build(targets, force)`` builds in a copy of the sources; the list has its compilations."""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    for name in ("CMakeLists.txt", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho release 13.0\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(setup_module, "ROOT", tmp_path)
+    compiled: list[str] = []
+    output = tmp_path / "site" / "_cuda.so"
+
+    def compile_module(_: object, folder: Path) -> None:
+        compiled.append("once")
+        (folder / output.name).write_text(str(len(compiled)))
+
+    def build(targets: tuple[str, ...] = ("80",), force: bool = False) -> str:
+        output.unlink(missing_ok=True)
+        command = setup_module.BuildExtension(Distribution())
+        command.force = force
+        monkeypatch.setattr(command, "get_ext_fullpath", lambda _: str(output))
+        command.build_extension(setup_module.CudaExtension(nvcc, list(targets)))
+        return output.read_text()
+
+    monkeypatch.setattr(setup_module, "compile_module", compile_module)
+    return build, compiled, tmp_path
+
+
+def test_an_unchanged_extension_is_not_built_again(builds) -> None:
+    build, compiled, _ = builds
+    assert build() == build() == "1"
+    assert build(force=True) == "2"
+    assert build() == "2"
+    assert len(compiled) == 2
+
+
+def test_a_change_builds_the_extension_again(builds, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, _, root = builds
+    build()
+    assert build(("80", "90a")) == build(("80", "90a")) == "2"
+    for count, name in enumerate(("csrc/gemm.cu", "csrc/sm90/gemm.h", "CMakeLists.txt"), 3):
+        (root / name).write_text("changed")
+        assert build(("80", "90a")) == build(("80", "90a")) == str(count)
+    (root / "csrc" / "gemm.cu").unlink()
+    assert build(("80", "90a")) == "6"
+    (root / "nvcc").write_text("#!/bin/sh\necho release 13.1\n")
+    assert build(("80", "90a")) == "7"
+    monkeypatch.setenv("CUDAFLAGS", "-O1")
+    assert build(("80", "90a")) == "8"
+
+
+def test_a_build_that_failed_is_done_again(
+    builds, setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, _, root = builds
+    build()
+    (root / "csrc" / "gemm.cu").write_text("changed")
+
+    def fail(*_: object) -> None:
+        raise setup_module.CompileError("failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(setup_module, "compile_module", fail)
+        with pytest.raises(setup_module.CompileError):
+            build()
+    assert build() == "2"

