@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
+import io
 import os
 import pkgutil
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -140,6 +141,13 @@ def docstring_pairs(
         limit: the largest number of pairs. Default: all.
         roots: packages, in order.
     """
+    # Some modules print when imported, others warn when looked into.
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _docstring_pairs(limit, roots)
+
+
+def _docstring_pairs(limit: int | None, roots: Sequence[str]) -> list[tuple[str, str]]:
     pairs: dict[str, str] = {}
     for module in _modules(roots):
         for name, thing in sorted(vars(module).items()):
@@ -165,11 +173,6 @@ def _modules(roots: Sequence[str]) -> Iterator[ModuleType]:
         for info in pkgutil.iter_modules(getattr(module, "__path__", []), root + "."):
             if info.name.rpartition(".")[2].startswith(("_", "test", "distutils", "f2py")):
                 continue
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    module = importlib.import_module(info.name)
-            except Exception as error:  # a submodule may need what is not installed
-                print(f"skipping {info.name}: {error}", file=sys.stderr)
-                continue
-            yield module
+            # A submodule may need what is not installed, or another system.
+            with contextlib.suppress(Exception):
+                yield importlib.import_module(info.name)

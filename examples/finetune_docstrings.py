@@ -23,14 +23,11 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # the imports below read it; nothing here is on the hub
 
 import argparse
-import contextlib
 import csv
-import io
 import re
 import statistics
 import tempfile
 import time
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -94,11 +91,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def corpus() -> tuple[list[Pair], list[Pair]]:
     """Pairs to train on, and pairs of the held-out packages. No text is there twice."""
-    # Some modules print when imported, others warn when looked into.
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # The training packages come first. They keep a text that both show.
-        pairs = docstring_pairs(roots=TRAINED_ON + HELD_OUT)
+    # The training packages come first. They keep a text that both show.
+    pairs = docstring_pairs(roots=TRAINED_ON + HELD_OUT)
     train, test, seen = [], [], set()
     for summary, signature in pairs:
         signature = re.sub(r" at 0x[0-9a-f]+", "", signature)  # differs from process to process
