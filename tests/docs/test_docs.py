@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import forks
+from tests.browser import BROWSER, opened
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -86,7 +87,7 @@ def test_links_name_files() -> None:
 
 
 @pytest.mark.long
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+def test_the_site_builds_without_a_warning_and_is_searched(tmp_path: Path) -> None:
     """Sphinx warns of links to pages and headings that are not there."""
     for needed in ("sphinx", "myst_parser", "furo", "sentence_transformers"):
         pytest.importorskip(needed)
@@ -94,6 +95,11 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert "hardness_weighted_contrastive_loss" in (tmp_path / "searchindex.js").read_text()
+    if BROWSER is not None:
+        for words, page in (("matryoshka", "loss.html"), ("add+a+pair+rule", "architecture.html")):
+            wait, query = "--virtual-time-budget=10000", f"?q={words}"
+            found = opened(tmp_path / "search.html", tmp_path, wait, query=query)
+            assert re.search(f'href="{page}[^"]*" data-score', found), found
 
 
 def test_the_page_names_every_place_of_a_rule() -> None:

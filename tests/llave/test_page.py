@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,10 @@ from llave.answers import answer, read_queries, write_answers  # noqa: E402
 from llave.evaluation import evaluate  # noqa: E402
 from llave.misses import write_misses  # noqa: E402
 from llave.page import SIDE, Answer, Section, make_item, write_page  # noqa: E402
+from tests.browser import BROWSER, opened  # noqa: E402
 from tests.llave.test_embedding import model, quick, write_jsonl  # noqa: E402
 from tests.llave.test_evaluation import ByColour, write  # noqa: E402
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 HOSTILE = (
     "<script>document.title = 'run'</script>",
     "<img src=x onerror=\"document.title='run'\">",
@@ -60,20 +58,6 @@ class Elements(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self._open:
             self.texts[-1] += data
-
-
-def opened(file: Path, folder: Path, *settings: str) -> str:
-    """The page as a browser has it after it was opened."""
-    done = subprocess.run(
-        [
-            str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
-            "--no-first-run", "--disable-background-networking", "--disable-component-update",
-            "--disable-sync", f"--user-data-dir={folder / 'profile'}", *settings, "--dump-dom",
-            file.as_uri(),
-        ],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    return done.stdout
 
 
 @pytest.fixture
