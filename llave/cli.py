@@ -132,11 +132,12 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate",
         _evaluate,
         "MMEB precision@1 and text-video recall per task, beside the paper's rows.",
-        "llave evaluate llave-0.5b --tasks all --data TIGER-Lab/MMEB-eval --images MMEB-eval",
+        "llave evaluate llave-0.5b/model --tasks all --data TIGER-Lab/MMEB-eval --images MMEB-eval",
         "llave evaluate tiny/model --tasks text_to_image --data emoji/eval --images emoji/images",
-        "torchrun --nproc_per_node 8 -m llave evaluate llave-7b --tasks vqa ood --data MMEB-eval "
-        "--images MMEB-eval",
-        "llave evaluate llave-7b --tasks MSR-VTT --data . --images videos --max-seq-length 8192",
+        "torchrun --nproc_per_node 8 -m llave evaluate llave-7b/model --tasks vqa ood "
+        "--data MMEB-eval --images MMEB-eval",
+        "llave evaluate llave-7b/model --tasks MSR-VTT --data . --images videos "
+        "--max-seq-length 8192",
     )
     evaluate.add_argument("model", help="a model folder or hub name")
     evaluate.add_argument(
@@ -171,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         "convert",
         _convert,
         "Turn a released LLaVE checkpoint into a folder for SentenceTransformer.",
-        "llave convert LLaVE-0.5B llave-0.5b --check example.jpg",
+        "llave convert LLaVE-0.5B released-0.5b --check example.jpg",
     )
     convert.add_argument("source", help="folder of the checkpoint (config, tokenizer, weights)")
     convert.add_argument("destination", help="folder to make; must not exist")
@@ -182,9 +183,9 @@ def _parser() -> argparse.ArgumentParser:
         "embed",
         _embed,
         "Embed a corpus into parquet shards; may be killed and started again.",
-        "llave embed llave-0.5b photos/ --out photos.embeddings",
-        "llave embed llave-0.5b photos/ --out photos.int8 --dtype int8",
-        "torchrun --nproc_per_node 8 -m llave embed llave-0.5b corpus.jsonl --out embeddings",
+        "llave embed released-0.5b photos/ --out photos.embeddings",
+        "llave embed released-0.5b photos/ --out photos.int8 --dtype int8",
+        "torchrun --nproc_per_node 8 -m llave embed released-0.5b corpus.jsonl --out embeddings",
     )
     embed.add_argument("model", help="a model folder or hub name")
     embed.add_argument(
@@ -232,10 +233,10 @@ def _parser() -> argparse.ArgumentParser:
         "search",
         _search,
         "The rows of an embedded corpus nearest to queries, one JSON line each.",
-        "llave search photos.embeddings 'a dog on a beach' --model llave-0.5b -k 5",
-        "llave search photos.embeddings --image dog.jpg --model llave-0.5b",
-        "llave search photos.embeddings --model llave-0.5b   # asks for queries",
-        "llave search photos.embeddings --model llave-0.5b --queries queries.txt "
+        "llave search photos.embeddings 'a dog on a beach' --model released-0.5b -k 5",
+        "llave search photos.embeddings --image dog.jpg --model released-0.5b",
+        "llave search photos.embeddings --model released-0.5b   # asks for queries",
+        "llave search photos.embeddings --model released-0.5b --queries queries.txt "
         "--html page.html --corpus photos/",
     )
     search.add_argument("folder", help="written by llave embed")

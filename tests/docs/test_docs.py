@@ -53,7 +53,7 @@ def provide_files(folder: Path) -> None:
     from llave.modeling import build
     from tests.llave import test_video, tiny
 
-    build(tiny.llava_onevision(), device="cpu").save_pretrained(str(folder / "llave-0.5b"))
+    build(tiny.llava_onevision(), device="cpu").save_pretrained(str(folder / "released-0.5b"))
     test_video.noise(1)[0].save(folder / "cat_and_dog.jpg")
     test_video.write_video(folder / "clip.mp4", 20)
 
@@ -68,7 +68,7 @@ def run_snippet(code: str) -> None:
 
 @pytest.mark.parametrize("code", SNIPPETS)
 def test_snippet_runs(code: str, tmp_path: Path) -> None:
-    if "llave-0.5b" in code:
+    if "released-0.5b" in code:
         provide_files(tmp_path)
     (variables,) = forks.group(1)
     log = tmp_path / "output.txt"
