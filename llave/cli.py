@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llave.printable import escaped
+from llave.printable import escaped, shown
 from llave.stopping import Stopped, stoppable
 
 Arguments = argparse.Namespace
@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stoppable():
             arguments, rest = parser.parse_known_args(argv)
             command = f"llave {arguments.command}"
+            asks = arguments.command == "search" and arguments.query is None
+            if asks and len(rest) == 1 and not rest[0].startswith("-"):
+                arguments.query = rest.pop()  # argparse leaves a query behind an option
             if rest and arguments.command != "train":
                 parser.error(f"unrecognized arguments: {' '.join(rest)}")
             arguments.run(arguments, rest)
@@ -362,7 +365,8 @@ def _compress(arguments: Arguments, _: list[str]) -> None:
         dtype=arguments.dtype,
     )
     share = recall(arguments.folder, arguments.out, indexed=False)
-    print(f"recall@10 against the whole embeddings, for rows of the corpus: {share:.3f}")
+    if share is not None:
+        print(f"recall@10 against the whole embeddings, for rows of the corpus: {share:.3f}")
 
 
 def _index(arguments: Arguments, _: list[str]) -> None:
@@ -372,7 +376,8 @@ def _index(arguments: Arguments, _: list[str]) -> None:
     made = build_index(arguments.folder, factory=arguments.factory)
     print(f"{made.factory} of {made.rows:,} rows in {made.file}")
     share = recall(arguments.folder, arguments.folder, indexed=True)
-    print(f"recall@10 against exact search, for rows of the corpus: {share:.3f}")
+    if share is not None:
+        print(f"recall@10 against exact search, for rows of the corpus: {share:.3f}")
 
 
 def _search(arguments: Arguments, _: list[str]) -> None:
@@ -381,12 +386,14 @@ def _search(arguments: Arguments, _: list[str]) -> None:
     from llave.modeling import inputs, load
 
     one = arguments.query is not None or arguments.image is not None
-    if one and arguments.queries:
+    if one and arguments.queries is not None:
         raise ValueError("--queries and a query were given; give one of them")
     if (arguments.html is None) != (arguments.corpus is None):
         raise ValueError("--html and --corpus go together; give both or none")
     if arguments.html:
         refuse_existing_file("html", Path(arguments.html))
+        if not Path(arguments.corpus).exists():
+            raise FileNotFoundError(f"--corpus {shown(arguments.corpus)} does not exist")
     query = inputs(text=arguments.query, images=arguments.image) if one else None
     model = load(arguments.model)
     ask = partial(
@@ -400,7 +407,7 @@ def _search(arguments: Arguments, _: list[str]) -> None:
     )
     if query is not None:
         rounds: Iterable[list[Answered]] = [ask([(arguments.image or "", query)])]
-    elif arguments.queries:
+    elif arguments.queries is not None:
         rounds = [ask(read_queries(arguments.queries, model))]
     else:
         rounds = prompted(ask)

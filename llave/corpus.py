@@ -72,6 +72,8 @@ class Source:
             return
         if not path.exists():
             raise FileNotFoundError(f"source {path} does not exist")
+        if image_root is not None and not image_root.is_dir():
+            raise FileNotFoundError(f"image_root={image_root} is no folder")
         self.images = Root(path.parent if image_root is None else image_root, "image_root")
         if path.suffix.lower() not in (".jsonl", ".txt", ".parquet"):
             raise ValueError(

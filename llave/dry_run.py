@@ -142,9 +142,8 @@ def _activations(
 ) -> float:
     """Return the bytes that the language model's activations take at most in one backward."""
     text = backbone.config.get_text_config()
-    rows = recipe["loss"]["mini_batch_size"] or -(
-        -recipe["data"]["batch_size"] // arguments.world_size
-    )
+    rows = -(-recipe["data"]["batch_size"] // arguments.world_size)
+    rows = min(recipe["loss"]["mini_batch_size"] or rows, rows)
     half = arguments.bf16 or arguments.fp16 or backbone.dtype != torch.float32
     value = text.hidden_size * (2 if half else 4)
     checkpointed = arguments.gradient_checkpointing or getattr(

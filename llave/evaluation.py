@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import html
 import json
@@ -213,6 +214,12 @@ def refuse_out(
     for name, other in others.items():
         if folder.resolve() == Path(other).resolve():
             raise ValueError(f"out={shown(out)} is the folder of {name}; choose another")
+    data = others.get("data")
+    inside = data is not None and folder.resolve().parent == Path(data).resolve()
+    if clash := inside and sorted(folder.parent.glob(f"{glob.escape(folder.name)}.*")):
+        raise ValueError(
+            f"out={shown(out)} would be the same subset as {shown(clash[0])}; choose another"
+        )
     if os.path.lexists(folder) and not folder.is_dir():
         raise ValueError(f"out={shown(out)} is no folder; choose another")
     files = [_file(folder, task) for task in _names(tasks)]

@@ -177,7 +177,7 @@ def search_index(
         )
     try:
         index = faiss.read_index(str(folder / state.file), faiss.IO_FLAG_MMAP_IFC)
-        scores, places = index.search(np.ascontiguousarray(queries, np.float32), k)
+        scores, places = index.search(np.ascontiguousarray(queries, np.float32), min(k, state.rows))
     except RuntimeError as error:
         raise ValueError(
             f"{shown(folder / state.file)} cannot be used ({_said(error)}); {again}"
@@ -264,7 +264,13 @@ def _add(
     with tqdm(total=total, desc="index", unit="row") as bar:
         for span in missing:
             shard = read_shard(folder / span.file, span, manifest)
-            index.add(shard.vectors.astype(np.float32))
+            try:
+                index.add(shard.vectors.astype(np.float32))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"factory={state.factory!r} takes no rows, shard by shard ({_said(error)}); "
+                    "choose another"
+                ) from error
             state = state._replace(shards=state.shards | {span.file: len(shard.ids)})
             bar.update(span.stop - span.first)
             if state.rows - saved >= SAVED_ROWS and span != missing[-1]:
@@ -275,11 +281,20 @@ def _add(
 def _set_effort(index: Any) -> None:
     """Set how much of the index a search looks at. faiss's defaults favour speed."""
     faiss = _faiss()
-    inner = faiss.downcast_index(index)
+    inner = _innermost(index)
     if isinstance(inner, faiss.IndexIVF):
         inner.nprobe = max(8, inner.nlist // 64)
     if isinstance(inner, faiss.IndexHNSW):
         inner.hnsw.efSearch = 128
+
+
+def _innermost(index: Any) -> Any:
+    """Return the index that is searched, below transforms, refinements and maps of ids."""
+    index = _faiss().downcast_index(index)
+    for name in ("index", "base_index"):
+        if hasattr(index, name):
+            return _innermost(getattr(index, name))
+    return index
 
 
 def _save(index: Any, folder: Path, state: Index) -> Index:

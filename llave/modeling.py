@@ -145,8 +145,14 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> SentenceTransformer:
         with all_weights(path):
             model = SentenceTransformer(path, **kwargs)
     except Exception as error:  # libraries raise errors of many types, few of which name a file
-        if not folder.is_dir() and isinstance(error, (ImportError, OSError, ValueError)):
+        if not folder.is_dir() and isinstance(error, ImportError):
             raise
+        if not folder.is_dir():
+            said = " ".join(str(error).split())
+            raise ValueError(
+                f"path={path!r} is no folder here, and as a hub name it cannot be loaded ({said}); "
+                "check the name"
+            ) from error
         refuse_damaged(folder)
         raise unloadable(path, error) from error
     # A tokenizer saved after use keeps its truncation, which would override ``max_seq_length``.

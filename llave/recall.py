@@ -17,11 +17,12 @@ TIE = 1e-6  # scores that differ by less are tied
 SEED = 0
 
 
-def recall(exact: str | Path, other: str | Path, *, indexed: bool, k: int = 10) -> float:
+def recall(exact: str | Path, other: str | Path, *, indexed: bool, k: int = 10) -> float | None:
     """Return the share of the ``k`` nearest rows that a search in another way finds, 0 to 1.
 
     The queries are 200 random rows of the corpus, or all if there are fewer. A row is no neighbour
-    of itself. Rows that tie with the last neighbour count as neighbours.
+    of itself. Rows that tie with the last neighbour count as neighbours. None: the folder has fewer
+    than two rows.
 
     Args:
         exact: a folder of embeddings whose exact neighbours are the true ones.
@@ -30,7 +31,7 @@ def recall(exact: str | Path, other: str | Path, *, indexed: bool, k: int = 10) 
         k: neighbours per query, 10 by default.
 
     Raises:
-        ValueError: as in ``search``; the folder has fewer than two rows.
+        ValueError: as in ``search``.
     """
     rows, vectors = _sample(Path(exact))
     backend: Literal["exact", "faiss"] = "faiss" if indexed else "exact"
@@ -40,18 +41,15 @@ def recall(exact: str | Path, other: str | Path, *, indexed: bool, k: int = 10) 
     return _share(rows, true, found, k)
 
 
-def sample_recall(vectors: np.ndarray, manifest: dict[str, Any], *, k: int = 10) -> float:
+def sample_recall(vectors: np.ndarray, manifest: dict[str, Any], *, k: int = 10) -> float | None:
     """Return the share of the ``k`` nearest rows that rows as a folder stores them give, 0 to 1.
 
-    It is ``recall`` within some rows, without files.
+    It is ``recall`` within some rows, without files. None: there are fewer than two.
 
     Args:
         vectors: (rows, D) whole embeddings.
         manifest: how the folder stores them.
         k: neighbours per query, 10 by default.
-
-    Raises:
-        ValueError: there are fewer than two rows.
     """
     short = truncated(vectors, manifest)
     stored = restore(quantise(short, manifest), manifest)
@@ -62,8 +60,11 @@ def sample_recall(vectors: np.ndarray, manifest: dict[str, Any], *, k: int = 10)
     return _share(rows, true, found, k)
 
 
-def _share(rows: np.ndarray, true: list[list[Hit]], found: list[list[Hit]], k: int) -> float:
-    """Return the share of the ``k`` true neighbours of ``rows`` (queries,) that were found."""
+def _share(rows: np.ndarray, true: list[list[Hit]], found: list[list[Hit]], k: int) -> float | None:
+    """Return the share of the ``k`` true neighbours of ``rows`` (queries,) that were found.
+
+    None: they have no neighbours.
+    """
     hits = wanted = 0
     for row, near, got in zip(rows.tolist(), true, found, strict=True):
         others = _without(near, row)
@@ -73,9 +74,7 @@ def _share(rows: np.ndarray, true: list[list[Hit]], found: list[list[Hit]], k: i
             right = {hit.row for hit in others if hit.score >= least}
             wanted += count
             hits += len(right & {hit.row for hit in _without(got, row)[:k]})
-    if not wanted:
-        raise ValueError(f"recall needs two rows or more, got {len(rows)}")
-    return hits / wanted
+    return hits / wanted if wanted else None
 
 
 def _without(hits: list[Hit], row: int) -> list[Hit]:
@@ -96,4 +95,6 @@ def _sample(folder: Path) -> tuple[np.ndarray, np.ndarray]:
             kept = chosen[chosen < len(shard.ids)]
             numbers.append(shard.numbers(span)[kept])
             vectors.append(shard.vectors[kept])
+    if not numbers:
+        return np.empty(0, np.int64), np.empty((0, manifest["dimension"]), np.float32)
     return np.concatenate(numbers), np.concatenate(vectors).astype(np.float32)

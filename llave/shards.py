@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from llave import limits
 from llave.corpus import OnError
-from llave.files import create, left_behind, publish, reading, refuse_overlap, regular
+from llave.files import create, left_behind, publish, refuse_overlap, regular
 from llave.printable import shown
 from llave.quantisation import DTYPES, check_ranges, quantise, restore, stored_type
 from llave.sealing import checksum, signed, unsigned
@@ -139,11 +139,15 @@ def read_shard(path: Path, span: Range, manifest: dict[str, Any], *, values: boo
             raise ValueError(f"it has {len(ids)} rows, {len(note['skipped'])} skipped")
         refuse_not_finite(vectors, lambda row: f"id {ids[row]!r}")
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(
-            f"{shown(path)} cannot be used ({' '.join(str(error).split())}); run embed again to "
-            "replace it"
-        ) from error
+        raise _unusable(path, error) from error
     return Shard(ids, vectors, note["skipped"])
+
+
+def _unusable(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{shown(path)} cannot be used ({' '.join(str(error).split())}); run embed again to "
+        "replace it"
+    )
 
 
 def _schema(manifest: dict[str, Any]) -> pa.Schema:
@@ -167,8 +171,10 @@ def _values(column: pa.Array, manifest: dict[str, Any]) -> np.ndarray:
 def count_rows(path: Path, span: Range, manifest: dict[str, Any]) -> int:
     """Return the number of rows in one range's file. Raise ValueError as in ``read_shard``."""
     refuse_foreign(path, span, manifest)
-    with reading(path):
+    try:
         return int(pq.read_metadata(regular(path)).num_rows)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _unusable(path, error) from error
 
 
 def _table(path: Path, span: Range, columns: list[str] | None = None) -> pa.Table:

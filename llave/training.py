@@ -362,7 +362,10 @@ def choose_trained(model: Any, settings: dict[str, Any], *, seed: int) -> None:
     if settings["lora"] is not None:
         adapters = lora_config(settings["lora"])
         torch.manual_seed(seed)
-        model.add_adapter(adapters)
+        try:
+            model.add_adapter(adapters)
+        except ValueError as error:  # peft names no setting
+            raise ValueError(f"model.lora={settings['lora']!r} does not fit: {error}") from error
     if settings["frozen"]:  # adapters can be frozen too
         names = [name for name, _ in model.named_parameters() if settings["frozen"] in name]
         if not names:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llave_kernels import checks, dispatch, exchange, logits
+from llave_kernels.backends import torch_backend
 from llave_kernels.exchange import combined, gathered, summed
 from llave_kernels.grid import Block, Side
 from llave_kernels.groups import (
@@ -27,7 +28,7 @@ from llave_kernels.groups import (
 )
 from llave_kernels.losses import direction_loss
 from llave_kernels.positive_pairs import pair_losses
-from llave_kernels.precision import accumulation_dtype, scale_tensor
+from llave_kernels.precision import accumulation_dtype, scale_tensor, widened
 from llave_kernels.rules import ELSEWHERE, Rules, plain_rules
 
 DENOMINATORS = ("all", "negatives", "pair")
@@ -125,6 +126,10 @@ def group_losses(call: Call, block: Block | None = None) -> list[GroupLosses]:
     else:
         rules = _negatives(call, query_groups, target_groups)
     name = dispatch.choose(call.backend, query, target, rules)
+    if name == torch_backend.NAME and query.device.type == "cpu":
+        # The parts of a gradient cancel near convergence. In float32 they are added before they are
+        # rounded to half precision. The rows are widened on a CPU anyway.
+        query, target = widened(query, target)
     found = logits.logsumexp(query, target, call.scale, rules, name)
     size = groups.columns.shape[0] + 1
     directions = [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llave_kernels import autograd, dispatch, losses, matryoshka, ops
-from llave_kernels.precision import scale_tensor
+from llave_kernels.precision import scale_tensor, widened
 from llave_kernels.rules import Rules, biases_of
 from llave_kernels.within import blocks, within_logsumexp
 
@@ -65,6 +65,8 @@ def logsumexp(
     within = None
     if dims is not None and backend != matryoshka.BACKEND:
         return _prefix_by_prefix(query, target, scale, rules, backend, dims, sides)
+    if dims is not None and sides:
+        query, target = widened(query, target)  # so that gradients are added in float32
     if dims is not None:
         outputs = matryoshka.logsumexp(query, target, scale, dims, rules)
         if sides:
@@ -120,8 +122,9 @@ def _prefix_by_prefix(
 ) -> Logits:
     """The logits of prefixes on a backend that computes one prefix at a time."""
     positives, rows, columns, within = [], [], [], []
+    wide = widened(query, target)  # so that gradients are added in float32
     for k, d in enumerate(dims):
-        q, t = matryoshka.truncated(query, d), matryoshka.truncated(target, d)
+        q, t = (matryoshka.truncated(x, d).to(query.dtype) for x in wide)
         found = logsumexp(q, t, scale, rules.of_prefix(k), backend, sides=sides)
         positives.append(found.positive)
         rows.append(found.query)

@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from llave_kernels import autograd, checks, dispatch, ops, transforms
 from llave_kernels.backends import torch_backend, torch_matryoshka
 from llave_kernels.backends.protocol import Gradients, LogSumExps
-from llave_kernels.precision import accumulation_dtype
+from llave_kernels.precision import accumulation_dtype, widened
 from llave_kernels.rules import SCHEMA, TENSORS, Rules, biases_of
 
 BACKEND = torch_backend.NAME
@@ -100,6 +100,8 @@ def margin_limits(
     if rules.margin is None or rules.row_limit is not None:
         return rules.row_limit
     limit = dispatch.named(backend).margin_limit
+    if backend == BACKEND:  # the others multiply prefixes that are rounded to the inputs' dtype
+        query, target = widened(query, target)
     pairs = ([truncated(x.detach(), d) for x in (query, target)] for d in dims)
     return torch.stack([limit(q, t, rules.labels, rules.margin) for q, t in pairs])
 

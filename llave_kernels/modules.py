@@ -79,8 +79,7 @@ class _ScaledLoss(nn.Module):
 
     def _shown_scale(self) -> str:
         learnable = self.log_logit_scale is not None
-        scale = float(torch.as_tensor(self.logit_scale).detach())
-        return f"logit_scale={scale:g}{' (learnable)' if learnable else ''}"
+        return f"logit_scale={_shown(self.logit_scale)}{' (learnable)' if learnable else ''}"
 
 
 class HardnessWeightedContrastiveLoss(_ScaledLoss):
@@ -335,8 +334,17 @@ class SigmoidContrastiveLoss(nn.Module):
     def extra_repr(self) -> str:
         """The settings that shape the loss."""
         values = {"logit_scale": self.logit_scale, "logit_bias": self.logit_bias}
-        shown = [f"{name}={float(value.detach()):g}" for name, value in values.items()]
+        shown = [f"{name}={_shown(value)}" for name, value in values.items()]
         return ", ".join([*shown, f"reduction={self.reduction!r}", f"backend={self.backend!r}"])
+
+
+def _shown(value: float | Tensor) -> str:
+    """A number, or the device of one that has no value yet."""
+    if isinstance(value, Tensor):
+        if value.is_meta:
+            return "meta"
+        value = float(value.detach())
+    return f"{value:g}"
 
 
 def _check_group(value: Gather) -> None:

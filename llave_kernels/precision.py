@@ -18,6 +18,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def widened(query: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the accumulation dtype. If they are one tensor, they stay one."""
+    wide = query.to(accumulation_dtype(query.dtype))
+    return wide, wide if target is query else target.to(wide.dtype)
+
+
 def scale_tensor(scale: float | Tensor, query: Tensor) -> Tensor:
     """A scale or bias as a tensor () in the accumulation dtype, on the device of ``query``."""
     if isinstance(scale, Tensor):
@@ -27,7 +33,10 @@ def scale_tensor(scale: float | Tensor, query: Tensor) -> Tensor:
 
 
 def autocast(query: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Cast embeddings to the autocast dtype if autocast is on. float64 stays as it is."""
+    """Cast embeddings to the autocast dtype if autocast is on. float64 stays as it is.
+
+    If they are one tensor, they stay one.
+    """
     checks.tensor("query", query)
     checks.tensor("target", target)
     device = query.device.type
@@ -36,7 +45,8 @@ def autocast(query: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.get_autocast_dtype(device)
     if not {query.dtype, target.dtype} <= {torch.float32, torch.bfloat16, torch.float16}:
         return query, target
-    return query.to(dtype), target.to(dtype)
+    cast = query.to(dtype)
+    return cast, cast if target is query else target.to(dtype)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -44,6 +54,7 @@ def _can_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)  # torch below 2.12 cannot trace this
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def float32_matmul(device_type: str) -> str:
     """The float32 matmul precision on such a device: "highest", "high" or "medium"."""
     try:

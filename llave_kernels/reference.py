@@ -64,7 +64,8 @@ def within_logits(
     if "query" in within:
         blocks.append((query @ query.T, each[:n, None] == each[:n], query_ids, slice(n)))
     if "target" in within:
-        blocks.append((positive @ target.T, rows[:, None] == owners, target_ids, rows))
+        own_columns = (rows[:, None] == owners) | (rows[:, None] == each[:m])
+        blocks.append((positive @ target.T, own_columns, target_ids, rows))
     logits = []
     for s, left_out, ids, own in blocks:
         left_out = left_out | (s > limit)

@@ -112,6 +112,8 @@ def checked(
         )
     own = None
     if target is None:
+        checks.tensor("query", query)
+        checks.embeddings(query, query)
         target, target_groups = query, query_groups
         own = torch.arange(query.shape[0], device=query.device)
     query, target = autocast(query, target)

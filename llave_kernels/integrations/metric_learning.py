@@ -94,7 +94,9 @@ class SupConLoss(_GroupLoss):
     ``loss(embeddings, labels, ref_emb=None, ref_labels=None)``. The loss of a row is that of
     ``llave_kernels.supervised_contrastive_loss`` with ``denominator="all"``. At ``alpha=0`` loss
     and gradients are the host's. Without ``ref_emb`` a row is neither its own positive nor its own
-    negative.
+    negative. The host's reducer leaves out losses that are 0. In float32 the host rounds losses
+    below 1e-7 to 0, and this class does not. A batch with one positive and one negative pair at
+    most has loss 0 at the host, and its real loss here.
 
     It works inside the host's wrappers, as ``NTXentLoss`` does. ``indices_tuple`` may leave out one
     positive of each anchor, which the wrappers do for the anchor itself. The dtypes are as there.
@@ -158,7 +160,8 @@ class NTXentLoss(_GroupLoss):
     At ``alpha=0`` loss and gradients are the host's, for any number of positives per anchor. An
     anchor without a positive has no loss. A pair without a negative has a loss of 0. Without
     ``ref_emb`` a row is not its own positive. In float32 the host's loss stops at 87, where its
-    gradient vanishes. This one does not.
+    gradient vanishes. This one does not. A batch with one positive and one negative pair at most
+    has loss 0 at the host, and its real loss here.
 
     The loss is float64 for float64 embeddings and float32 for all others. The host's loss has the
     embeddings' dtype. A batch without a positive pair has the host's 0, in the embeddings' dtype.

@@ -45,6 +45,7 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
         (["search", "nowhere", "a dog", "--model", "m", "--queries", "q"], "give one of them"),
         (["search", "nowhere", "--model", "m", "--html", "p"], "--html and --corpus go together"),
         (["search", "x", "--model", "m", "--html", "bare", "--corpus", "c"], "html=bare exists"),
+        (["search", "x", "--model", "m", "--html", "p", "--corpus", "c"], "--corpus c does not"),
         ([*EVALUATE, "--html", "bare"], "html=bare exists; choose another file"),
         ([*EVALUATE, "--plot", "a.doc"], "plot=a.doc needs the suffix of a format"),
         ([*EVALUATE, "--plot", "a.png", "--before", "bare"], "a folder with results of these"),
@@ -127,8 +128,12 @@ def test_train_evaluate_embed_and_search(
     assert "holds a finished run: nothing is trained" in capsys.readouterr().out
     assert main(["embed", "tiny/model", "emoji/images", "--out", "vectors"]) == 0
     capsys.readouterr()
+    assert main(["search", "vectors", "--model", "tiny/model", "-k", "2", "the colour red"]) == 0
+    behind = capsys.readouterr().out
     assert main(["search", "vectors", "the colour red", "--model", "tiny/model", "-k", "2"]) == 0
-    hits = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[:1] == "{"]
+    said = capsys.readouterr().out
+    assert said == behind  # the query may stand behind the options
+    hits = [json.loads(line) for line in said.splitlines() if line[:1] == "{"]
     assert len(hits) == 2
     assert hits[0]["score"] >= hits[1]["score"]
     assert main(["search", "vectors", "an <image>", "--model", "tiny/model"]) == 0

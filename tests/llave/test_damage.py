@@ -20,6 +20,7 @@ for needed in ("sentence_transformers", "torchvision"):
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import llave  # noqa: E402
+from llave import modeling  # noqa: E402
 from llave.cli import main  # noqa: E402
 from tests.llave import tiny  # noqa: E402
 
@@ -126,6 +127,15 @@ def test_a_damaged_model_is_named_when_it_is_loaded(
     arguments = ["search", "nowhere", "a dog", "--model", str(model)]
     assert main(arguments) == 2
     assert "model.safetensors cannot be read" in capsys.readouterr().err
+
+
+def test_a_name_that_is_no_folder_is_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no connection")
+
+    monkeypatch.setattr(modeling, "SentenceTransformer", refuse)
+    with pytest.raises(ValueError, match=r"path='nowhere' is no folder here.*no connection"):
+        llave.load("nowhere")
 
 
 PLAIN = b'{"tokenizer_class": "PreTrainedTokenizerFast"}'

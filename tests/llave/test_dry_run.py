@@ -128,6 +128,8 @@ def test_memory_is_shared_as_the_trainer_shards_it(recipe_file: Path) -> None:
     assert states(bf16=True).activations == states().activations / 2
     checkpointed = states(gradient_checkpointing=True).activations
     assert checkpointed == 4 * 128 * 32 * 4 * (2 + dry_run.RECOMPUTED)
+    recipe["loss"]["mini_batch_size"] = 30  # more than a device has
+    assert states().activations == 4 * 128 * 32 * 4 * 2 * dry_run.RECOMPUTED
     recipe["loss"]["mini_batch_size"] = 2
     assert states().activations == 2 * 128 * 32 * 4 * 2 * dry_run.RECOMPUTED
 

@@ -438,6 +438,9 @@ def test_other_misuse(source: Path, pictures: Path, tmp_path: Path) -> None:
         quick(pictures / "notes.md", tmp_path / "out")
     with pytest.raises(ValueError, match=r"image_root=.* has no meaning with the folder"):
         quick(pictures, tmp_path / "out", image_root=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"image_root=.*nowhere is no folder"):
+        quick(source, tmp_path / "out", image_root=tmp_path / "nowhere")
+    assert not (tmp_path / "out").exists()
     source.write_text('{"text": "a"}\n\n{"text": \n')
     with pytest.raises(ValueError, match="row 1 is not JSON"):
         quick(source, tmp_path / "out")

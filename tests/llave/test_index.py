@@ -74,13 +74,22 @@ def test_a_flat_index_finds_what_exact_search_finds(folder: Path, k: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("factory", "least"), [("HNSW32", 0.95), ("IVF8,PQ6x4", 0.3), ("SQ8", 0.95)]
+    ("factory", "least"),
+    [
+        ("HNSW32", 0.95),
+        ("IVF8,PQ6x4", 0.3),
+        ("SQ8", 0.95),
+        ("PCA12,IVF16,Flat", 0.8),
+        ("IVF16,Flat,RFlat", 0.8),
+        ("L2norm,HNSW16", 0.95),
+    ],
 )
 def test_approximate_indexes_have_the_recall_that_is_said(
     folder: Path, factory: str, least: float
 ) -> None:
     build_index(folder, factory=factory)
     said = recall(folder, folder, indexed=True, k=5)
+    assert said is not None
     assert least <= said <= 1.0
     # An independent count over the same rows: every row's neighbours by one dense product.
     kept = np.array([row for row in range(ROWS) if row not in SKIPPED])
@@ -209,12 +218,42 @@ def test_a_shard_that_was_made_again_with_more_rows(folder: Path) -> None:
         ("Nonsense", "factory='Nonsense' cannot be made for 12 values"),
         ("PQ5", "factory='PQ5' cannot be made for 12 values"),
         ("IVF2000,Flat", "factory='IVF2000,Flat' cannot be trained on 1,000 rows"),
+        ("IDMap,Flat", "factory='IDMap,Flat' takes no rows, shard by shard"),
+        ("NSG16,Flat", "factory='NSG16,Flat' takes no rows, shard by shard"),
     ],
 )
 def test_factories_that_cannot_be(folder: Path, factory: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_index(folder, factory=factory)
     assert not list(folder.glob("index*"))
+
+
+def test_more_results_than_rows(folder: Path) -> None:
+    build_index(folder)
+    (found,) = search(folder, queries()[:1], k=10**24, backend="faiss")
+    assert len(found) == ROWS - len(SKIPPED)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_no_neighbours_no_recall(folder: Path, count: int, tmp_path: Path) -> None:
+    manifest = MANIFEST | {"source": {"rows": 1}}
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    enter_manifest(alone, manifest)
+    (span,) = ranges(manifest)
+    skipped = [{"row": 0, "id": "0", "error": "no"}][count:]
+    put(alone / span.file, span, Shard(["a"][:count], vectors()[:count], skipped), manifest)
+    assert recall(alone, alone, indexed=False) is None
+    if count:
+        build_index(alone)
+        assert recall(alone, alone, indexed=True) is None
+
+
+def test_a_shard_that_is_cut_short_is_named(folder: Path) -> None:
+    (file, *_) = sorted(folder.glob("part-*"))
+    file.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(ValueError, match=f"{file.name} cannot be used .* run embed again"):
+        build_index(folder)
 
 
 def test_the_size_chooses_the_index() -> None:

@@ -96,6 +96,16 @@ def test_an_output_that_is_something_else(
     assert tree(place) == before
 
 
+def test_an_output_with_the_name_of_a_subset(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Results there would be read as data."""
+    (place / "data" / "colours.jsonl").write_text("")
+    assert main([*EVALUATE, "data/colours"]) == 2
+    message = "out=data/colours would be the same subset as data/colours.jsonl; choose another"
+    assert message in capsys.readouterr().err
+
+
 def entered(folder: Path, dtype: str) -> None:
     enter_manifest(folder, MANIFEST | {"dtype": dtype})
 

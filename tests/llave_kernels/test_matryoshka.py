@@ -107,6 +107,35 @@ def test_narrow_types_are_summed_in_float32(symmetric: bool, dtype: torch.dtype)
     assert found[1].dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_types_add_the_parts_of_within_in_float32(dtype: torch.dtype) -> None:
+    query, target = embeddings(60, 60, 40, dtype)
+    rules = {"symmetric": False, "alpha": 0.0, "within": ("query", "target")}
+    _, gradient = bounds(dtype, 20.0)
+    assert_close(query, target, 20.0, gradient, matryoshka_dims=(8, 24, 40), **rules)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("within", [(), ("target",)])
+def test_ties_of_prefixes_under_a_margin(dtype: torch.dtype, within: tuple[str, ...]) -> None:
+    """Column i + 16 ties with row i's positive. A margin of 0 keeps it, one below 0 does not."""
+    query, target = (torch.randn(16, 32).to(dtype) for _ in range(2))
+    target = torch.cat([target, target])
+    settings: dict[str, Any] = {"logit_scale": 10.0, "alpha": 0.0, "symmetric": False}
+    settings |= {"owners": range(32), "matryoshka_dims": (8, 20), "within": within}
+    for margin in (0.0, -1e-7):
+        found, wide = (
+            hardness_weighted_contrastive_loss(
+                *pair, reduction="none", false_negative_margin=margin, **settings
+            )
+            for pair in ((query, target), (query.float(), target.float()))
+        )
+        assert relative_error(found, wide) < 1e-6
+    assert (found < 0.999 * hardness_weighted_contrastive_loss(
+        query, target, reduction="none", false_negative_margin=0.0, **settings
+    )).all()  # fmt: skip
+
+
 def test_each_backend_gives_the_same(backend: str) -> None:
     """The other backends compute dim after dim."""
     rules = draw_rules(9, 20, ("owners", "ids", "biases")) | {"matryoshka_dims": (8, 24)}

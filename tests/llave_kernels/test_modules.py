@@ -9,6 +9,7 @@ import torch
 
 from llave_kernels import (
     HardnessWeightedContrastiveLoss,
+    SigmoidContrastiveLoss,
     SupervisedContrastiveLoss,
     diagnostics,
     hardness_weighted_contrastive_loss,
@@ -87,6 +88,13 @@ def test_a_scale_over_its_bound_has_the_bounds_loss_and_gradient(value: float) -
     expected.backward()
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
     assert float(module.log_logit_scale.grad) == pytest.approx(100 * float(scale.grad), rel=1e-5)
+
+
+def test_repr_of_a_module_without_values() -> None:
+    with torch.device("meta"):
+        modules = HardnessWeightedContrastiveLoss(learnable=True), SigmoidContrastiveLoss()
+    for module in modules:
+        assert "logit_scale=meta" in repr(module)
 
 
 def test_repr_says_what_the_loss_is() -> None:

@@ -87,6 +87,34 @@ def test_every_backend(backend: str, dtype: torch.dtype, denominator: str) -> No
         assert_equal(query, target, bound, symmetric=True, **settings)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("denominator", DENOMINATORS)
+def test_half_precision_keeps_gradients_near_convergence(
+    denominator: str, dtype: torch.dtype
+) -> None:
+    """The parts of a gradient cancel there. Their sum is rounded once."""
+    query_groups = torch.arange(256) // 8
+    centres = normalize(torch.randn(32, 128), dim=1)[query_groups]
+    query = normalize(centres + 0.2 * torch.randn(256, 128) / 128**0.5, dim=1).to(dtype)
+    settings = {"query_groups": query_groups, "denominator": denominator}
+    truth, dense, found = (
+        results(function, x, x, **settings)[1].double()
+        for function, x in (
+            (reference_supervised_loss, query.double()),
+            (reference_supervised_loss, query.float()),
+            (supervised_contrastive_loss, query),
+        )
+    )
+    rounded = relative_error(dense.to(dtype).double(), truth)
+    assert relative_error(found, truth) < 1.1 * rounded + 1e-5
+
+
+@pytest.mark.parametrize("query", [[[1.0]], torch.tensor(1.0), torch.ones(1, 1, dtype=torch.int64)])
+def test_rows_that_are_none_are_named(query: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="query must"):
+        supervised_contrastive_loss(query, query_groups=torch.arange(1))
+
+
 @pytest.mark.parametrize("denominator", ["all", "pair"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("alpha", [0.0, 9.0])

@@ -261,6 +261,26 @@ def test_opcheck(name: str, symmetric: bool) -> None:
     torch.library.opcheck(operator, (query, target, scale, name, True, True, *rules))
 
 
+def test_a_margin_over_prefixes_compiles_without_a_break() -> None:
+    def step(query: Tensor, target: Tensor) -> Tensor:
+        return hardness_weighted_contrastive_loss(
+            query, target, within=BOTH, matryoshka_dims=(3, 8), false_negative_margin=0.1
+        )
+
+    pair = embeddings(6, 6, 8)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*pair), step(*pair))
+
+
+def test_a_row_whose_positive_another_row_owns() -> None:
+    """The positive is not a negative within the targets, whatever the owners say."""
+    query, target = (x.double() for x in embeddings(2, 4, 5))
+    settings: dict[str, Any] = {"labels": torch.tensor([3, 1]), "within": ("target",)}
+    settings |= {"alpha": 0.0, "symmetric": False, "logit_scale": 5.0}
+    found = hardness_weighted_contrastive_loss(query, target, **settings)
+    assert relative_error(found, reference_loss(query, target, **settings)) < 1e-12
+
+
 def test_compile_without_a_break() -> None:
     def step(query: Tensor, target: Tensor) -> Tensor:
         return hardness_weighted_contrastive_loss(query, target, within=BOTH)
