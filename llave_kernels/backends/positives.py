@@ -57,7 +57,8 @@ def margin_limit(
         terms = q * t if multiplicands is None else multiplicands(q) * multiplicands(t)
         size = terms.abs().sum(1)
         shares = terms / size.clamp(min=numbers.tiny)[:, None]
-        parts = (part.sum(1) for part in shares.tensor_split(PARTS, dim=1))
+        # A list, because torch 2.8 cannot trace accumulate over a generator.
+        parts = [part.sum(1) for part in shares.tensor_split(PARTS, dim=1)]
         steady = torch.stack(list(accumulate(parts))).abs().amax(0).square()
         average = 2 * (d * (shares.square().sum(1) + steady)).sqrt()
         allowance = (numbers.eps * (average + d * steady / 4) + rounding) * size

@@ -261,6 +261,9 @@ def test_opcheck(name: str, symmetric: bool) -> None:
     torch.library.opcheck(operator, (query, target, scale, name, True, True, *rules))
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.8."), reason="torch 2.8 cannot trace NamedTuple._replace"
+)
 def test_a_margin_over_prefixes_compiles_without_a_break() -> None:
     def step(query: Tensor, target: Tensor) -> Tensor:
         return hardness_weighted_contrastive_loss(
