@@ -365,8 +365,7 @@ def _compress(arguments: Arguments, _: list[str]) -> None:
         dtype=arguments.dtype,
     )
     share = recall(arguments.folder, arguments.out, indexed=False)
-    if share is not None:
-        print(f"recall@10 against the whole embeddings, for rows of the corpus: {share:.3f}")
+    _print_recall(share, "the whole embeddings")
 
 
 def _index(arguments: Arguments, _: list[str]) -> None:
@@ -376,8 +375,12 @@ def _index(arguments: Arguments, _: list[str]) -> None:
     made = build_index(arguments.folder, factory=arguments.factory)
     print(f"{made.factory} of {made.rows:,} rows in {made.file}")
     share = recall(arguments.folder, arguments.folder, indexed=True)
+    _print_recall(share, "exact search")
+
+
+def _print_recall(share: float | None, against: str) -> None:
     if share is not None:
-        print(f"recall@10 against exact search, for rows of the corpus: {share:.3f}")
+        print(f"recall@10 against {against}, for rows of the corpus: {share:.3f}")
 
 
 def _search(arguments: Arguments, _: list[str]) -> None:

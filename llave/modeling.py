@@ -145,9 +145,9 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> SentenceTransformer:
         with all_weights(path):
             model = SentenceTransformer(path, **kwargs)
     except Exception as error:  # libraries raise errors of many types, few of which name a file
-        if not folder.is_dir() and isinstance(error, ImportError):
-            raise
         if not folder.is_dir():
+            if isinstance(error, ImportError):
+                raise
             said = " ".join(str(error).split())
             raise ValueError(
                 f"path={path!r} is no folder here, and as a hub name it cannot be loaded ({said}); "
